@@ -1,0 +1,251 @@
+"""Real gloo process groups for tests, made cheap.
+
+Importing torch and diffusers costs seconds, so a fork server imports them once, worker processes
+are forked from it, joined in one gloo group, and reused by one test after the other.
+"""
+
+import faulthandler
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+PRELOAD = [
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "diffusers.models.transformers.transformer_flux",
+    "diffusers.models.transformers.transformer_sd3",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "peft",
+    "pytest",
+    "piflux",
+    "ranks",
+    "models",
+    "oracle",
+]
+
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank raised, as text: an exception need not survive pickling to be judged."""
+
+    kinds: tuple[str, ...]
+    message: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> "Failure":
+        kinds = tuple(_name(kind) for kind in type(error).__mro__)
+        return cls(kinds, str(error), "".join(traceback.format_exception(error)))
+
+    @classmethod
+    def death(cls, exitcode: int | None) -> "Failure":
+        return cls((DIED,), f"the process ended with exit code {exitcode}", "")
+
+    def isa(self, kind: type[BaseException]) -> bool:
+        return _name(kind) in self.kinds
+
+    @property
+    def died(self) -> bool:
+        return self.kinds == (DIED,)
+
+
+DIED = "died"
+
+
+class RanksFailed(AssertionError):
+    """A rank raised, died or hung in a job that was meant to succeed."""
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Pool:
+    """`size` worker processes; `joined` in one gloo group whose collectives give up in time."""
+
+    def __init__(self, size: int, *, joined: bool = True, group_timeout: float = 60) -> None:
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        context = _context()
+        self._workers = []
+        self._connections: list[Connection] = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(
+                target=_work,
+                args=(rank, size, Path(self._folder.name), joined, group_timeout, theirs),
+                daemon=True,
+            )
+            worker.start()
+            theirs.close()
+            self._workers.append(worker)
+            self._connections.append(ours)
+
+    def run(self, n: int, fn, *args, timeout: float) -> list:
+        """`fn(rank, group, *args)` on n ranks: each one's result, or the Failure it met."""
+        job = pickle.dumps((n, fn, args))
+        for connection in self._connections:
+            connection.send_bytes(job)
+        outcomes: list = [None] * self.size
+        waiting = dict(zip(self._connections, range(self.size), strict=True))
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = wait(list(waiting), deadline - time.monotonic())
+            if not ready:
+                raise RanksFailed(self._hang(sorted(waiting.values()), timeout))
+            for connection in ready:
+                rank = waiting.pop(connection)
+                outcomes[rank] = self._outcome(rank, connection)
+        return outcomes[:n]
+
+    def _outcome(self, rank: int, connection: Connection):
+        try:
+            return pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionResetError):
+            self._workers[rank].join(5)
+            return Failure.death(self._workers[rank].exitcode)
+
+    def _hang(self, ranks: list[int], timeout: float) -> str:
+        """Kill the pool; say where each hung rank was."""
+        for rank in ranks:
+            os.kill(self._workers[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        stacks = [f"rank {rank}:\n{_stacks(self._folder.name, rank).read_text()}" for rank in ranks]
+        self.close()
+        return "\n".join([f"ranks {ranks} did not end within {timeout} s", *stacks])
+
+    def close(self) -> None:
+        for worker, connection in zip(self._workers, self._connections, strict=True):
+            connection.close()
+            worker.kill()
+        for worker in self._workers:
+            worker.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+class Ranks:
+    """The session's pools: one of 4 for most tests, one of 8 for the few that want more."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Pool] = {}
+
+    def __call__(self, n: int, fn, *args, timeout: float = 120) -> list:
+        """`fn(rank, group, *args)` on n ranks, all of which must succeed."""
+        outcomes = self._run(n, fn, *args, timeout=timeout)
+        failed = {rank: got for rank, got in enumerate(outcomes) if isinstance(got, Failure)}
+        if failed:
+            texts = [f"rank {rank}: {got.traceback or got.message}" for rank, got in failed.items()]
+            raise RanksFailed("\n".join(texts))
+        return outcomes
+
+    def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
+        """The same for jobs meant to fail: each rank's Failure, None where it succeeded."""
+        outcomes = self._run(n, fn, *args, timeout=timeout)
+        return [got if isinstance(got, Failure) else None for got in outcomes]
+
+    def _run(self, n: int, fn, *args, timeout: float) -> list:
+        size = 4 if n <= 4 else 8
+        if size not in self._pools:
+            self._pools[size] = Pool(size)
+        try:
+            outcomes = self._pools[size].run(n, fn, *args, timeout=timeout)
+        except BaseException:
+            self._discard(size)
+            raise
+        # A rank that raised may have left its peers inside a collective: trust none of them.
+        if any(isinstance(got, Failure) for got in outcomes):
+            self._discard(size)
+        return outcomes
+
+    def _discard(self, size: int) -> None:
+        self._pools.pop(size).close()
+
+    def close(self) -> None:
+        for size in list(self._pools):
+            self._discard(size)
+
+
+def _context():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    # The server imports the preload list from a bare interpreter, so it needs our path spelled out.
+    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with mock.patch.dict(os.environ, environment):
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def _stacks(folder: str | Path, rank: int) -> Path:
+    return Path(folder) / f"stacks-{rank}"
+
+
+def _work(
+    rank: int,
+    size: int,
+    folder: Path,
+    joined: bool,
+    group_timeout: float,
+    connection: Connection,
+) -> None:
+    """A worker's life: join the group, then do jobs until the other end hangs up."""
+    faulthandler.register(signal.SIGUSR1, file=_stacks(folder, rank).open("w"))
+    torch.set_num_threads(1)
+    groups: dict[int, dist.ProcessGroup | None] = {}
+    if joined:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(folder / "store"), size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=group_timeout),
+        )
+        groups[size] = dist.group.WORLD
+    while True:
+        try:
+            job = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_do(job, rank, joined, groups))
+
+
+def _do(job: bytes, rank: int, joined: bool, groups: dict) -> bytes:
+    try:
+        n, fn, args = pickle.loads(job)
+        if joined and n not in groups:
+            groups[n] = dist.new_group(range(n))
+        if rank >= n:
+            return pickle.dumps(None)
+        torch._dynamo.reset()
+        return pickle.dumps(fn(rank, groups.get(n), *args))
+    except Exception as error:
+        return pickle.dumps(Failure.of(error))
