@@ -38,9 +38,11 @@ def window(tokens: int, parts: int, part: int) -> slice:
 
 
 def is_sync(policy: str, step: int, sync_steps: int, refresh_every: int | None) -> bool:
-    if policy == "gather" or step == 0 or step < sync_steps:
+    """No cache is filled before the first step, so `sync_steps=0` means 1."""
+    first = max(1, sync_steps)
+    if policy == "gather" or step < first:
         return True
-    return refresh_every is not None and (step - sync_steps + 1) % refresh_every == 0
+    return refresh_every is not None and (step - first + 1) % refresh_every == 0
 
 
 @dataclass

@@ -10,6 +10,7 @@ import multiprocessing.forkserver
 import os
 import pickle
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -193,6 +194,12 @@ class Ranks:
     def close(self) -> None:
         for size in list(self._pools):
             self._discard(size)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _context():

@@ -1,0 +1,380 @@
+"""Bad input and bad luck: a clear error on every rank, no hang, and nothing lost."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import denoise, flux_inputs, tiny_flux, tiny_pipeline
+from ranks import Failure, Pool
+from torch import nn
+
+import piflux
+
+
+def caught(act, *args, **kwargs) -> Failure | None:
+    """What calling this raises; an error that all ranks share is no reason to stop the job."""
+    try:
+        act(*args, **kwargs)
+    except Exception as error:
+        return Failure.of(error)
+    return None
+
+
+def assert_all(failures, kind, *words):
+    """Every rank raised this kind of error, with a message that has all these words."""
+    for rank, failure in enumerate(failures):
+        assert failure is not None, f"rank {rank} raised nothing"
+        assert failure.isa(kind), f"rank {rank}: {failure.traceback}"
+        for word in words:
+            assert word in failure.message, f"rank {rank}: no {word!r} in: {failure.message}"
+
+
+def test_errors_have_a_common_base():
+    for error in (piflux.CannotShard, piflux.NoAttention, piflux.RanksDisagree):
+        assert issubclass(error, piflux.PifluxError)
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"policy": "rotated"}, ["rotated", "gather", "rotate", "displaced"]),
+        ({"sync_steps": -1}, ["sync_steps", "-1"]),
+        ({"refresh_every": 0}, ["refresh_every", "0"]),
+        ({"inner": "inductr"}, ["inductr"]),
+    ],
+    ids=["policy", "sync_steps", "refresh_every", "inner"],
+)
+@pytest.mark.parametrize("target", [tiny_flux, tiny_pipeline], ids=["model", "pipeline"])
+def test_arguments_out_of_range(target, options, words):
+    """Found where the user wrote them, before anything is compiled."""
+    assert_all([caught(piflux.parallelize, target(), **options)], ValueError, *words)
+
+
+def test_parallelizing_twice():
+    once = piflux.parallelize(tiny_flux(), inner="eager")
+    assert_all([caught(piflux.parallelize, once, inner="eager")], ValueError, "already")
+    pipe = piflux.parallelize(tiny_pipeline(), inner="eager")
+    assert_all([caught(piflux.parallelize, pipe, inner="eager")], ValueError, "already")
+
+
+def outside(rank, group):
+    pair = dist.new_group([0, 1])
+    return caught(piflux.parallelize, tiny_flux(), group=pair, inner="eager")
+
+
+def test_a_group_this_rank_is_not_in(ranks):
+    *members, third, fourth = ranks(4, outside)
+    assert members == [None, None]
+    assert_all([third, fourth], ValueError, "group")
+
+
+def cuda_asked_for(rank, group):
+    mesh = dist.device_mesh.DeviceMesh("cuda", [0, 1], _init_backend=False, _rank=rank)
+    return caught(piflux.parallelize, tiny_flux(), group=mesh, inner="eager")
+
+
+# ------------------------------------------------------------------------------------ what is cut
+
+
+class Plain(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states.sin()
+
+
+def unattentive(rank, group):
+    parallel = piflux.parallelize(nn.Sequential(nn.Linear(8, 8)), group=group, inner="eager")
+    return caught(parallel, torch.randn(1, 16, 8))
+
+
+def test_a_target_without_attention(ranks):
+    assert_all(ranks(2, unattentive), piflux.NoAttention, "scaled_dot_product_attention")
+
+
+def short(rank, group):
+    """Text of three tokens and an image of three, then both of four, on four ranks."""
+    model = piflux.parallelize(tiny_flux(), group=group, policy="gather", inner="eager")
+    failures = [
+        caught(model, **flux_inputs(text=3)),
+        caught(model, **flux_inputs(image_hw=(1, 3))),
+    ]
+    return *failures, model(**flux_inputs(image_hw=(2, 2), text=4)).sample
+
+
+@torch.no_grad()
+def test_more_parts_than_tokens(ranks):
+    """Refused with both numbers; one token a rank is enough, and comes out right after that."""
+    inputs = flux_inputs(image_hw=(2, 2), text=4)
+    want = tiny_flux()(**inputs).sample
+    short_text, short_image, images = zip(*ranks(4, short), strict=True)
+    assert_all(short_text, piflux.CannotShard, "3", "4")
+    assert_all(short_image, piflux.CannotShard, "3", "4")
+    for image in images:
+        assert (image - want).abs().max() < 1e-5
+
+
+class TwoAttentions(nn.Module):
+    """A transformer of two attentions with something in between."""
+
+    def __init__(self, between, **attention):
+        super().__init__()
+        self.between, self.attention = between, attention
+        self.project = nn.Linear(8, 24)
+
+    def attend(self, x):
+        query, key, value = self.project(x).unflatten(-1, (3, 1, 8)).transpose(1, 3).unbind(2)
+        out = F.scaled_dot_product_attention(query, key, value, **self.attention)
+        return x + out.transpose(1, 2).flatten(2)
+
+    def forward(self, hidden_states):
+        x = self.attend(hidden_states)
+        x = self.between(x)
+        return self.attend(x)
+
+
+def nothing(x):
+    return x
+
+
+def mean(x):
+    return x - x.mean(1, keepdim=True)
+
+
+def cumulate(x):
+    return x.cumsum(1)
+
+
+def reverse(x):
+    return x.flip(1)
+
+
+def roll(x):
+    return torch.roll(x, 1, 1)
+
+
+def neighbour(x):
+    return x[:, 1:] - x[:, :-1]
+
+
+def convolve(x):
+    return F.conv1d(x.transpose(1, 2), torch.ones(8, 8, 3), padding=1).transpose(1, 2)
+
+
+def mix(x):
+    return torch.softmax(x @ x.transpose(1, 2), -1) @ x
+
+
+def normalize(x):
+    return F.layer_norm(x, x.shape[1:])
+
+
+def sort(x):
+    return x.sort(1).values
+
+
+def select(x):
+    return x + x[:, 0:1]
+
+
+MIXERS = {
+    mean: "mean",
+    cumulate: "cumsum",
+    reverse: "flip",
+    roll: "roll",
+    neighbour: "getitem",
+    convolve: "conv1d",
+    mix: "matmul",
+    normalize: "layer_norm",
+    sort: "sort",
+    select: "getitem",
+}
+
+
+def refused(rank, group):
+    """Each mixer's refusal, then causal attention's."""
+    models = [TwoAttentions(mixer) for mixer in MIXERS]
+    models.append(TwoAttentions(nothing, is_causal=True))
+    failures = []
+    for model in models:
+        torch._dynamo.reset()
+        parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+        failures.append(caught(parallel, torch.randn(1, 16, 8)))
+    return failures
+
+
+def test_what_mixes_tokens_is_refused(ranks):
+    """An operation other than plain attention between tokens: named, with the line it stands on."""
+    *mixers, causal = zip(*ranks(2, refused), strict=True)
+    for (mixer, op), failures in zip(MIXERS.items(), mixers, strict=True):
+        line = mixer.__code__.co_firstlineno + 1
+        assert_all(failures, piflux.CannotShard, op, f"test_errors.py:{line}", mixer.__name__)
+    assert_all(causal, piflux.CannotShard, "causal", "scaled_dot_product_attention")
+    assert_all(causal, piflux.CannotShard, "test_errors.py", "attend")
+
+
+def masks(tokens):
+    """An additive mask over pairs of tokens, and a mask of keys."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(1, 1, tokens, tokens, generator=generator)
+    return [pairs, torch.rand(1, 1, 1, tokens, generator=generator) > 0.5]
+
+
+def masked(rank, group):
+    outcomes = []
+    for mask in masks(16):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = TwoAttentions(nothing, attn_mask=mask)
+        parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+        hidden_states = torch.randn(1, 16, 8)
+        with torch.no_grad():
+            want = model(hidden_states)
+        try:
+            outcomes.append((parallel(hidden_states) - want).abs().max().item())
+        except piflux.CannotShard as error:
+            outcomes.append(Failure.of(error))
+    return outcomes
+
+
+def test_a_mask_is_cut_or_refused(ranks):
+    """Either is right; a wrong image is not."""
+    for outcomes in ranks(2, masked):
+        for outcome in outcomes:
+            if isinstance(outcome, Failure):
+                assert "mask" in outcome.message
+            else:
+                assert outcome < 1e-5
+
+
+class Broken(TwoAttentions):
+    def forward(self, hidden_states):
+        x = self.attend(hidden_states)
+        torch._dynamo.graph_break()
+        return self.attend(x)
+
+
+def broken(rank, group):
+    parallel = piflux.parallelize(Broken(nothing), group=group, policy="gather", inner="eager")
+    return caught(parallel, torch.randn(1, 16, 8))
+
+
+def test_a_graph_break_is_no_silent_fallback(ranks):
+    assert_all(ranks(2, broken), Exception, "graph")
+
+
+# -------------------------------------------------------------------------------- disagreement
+
+
+def other_inputs():
+    """What rank 1 alone is called with, by the input that differs."""
+    inputs = flux_inputs()
+    return {
+        "hidden_states": {"hidden_states": flux_inputs(seed=1)["hidden_states"]},
+        "encoder_hidden_states": {
+            "encoder_hidden_states": flux_inputs(seed=1)["encoder_hidden_states"]
+        },
+        "pooled_projections": {"pooled_projections": inputs["pooled_projections"] + 1},
+        "timestep": {"timestep": inputs["timestep"] * 0.5},
+        "img_ids": flux_inputs(image_hw=(7, 5)),
+        "txt_ids": flux_inputs(text=14),
+    }
+
+
+def disagreed(rank, group):
+    """Each disagreement in turn, then a step on which all agree."""
+    model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
+    failures = []
+    for other in other_inputs().values():
+        inputs = flux_inputs() | (other if rank == 1 else {})
+        with piflux.generation(model):
+            failures.append(caught(model, **inputs))
+    with piflux.generation(model):
+        return *failures, model(**flux_inputs()).sample
+
+
+@torch.no_grad()
+def test_ranks_that_disagree_on_an_input(ranks):
+    """All ranks say which input differs and where; the next image is a good one again."""
+    *failures, images = zip(*ranks(3, disagreed), strict=True)
+    for name, raised in zip(other_inputs(), failures, strict=True):
+        assert_all(raised, piflux.RanksDisagree, name, "rank 1")
+    want = tiny_flux()(**flux_inputs()).sample
+    for image in images:
+        assert (image - want).abs().max() < 1e-5
+
+
+def set_apart(rank, group):
+    """Rank 1 has another policy, another schedule, or another torch."""
+    others = [{"policy": "displaced"}, {"sync_steps": 3}, {"refresh_every": 5}]
+    failures = []
+    for other in others:
+        options = {"policy": "rotate"} | (other if rank == 1 else {})
+        model = piflux.parallelize(tiny_flux(), group=group, inner="eager", **options)
+        failures.append(caught(model, **flux_inputs()))
+    if rank == 1:
+        torch.__version__ = "1.0"
+    model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
+    failures.append(caught(model, **flux_inputs()))
+    return failures
+
+
+def test_ranks_that_disagree_on_a_setting(ranks):
+    policy, sync_steps, refresh_every, version = zip(*ranks(2, set_apart), strict=True)
+    assert_all(policy, piflux.RanksDisagree, "policy", "rotate", "displaced", "rank 1")
+    assert_all(sync_steps, piflux.RanksDisagree, "sync_steps", "3", "rank 1")
+    assert_all(refresh_every, piflux.RanksDisagree, "refresh_every", "5", "rank 1")
+    assert_all(version, piflux.RanksDisagree, "torch", "1.0", torch.__version__, "rank 1")
+
+
+def rounded(rank, group):
+    """Each rank computed the embeddings on hardware of its own."""
+    model = piflux.parallelize(tiny_flux(), group=group, policy="gather", inner="eager")
+    inputs = flux_inputs()
+    for name in ("encoder_hidden_states", "pooled_projections"):
+        noise = torch.randn(inputs[name].shape, generator=torch.Generator().manual_seed(rank))
+        inputs[name] = inputs[name] * (1 + 1e-3 * noise)
+    return model(**inputs).sample
+
+
+@torch.no_grad()
+def test_differences_of_rounding_are_no_disagreement(ranks):
+    want = tiny_flux()(**flux_inputs()).sample
+    for image in ranks(2, rounded):
+        assert (image - want).abs().max() < 0.1
+
+
+# -------------------------------------------------------------------------------------- bad luck
+
+TIMEOUT = 3
+
+
+def left_alone(rank, group, policy, leave):
+    """Rank 1 leaves after two steps: by its death, or by sleeping twice the group's timeout."""
+    model = piflux.parallelize(tiny_flux(), policy=policy, inner="eager")
+    steps = denoise(lambda **inputs: model(**inputs).sample, flux_inputs(), 9)
+    for _ in range(2):
+        next(steps)
+    dist.barrier()
+    begin = time.monotonic()
+    if rank == 1:
+        if leave == "dies":
+            os._exit(1)
+        time.sleep(2 * TIMEOUT)
+        return None
+    return caught(list, steps), time.monotonic() - begin
+
+
+@pytest.mark.parametrize("leave", ["dies", "hangs"])
+@pytest.mark.parametrize("policy", ["gather", "rotate", "displaced"])
+def test_a_rank_that_is_gone_is_noticed_in_time(policy, leave):
+    """The others raise within the group's timeout, in the middle of an image."""
+    with Pool(2, group_timeout=TIMEOUT) as pool:
+        (failure, seconds), gone = pool.run(2, left_alone, policy, leave, timeout=60)
+    assert (gone is not None and gone.died) == (leave == "dies")
+    assert failure is not None
+    assert seconds < 2 * TIMEOUT

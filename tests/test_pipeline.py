@@ -1,0 +1,203 @@
+"""A whole FluxPipeline over ranks, and one that does not know its transformer is parallel."""
+
+import contextlib
+import io
+import json
+from itertools import cycle
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from models import POOLED_DIM, TEXT_DIM, tiny_flux, tiny_pipeline
+from oracle import Oracle
+
+import piflux
+
+TEXT = 13
+STEPS = 5
+EXACT = 1e-5
+
+
+def prompt(seed=0, negative=False):
+    """Embeddings in place of a prompt, under the pipeline's own argument names."""
+    generator = torch.Generator().manual_seed(seed)
+    prefix = "negative_" if negative else ""
+    return {
+        f"{prefix}prompt_embeds": torch.randn(1, TEXT, TEXT_DIM, generator=generator),
+        f"{prefix}pooled_prompt_embeds": torch.randn(1, POOLED_DIM, generator=generator),
+    }
+
+
+def draw(pipe, seed=None, **options):
+    """Latents of 5 x 7 tokens, from a generator of this seed or from none."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    options = {"output_type": "latent"} | options
+    size = {"height": 20, "width": 28, "num_inference_steps": STEPS}
+    return pipe(**prompt() | size | options, generator=generator, return_dict=False)[0]
+
+
+def guided():
+    return prompt(seed=9, negative=True) | {"true_cfg_scale": 2.0}
+
+
+def oracle_pipeline(n, policy, passes=1):
+    """A one-rank pipeline whose transformer is the oracle, one for each pass of a step."""
+    pipe = tiny_pipeline()
+    oracles = cycle([Oracle(tiny_flux(), n, policy) for _ in range(passes)])
+
+    def forward(return_dict, **inputs):
+        return (next(oracles)(**inputs),)
+
+    pipe.transformer.forward = forward
+    return pipe
+
+
+def assert_close(images, wanted):
+    for image, want in zip(images, wanted, strict=True):
+        assert (image - want).abs().max() <= EXACT
+
+
+def gathered(rank, group):
+    pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
+    return draw(pipe, 0), draw(pipe, 1, num_images_per_prompt=2), draw(pipe, 0, output_type="pt")
+
+
+def test_gather_equals_one_rank(ranks):
+    """Latents, two images for one prompt, and a decoded image."""
+    pipe = tiny_pipeline()
+    want = draw(pipe, 0), draw(pipe, 1, num_images_per_prompt=2), draw(pipe, 0, output_type="pt")
+    for images in ranks(2, gathered):
+        assert_close(images, want)
+
+
+def rotated(rank, group, whole):
+    """Twice the same prompt, then with a negative one; `whole` parallelizes the pipeline."""
+    pipe = tiny_pipeline()
+    options = {"group": group, "policy": "rotate", "inner": "eager"}
+    if whole:
+        pipe = piflux.parallelize(pipe, **options)
+    else:
+        pipe.transformer = piflux.parallelize(pipe.transformer, **options)
+    return draw(pipe, 0), draw(pipe, 1), draw(pipe, 1, **guided()), draw(pipe, 0)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["pipeline", "transformer"])
+def test_every_call_is_an_image_of_its_own(ranks, whole):
+    """As fresh oracles have it, whether piflux saw the calls or inferred them."""
+    want = [
+        draw(oracle_pipeline(2, "rotate"), 0),
+        draw(oracle_pipeline(2, "rotate"), 1),
+        draw(oracle_pipeline(2, "rotate", passes=2), 1, **guided()),
+        draw(oracle_pipeline(2, "rotate"), 0),
+    ]
+    for images in ranks(2, rotated, whole):
+        assert_close(images, want)
+
+
+def seedless(rank, group):
+    """Ranks whose global random states differ, as those of real processes do."""
+    torch.manual_seed(rank)
+    pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
+    return draw(pipe), draw(pipe)
+
+
+def test_without_a_generator_ranks_share_their_noise(ranks):
+    """One noise for all ranks, and another one for the next image."""
+    here, there = ranks(2, seedless)
+    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+    assert (here[0] - here[1]).abs().max() > 0.1
+
+
+def alone(rank, group):
+    """A second instance, used by rank 0 alone: it must not wait for anyone."""
+    call = FluxPipeline.__call__
+    pipe, other = tiny_pipeline(), tiny_pipeline()
+    parallel = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
+    assert isinstance(parallel, FluxPipeline)
+    assert FluxPipeline.__call__ is call
+    assert type(other) is FluxPipeline
+    image = draw(parallel, 0)
+    return [image, draw(other, 0)] if rank == 0 else [image]
+
+
+def test_other_instances_stay_untouched(ranks):
+    want = draw(tiny_pipeline(), 0)
+    for images in ranks(2, alone):
+        assert_close(images, [want] * len(images))
+
+
+class Stopped(Exception):
+    """What a user's callback raises to give an image up."""
+
+
+def stop(pipe, step, timestep, kwargs):
+    if step == 2:
+        raise Stopped
+    return kwargs
+
+
+def given_up(rank, group):
+    pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="displaced", inner="eager")
+    with contextlib.suppress(Stopped):
+        draw(pipe, 1, callback_on_step_end=stop)
+    return draw(pipe, 0)
+
+
+def test_an_image_given_up_leaves_nothing_behind(ranks):
+    want = draw(oracle_pipeline(2, "displaced"), 0)
+    for image in ranks(2, given_up):
+        assert_close([image], [want])
+
+
+def progress(rank, group):
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config()
+    pipe = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
+    with contextlib.redirect_stderr(io.StringIO()) as shown:
+        draw(pipe, 0)
+    return shown.getvalue()
+
+
+def test_rank_0_alone_shows_progress(ranks):
+    first, second = ranks(2, progress)
+    assert f"{STEPS}/{STEPS}" in first
+    assert second == ""
+
+
+def inspected(rank, group, folder):
+    """What a pipeline or a user reaches for on a transformer, before and after a call."""
+    model = tiny_flux()
+    parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+    assert parallel is not model
+    assert isinstance(parallel, torch.nn.Module)
+    assert isinstance(parallel, FluxTransformer2DModel)
+    pipe = tiny_pipeline()
+    pipe.transformer = parallel
+    for _ in range(2):
+        assert parallel.config == model.config
+        assert (parallel.dtype, parallel.device) == (model.dtype, model.device)
+        assert list(parallel.state_dict()) == list(model.state_dict())
+        assert list(parallel.attn_processors) == list(model.attn_processors)
+        assert not parallel.training
+        for ours, theirs in zip(parallel.parameters(), model.parameters(), strict=True):
+            assert ours is theirs
+        with parallel.cache_context("cond"):
+            pass
+        assert pipe.dtype == model.dtype
+        draw(pipe, 0)
+    if rank == 0:
+        parallel.save_pretrained(f"{folder}/transformer")
+        pipe.save_pretrained(f"{folder}/pipeline")
+    return None
+
+
+def test_attributes_survive(ranks, tmp_path):
+    """A parallel transformer is still the transformer, on disk too."""
+    ranks(2, inspected, str(tmp_path))
+    config = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    index = json.loads((tmp_path / "pipeline" / "model_index.json").read_text())
+    assert config["_class_name"] == "FluxTransformer2DModel"
+    assert index["transformer"] == ["diffusers", "FluxTransformer2DModel"]
+    loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
+    want = tiny_flux().state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in loaded.state_dict().items())
