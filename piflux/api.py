@@ -1,0 +1,169 @@
+"""`parallelize`, `generation` and `explain`: what a user calls."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from piflux.compiler import Compiler, make_compiler
+from piflux.groups import check_device
+from piflux.integrations.diffusers import is_pipeline, parallel_pipeline, transformers_of
+from piflux.report import Report
+from piflux.schedule import Policy
+
+Target = TypeVar("Target")
+
+
+class ParallelModule(nn.Module):
+    """The class that a parallelized module's own class is mixed with.
+
+    The parallel module is a second view of the target: an instance of a subclass of the target's
+    class with the very same `__dict__`. So `config`, parameters, adapters and every attribute are
+    the target's, whichever of the two they are set on, and only the call differs.
+    """
+
+    _piflux_compiler: Compiler
+    _piflux_target: nn.Module
+    _piflux_compiled: Callable[..., Any]
+
+    # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parameter = next(self.parameters(), None)
+        if parameter is not None:
+            check_device(self._piflux_compiler.runtime.group, parameter.device)
+        with torch.no_grad():
+            return self._piflux_compiled(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy or pickle is of the target: process groups can't be copied."""
+        return self._piflux_target.__reduce_ex__(protocol)
+
+
+def parallelize(
+    target: Target,
+    *,
+    group: Any = None,
+    policy: Policy = "rotate",
+    sync_steps: int = 1,
+    refresh_every: int | None = None,
+    inner: str | Callable[..., Any] = "inductor",
+) -> Target:
+    """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
+
+    Args:
+        target: a module with scaled dot product attention, or a diffusers pipeline. It stays as it
+            is; the result is a drop-in that shares its parameters. The module is compiled at its
+            first call, once per input signature, for inference only.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group. With none
+            initialised and torchrun's environment present, it is initialised; else one rank runs
+            alone.
+        policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
+            'rotate' or 'displaced' (remembered).
+        sync_steps: how many first steps of an image gather everything.
+        refresh_every: afterwards, gather everything once in so many steps.
+        inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
+
+    Returns:
+        For a module, a module of the same class. For a pipeline, a pipeline of the same class
+        whose every call is one generation and whose ranks start from the same noise.
+
+    Raises:
+        ValueError: a setting out of range, a target already parallelized, a foreign group.
+        TypeError: a target that is neither a module nor a pipeline.
+        RuntimeError: CUDA asked for where there is none.
+        CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
+    """
+    settings: dict[str, Any] = {
+        "group": group,
+        "policy": policy,
+        "sync_steps": sync_steps,
+        "refresh_every": refresh_every,
+        "inner": inner,
+    }
+    if is_pipeline(target):
+        parts = {
+            name: _parallel_module(module, make_compiler(**settings))
+            for name, module in transformers_of(target).items()
+        }
+        return parallel_pipeline(target, parts)
+    if isinstance(target, nn.Module):
+        return _parallel_module(target, make_compiler(**settings))
+    raise TypeError(
+        "piflux.parallelize takes an nn.Module or a diffusers pipeline, got "
+        f"{type(target).__module__}.{type(target).__name__}"
+    )
+
+
+def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
+    if isinstance(target, ParallelModule):
+        raise ValueError(
+            f"this {type(target).__name__} is already parallelized: pass the original module"
+        )
+    if isinstance(target, torch._dynamo.OptimizedModule):
+        raise ValueError(
+            "this module is already wrapped by torch.compile: pass the original module; "
+            "parallelize compiles it"
+        )
+    check_device(
+        compiler.runtime.group, next((p.device for p in target.parameters()), torch.device("cpu"))
+    )
+    cls = type(target)
+    # A class of its own, since whatever the instance holds, the target holds too. It goes by the
+    # target's name, which diffusers writes into configs and looks up again.
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        "_piflux_compiler": compiler,
+        "_piflux_target": target,
+        # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
+        "_piflux_compiled": staticmethod(torch.compile(target, backend=compiler, fullgraph=True)),
+    }
+    view = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
+    view.__dict__ = target.__dict__
+    return view
+
+
+def _compilers(target: Any) -> list[Compiler]:
+    modules = transformers_of(target).values() if is_pipeline(target) else [target]
+    found = [m._piflux_compiler for m in modules if isinstance(m, ParallelModule)]
+    if not found:
+        raise TypeError(
+            f"this {type(target).__name__} is not parallelized: pass what piflux.parallelize gave"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def generation(target: Any) -> Iterator[None]:
+    """One image: inside the block calls are its denoise steps, and the first is step 0.
+
+    A parallelized pipeline does this by itself at every call. Without it the beginning of an image
+    is inferred from the inputs, at the price of a host-device synchronisation each step.
+
+    Args:
+        target: what `parallelize` gave.
+
+    Raises:
+        TypeError: the target isn't parallelized.
+    """
+    with contextlib.ExitStack() as stack:
+        for compiler in _compilers(target):
+            stack.enter_context(compiler.runtime.generation())
+        yield
+
+
+def explain(target: Any) -> Report:
+    """What the compiler did to a parallelized module or pipeline, graph by graph.
+
+    Raises:
+        TypeError: the target isn't parallelized.
+    """
+    return Report(tuple(r for compiler in _compilers(target) for r in compiler.reports))

@@ -1,0 +1,160 @@
+"""The Dynamo backend: from a captured graph to a callable that runs on one rank of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx
+from torch._dynamo.backends.registry import lookup_backend
+
+from piflux.groups import resolve_group
+from piflux.passes.layout import layout
+from piflux.passes.plan import Axis, Context, Plan, known, tensors
+from piflux.passes.propagate import propagate
+from piflux.passes.rewrite_attention import rewrite_attention
+from piflux.passes.runner import run_passes
+from piflux.passes.shard import shard
+from piflux.report import GraphReport
+from piflux.runtime.cache import Runtime
+from piflux.runtime.streams import Roles
+from piflux.schedule import Policy, Schedule
+
+PASSES = (
+    layout,  # decides; everything below carries out its plan
+    rewrite_attention,  # before shard, which inserts uses of the attention's output
+    shard,  # sizes are read off the whole example values, so before they change
+    propagate,  # last: every example value becomes that of a part
+)
+
+
+class Compiler:
+    """The backend with its settings and its runtime: all graphs of one model share them.
+
+    Args:
+        schedule, group: see `Runtime`.
+        inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
+    """
+
+    def __init__(
+        self, schedule: Schedule, group: dist.ProcessGroup | None, inner: str | Callable[..., Any]
+    ) -> None:
+        self.runtime = Runtime(schedule, group)
+        self.inner = lookup_backend(inner)
+        self.reports: list[GraphReport] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        world_size = self.runtime.schedule.world_size
+        ctx = Context(world_size, self.runtime.name)
+        # On one rank too the layout is found, so that a model that can't be sharded says so on
+        # the machine it is developed on.
+        run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
+        self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
+        roles = _roles(gm, ctx.plan)
+        compiled = self.inner(gm, list(example_inputs))
+        return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled)
+
+
+class _PerCall:
+    """A compiled graph; each call is one pass of one denoise step."""
+
+    def __init__(self, runtime: Runtime, roles: Roles, compiled: Callable[..., Any]) -> None:
+        self.runtime = runtime
+        self.roles = roles
+        self.compiled = compiled
+
+    def __call__(self, *args: Any) -> Any:
+        with self.runtime.call(self, self.roles, args):
+            return self.compiled(*args)
+
+
+def backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **unsupported: Any,
+) -> Callable[..., Any]:
+    """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
+
+    Options: `group`, `policy`, `sync_steps`, `refresh_every` and `inner`, as for `parallelize`.
+    Every compiled graph has its own caches; the beginning of an image is inferred.
+
+    Raises:
+        ValueError: an unknown option or a value out of range.
+        CannotShard, NoAttention: see `piflux.passes.layout`.
+    """
+    if unsupported:
+        raise ValueError(f"piflux.backend takes options only, not {', '.join(unsupported)}")
+    return make_compiler(**dict(options or {}))(gm, example_inputs)
+
+
+def make_compiler(
+    *,
+    group: Any = None,
+    policy: Policy = "rotate",
+    sync_steps: int = 1,
+    refresh_every: int | None = None,
+    inner: str | Callable[..., Any] = "inductor",
+    **unknown: Any,
+) -> Compiler:
+    """Raises ValueError for unknown options or values out of range."""
+    if unknown:
+        raise ValueError(
+            f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
+            "sync_steps, refresh_every and inner"
+        )
+    Schedule(policy, sync_steps, refresh_every)  # a bad value is reported before any waiting
+    process_group = resolve_group(group)
+    world_size = process_group.size() if process_group is not None else 1
+    schedule = Schedule(policy, sync_steps, refresh_every, world_size)
+    return Compiler(schedule, process_group, inner)
+
+
+def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:
+    """Sort the graph's inputs: what the output's tokens come from is latent, small ones are clocks.
+
+    Read off the plan, so that it holds for any model: the segments of a joined output name the
+    places where they were born, and the inputs upstream of those are the latents.
+    """
+    output_segments = {
+        segment
+        for _, value in plan.joins
+        for dim in plan.joins[_, value]
+        for segment in plan.layout(Axis(value.node, dim, value.item))
+    }
+    births = {
+        value.node
+        for (_, value), dims in plan.cuts.items()
+        if any(
+            segment in output_segments
+            for dim in dims
+            for segment in plan.layout(Axis(value.node, dim, value.item))
+        )
+    }
+    upstream = set(births)
+    for node in reversed(gm.graph.nodes):
+        if any(user in upstream for user in node.users):
+            upstream.add(node)
+    latents: list[int] = []
+    clocks: list[int] = []
+    conditions: list[int] = []
+    names: dict[int, str] = {}
+    for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
+        if not tensors(node) or _is_of_the_model(node):
+            continue
+        names[position] = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_")
+        if tensors(node)[0].dim() <= 1:
+            clocks.append(position)
+        else:
+            (latents if node in upstream else conditions).append(position)
+    return Roles(tuple(latents), tuple(clocks), tuple(conditions), names)
+
+
+def _is_of_the_model(node: fx.Node) -> bool:
+    """Whether an input is a parameter, a buffer, or a Python number that Dynamo made a tensor."""
+    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
+    number = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    return static or number or isinstance(known(node), torch.nn.Parameter)

@@ -1,0 +1,74 @@
+"""What piflux raises. Every class derives from `PifluxError`."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+from torch._dynamo.exc import ShortenTraceback
+
+
+class PifluxError(Exception):
+    """Base of all piflux errors."""
+
+
+class CompileError(PifluxError, ShortenTraceback):
+    """Raised while a graph is compiled.
+
+    It is a `ShortenTraceback` because Dynamo lets those through unchanged, where any other
+    exception of a backend reaches the user wrapped in `BackendCompilerFailed`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class CannotShard(CompileError):
+    """The token dimension can't be cut at `node`; `reason` says why and what to do.
+
+    Attributes:
+        node: the name of the graph node.
+        op: the node's operation.
+        reason: what stands in the way.
+    """
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        self.node = node.name
+        self.op = describe_op(node)
+        self.reason = reason
+        line = source_line(node)
+        super().__init__(
+            f"{reason}\n  node: %{node.name}\n  op:   {self.op}\n"
+            f"  line: {line if line else 'not recorded (the node is an input of the graph)'}"
+        )
+
+
+class NoAttention(CompileError):
+    """The captured graph holds no scaled_dot_product_attention, so there is nothing to split."""
+
+
+class RanksDisagree(PifluxError):
+    """The ranks were called with different inputs, settings or versions."""
+
+
+def describe_op(node: fx.Node) -> str:
+    """How the user's code spells the operation: `torch.cat`, `Tensor.reshape`, `placeholder`."""
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if node.op != "call_function":
+        return node.op
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = getattr(target, "__module__", None) or "torch"
+    return f"{module.removeprefix('_')}.{getattr(target, '__name__', target)}"
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line of the user's model that made `node`, as 'file:line, in f: code'."""
+    frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.*)', node.stack_trace or "")
+    if not frames:
+        return ""
+    file, line, function, code = frames[-1]
+    return f"{file}:{line}, in {function}: {code.strip()}"

@@ -1,0 +1,76 @@
+"""Which ranks share the work: a given group, the default one, or one that torchrun announced."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+# A dead peer is noticed after this long at the latest.
+DEFAULT_TIMEOUT_S = 60.0
+
+
+def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    """The process group to run on; None for one rank alone.
+
+    Without a group it is the default one; where none is initialised but torchrun's environment is
+    present, it is initialised (NCCL on CUDA, gloo on CPU) with a timeout of `PIFLUX_TIMEOUT_S`
+    seconds (60 if unset); elsewhere there is one rank.
+
+    Raises:
+        ValueError: a mesh of more than one dimension, or a group this process isn't in.
+        RuntimeError: a group for CUDA where there is none.
+        TypeError: something else.
+    """
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"piflux needs a 1-D DeviceMesh, got {group.ndim} dimensions: pass one of them, "
+                "as in mesh['ring']"
+            )
+        group = group.get_group()
+    if group is None:
+        if not dist.is_initialized():
+            if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+                return None
+            _initialise()
+        group = dist.group.WORLD
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "this rank is not a member of the given group: call piflux.parallelize only on the "
+            "ranks of the group"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}"
+        )
+    if "nccl" in dist.get_backend(group) and not torch.cuda.is_available():
+        raise RuntimeError(
+            "the process group is NCCL's, but this machine has no CUDA device: initialise "
+            "torch.distributed with backend='gloo' to run on CPUs"
+        )
+    return group if group.size() > 1 else None
+
+
+def _initialise() -> None:
+    timeout = timedelta(seconds=float(os.environ.get("PIFLUX_TIMEOUT_S", DEFAULT_TIMEOUT_S)))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def check_device(group: dist.ProcessGroup | None, device: torch.device) -> None:
+    """Raises RuntimeError where `group` can't move tensors of `device`."""
+    if group is None:
+        return
+    served = dist.get_backend_config(group)
+    if device.type not in dict(pair.split(":") for pair in served.split(",") if ":" in pair):
+        raise RuntimeError(
+            f"the model is on {device.type}, but the process group serves only {served}: move the "
+            "model, or initialise torch.distributed with 'cpu:gloo,cuda:nccl'"
+        )

@@ -1,0 +1,91 @@
+"""What the graph of a transformer can't see of the diffusers pipeline around it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from piflux.runtime.cache import Runtime
+
+# Pipelines with two experts (Wan) name the second so; everyone has the first.
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def is_pipeline(target: Any) -> bool:
+    """Whether `target` is a diffusers pipeline; does not import diffusers."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    return module is not None and isinstance(target, module.DiffusionPipeline)
+
+
+def transformers_of(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's transformers by component name.
+
+    Raises:
+        ValueError: it has none.
+    """
+    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
+    modules = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+    if not modules:
+        raise ValueError(
+            f"{type(pipe).__name__} has no transformer: piflux splits diffusion transformers; for "
+            "another denoiser call piflux.parallelize on the module itself"
+        )
+    return modules
+
+
+class ParallelPipeline:
+    """The class that a parallelized pipeline's own class is mixed with."""
+
+    _piflux_runtimes: list[Runtime]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One generation: the pipeline's own call, from the same noise on every rank."""
+        call = super().__call__  # type: ignore[misc]
+        group = self._piflux_runtimes[0].group
+        if group is not None:
+            bound = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+            if "generator" in inspect.signature(call).parameters and bound.get("generator") is None:
+                kwargs["generator"] = _shared_generator(group)
+        with contextlib.ExitStack() as stack:
+            for runtime in self._piflux_runtimes:
+                stack.enter_context(runtime.generation())
+            return call(*args, **kwargs)
+
+
+def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
+    """A pipeline like `pipe` with `modules` for its transformers; `pipe` stays as it is.
+
+    Only the group's first rank shows a progress bar.
+    """
+    cls = type(pipe)
+    runtimes = [module._piflux_compiler.runtime for module in modules.values()]
+    group = runtimes[0].group
+    members = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    view = object.__new__(type(cls.__name__, (ParallelPipeline, cls), members))
+    view.__dict__ = dict(pipe.__dict__)
+    view._piflux_runtimes = runtimes
+    for name, module in modules.items():
+        setattr(view, name, module)
+    if group is not None and group.rank() != 0:
+        view.set_progress_bar_config(
+            **{**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        )
+    return view
+
+
+def _shared_generator(group: dist.ProcessGroup) -> torch.Generator:
+    """A CPU generator with one seed for all ranks: the first rank's draw from its own default."""
+    seed = [int(torch.randint(2**62, ()))]
+    dist.broadcast_object_list(seed, group=group, group_src=0)
+    return torch.Generator("cpu").manual_seed(seed[0])

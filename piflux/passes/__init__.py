@@ -1,0 +1,1 @@
+"""The graph passes. Their order is `piflux.compiler.PASSES`; README.md has their invariants."""

@@ -1,0 +1,336 @@
+"""Decide which dimensions carry tokens, which nodes run on a part, and where the boundaries lie."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+import sympy
+from torch import fx
+
+from piflux.errors import CannotShard, NoAttention
+from piflux.passes.plan import (
+    Attention,
+    Axis,
+    Context,
+    Layout,
+    Plan,
+    Segment,
+    Value,
+    axes,
+    expr,
+    known,
+    known_equal,
+    operands,
+    sizes,
+    tensors,
+)
+from piflux.passes.rules import (
+    Flow,
+    Link,
+    attention_arguments,
+    flow,
+    is_attention,
+    mutates,
+    op_name,
+)
+
+
+def layout(gm: fx.GraphModule, ctx: Context) -> int:
+    """Fill `ctx.plan`; edits nothing. Returns the number of nodes that run on a part.
+
+    1. *Mark.* Every attention's query has tokens along its second last dimension. From there
+       tokens are followed along the rules' links, up and down, to every dimension that shares them:
+
+           x: (1, T, 64) -> linear -> q: (1, T, 48) -> view, transpose -> sdpa
+                  ^ marked       ^ marked
+
+    2. *Name.* From the top, a marked dimension that no link leads to is a new segment; the others
+       take over the segments that their links bring. Where two meet in one op they are the same.
+
+    3. *Place.* Upstream of all attention a node may run whole, for every rank has the inputs;
+       between attentions it must run on a part; downstream of all it may again run whole, once its
+       inputs are gathered. So the boundaries are as early and as late as the ops allow.
+
+    Raises:
+        NoAttention: the graph has no scaled_dot_product_attention.
+        CannotShard: tokens are mixed between two attentions, an attention is causal or drops out,
+            or a segment has fewer tokens than there are parts.
+    """
+    if not any(is_attention(node) for node in gm.graph.nodes):
+        raise NoAttention(
+            "the graph has no scaled_dot_product_attention: piflux splits models at their "
+            "attention. If the model has attention by other means, switch it to PyTorch's (in "
+            "diffusers: model.set_attention_backend('native')); if the graph is a fragment, find "
+            "the graph break with fullgraph=True"
+        )
+    flows = {n: flow(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")}
+    _check_attention(gm.graph)
+    marked = _mark(gm.graph, flows)
+    plan = Plan(layouts=_name(gm.graph, flows, marked))
+    _place(gm.graph, flows, plan)
+    _check_lengths(plan, ctx.world_size)
+    ctx.plan = plan
+    return len(plan.local)
+
+
+def _check_attention(graph: fx.Graph) -> None:
+    for node in filter(is_attention, graph.nodes):
+        call = attention_arguments(node)
+        if known(call.is_causal) is not False:
+            raise CannotShard(node, "causal attention depends on the order of tokens over parts")
+        if known(call.dropout_p) != 0:
+            raise CannotShard(node, "attention with dropout: call .eval() on the model")
+
+
+def _mark(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> set[Axis]:
+    """Every dimension that shares tokens with some attention's query."""
+    neighbours: dict[Axis, list[Axis]] = defaultdict(list)
+    for found in flows.values():
+        for link in found.links:
+            neighbours[link.source].append(link.target)
+            neighbours[link.target].append(link.source)
+    queries = [attention_arguments(n).query for n in graph.nodes if is_attention(n)]
+    todo = deque(Axis(query, len(sizes(query)) - 2) for query in queries)
+    marked = set(todo)
+    while todo:
+        for axis in neighbours[todo.popleft()]:
+            if axis not in marked:
+                marked.add(axis)
+                todo.append(axis)
+    return marked
+
+
+def _name(graph: fx.Graph, flows: dict[fx.Node, Flow], marked: set[Axis]) -> dict[Axis, Layout]:
+    layouts: dict[Axis, Layout] = {}
+    for node in graph.nodes:
+        arriving: dict[Axis, list[Link]] = defaultdict(list)
+        for link in _flow(node, flows).links:
+            if link.target in marked:
+                arriving[link.target].append(link)
+        for axis in axes(node):
+            if axis in arriving:
+                layouts[axis] = _arrive(node, arriving[axis], layouts)
+            elif axis in marked:
+                layouts[axis] = (Segment(sizes(node, axis.item)[axis.dim]),)
+    return layouts
+
+
+def _arrive(node: fx.Node, links: list[Link], layouts: dict[Axis, Layout]) -> Layout:
+    """The layout of a dimension from the runs of tokens that arrive in it, left to right."""
+    runs: dict[sympy.Expr, Layout] = {}
+    ends: dict[sympy.Expr, sympy.Expr] = {}
+    for link in links:
+        run = _take(node, _resolved(layouts[link.source]), link.start, link.length)
+        at = next((other for other in runs if known_equal(other, link.at)), link.at)
+        runs[at] = _unify(node, runs[at], run) if at in runs else run
+        ends[at] = sympy.expand(at + link.length)
+    found: Layout = ()
+    at = sympy.Integer(0)
+    for _ in range(len(runs)):
+        here = next((other for other in runs if known_equal(other, at)), None)
+        if here is None:
+            raise CannotShard(node, "the runs of tokens that meet here leave gaps or overlap")
+        found, at = found + runs[here], ends[here]
+    return found
+
+
+def _resolved(segments: Iterable[Segment]) -> Layout:
+    return tuple(s for segment in segments for s in segment.resolve())
+
+
+def _split(segment: Segment, first: sympy.Expr) -> Layout:
+    """Refine a segment into its first tokens and the others."""
+    rest = sympy.expand(segment.length - first)
+    segment.stands_for = (Segment(first), Segment(rest))
+    return segment.stands_for
+
+
+def _shorter(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether a < b; a and b are known to differ."""
+    difference = sympy.expand(b - a)
+    if difference.is_positive or difference.is_negative:
+        return bool(difference.is_positive)
+    raise CannotShard(node, f"can't tell which of two runs of tokens is longer, {a} or {b}")
+
+
+def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) -> Layout:
+    """The segments of layout[start : start + length], refining those cut in two."""
+    for edge in (start, sympy.expand(start + length)):
+        at = sympy.Integer(0)
+        for segment in layout:
+            end = sympy.expand(at + segment.length)
+            if known_equal(edge, at) or known_equal(edge, end):
+                break
+            if _shorter(node, edge, end):
+                _split(segment, sympy.expand(edge - at))
+                break
+            at = end
+        layout = _resolved(layout)
+    taken: list[Segment] = []
+    at = sympy.Integer(0)
+    inside = False
+    for segment in layout:
+        inside = inside or known_equal(at, start)
+        if inside and known_equal(at, sympy.expand(start + length)):
+            break
+        if inside:
+            taken.append(segment)
+        at = sympy.expand(at + segment.length)
+    return tuple(taken)
+
+
+def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
+    """Two layouts of the same tokens become one."""
+    left, right = deque(_resolved(a)), deque(_resolved(b))
+    same: list[Segment] = []
+    while left and right:
+        x, y = left.popleft(), right.popleft()
+        if x is not y:
+            if known_equal(x.length, y.length):
+                y.stands_for = (x,)
+            elif _shorter(node, x.length, y.length):
+                head, tail = _split(y, x.length)
+                head.stands_for = (x,)
+                right.appendleft(tail)
+            else:
+                head, tail = _split(x, y.length)
+                head.stands_for = (y,)
+                left.appendleft(tail)
+                x = y
+        same.append(x)
+    if left or right:
+        raise CannotShard(node, "two operands have different numbers of tokens")
+    return tuple(same)
+
+
+def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
+    """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
+    sharing = {
+        node
+        for node in filter(is_attention, graph.nodes)
+        if all(axis in plan.layouts for axis in flows[node].attended)
+    }
+    if not sharing:
+        first = next(filter(is_attention, graph.nodes))
+        raise CannotShard(first, "no attention reads keys and values of the tokens it serves")
+    for node in set(filter(is_attention, graph.nodes)) - sharing:
+        if any(axis in plan.layouts for axis in flows[node].attended):
+            raise CannotShard(node, "only one of keys and values carries tokens that queries have")
+    downstream = _reach(graph.nodes, sharing, "all_input_nodes")
+    upstream = _reach(reversed(graph.nodes), sharing, "users")
+    mixed = {node: _mixed(node, _flow(node, flows), plan) for node in graph.nodes}
+
+    whole: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        # Upstream of attention a whole value is computed from whole ones, not gathered.
+        wanted = node not in downstream and any(
+            user in whole
+            and user not in downstream
+            or any(axis.node is node and axis in plan.layouts for axis in _flow(user, flows).whole)
+            for user in node.users
+        )
+        ends = node.op in ("placeholder", "get_attr", "output")
+        if ends or mixed[node] or _born(node, flows, plan) or wanted and _carries(node, plan):
+            whole.add(node)
+    for node in graph.nodes:
+        # Only a tensor can be cut, not the tuple it comes in.
+        if op_name(node) == "getitem" and node.args[0] in whole and _in_tuple(node):
+            whole.add(node)
+
+    plan.local = {n for n in graph.nodes if n not in whole and _touches(n, plan)}
+    for node in graph.nodes:
+        if node in whole and node.op != "output" and node in downstream and node in upstream:
+            if _touches(node, plan):
+                raise CannotShard(
+                    node,
+                    "this op mixes tokens between two attentions, or piflux has no rule for it; "
+                    "no rank holds all tokens here",
+                )
+        for value in operands(node):
+            rank = len(sizes(*value))
+            dims = [d for d in range(rank) if Axis(value.node, d, value.item) in plan.layouts]
+            needed = {a.dim for a in _flow(node, flows).whole if Value(a.node, a.item) == value}
+            if not dims:
+                continue
+            if node in plan.local and value.node in whole:
+                if cut := tuple(d for d in dims if d not in needed):
+                    plan.cuts[node, value] = cut
+                if mutates(node) and node.args[0] is value.node:
+                    raise CannotShard(node, "this op writes in place into a value that is whole")
+            elif node in plan.local and needed & set(dims):
+                raise CannotShard(
+                    node, f"needs dimension {min(needed)} of %{value.node.name} whole"
+                )
+            elif node in whole and value.node in plan.local:
+                plan.joins[node, value] = tuple(dims)
+                if len(dims) > 1:
+                    raise CannotShard(
+                        node, f"%{value.node.name} carries tokens along {len(dims)} dimensions"
+                    )
+    slots = [node for node in graph.nodes if node in sharing]
+    for slot, node in enumerate(slots):
+        key, value = (plan.layout(axis) for axis in flows[node].attended)
+        if key != value:
+            raise CannotShard(node, "keys and values have different tokens")
+        plan.attentions.append(Attention(node, slot, key))
+
+
+def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:
+    """The seeds and every node that has one of those reached before it `along` its edges."""
+    reached = set(seeds)
+    for node in nodes:
+        if any(other in reached for other in getattr(node, along)):
+            reached.add(node)
+    return reached
+
+
+def _flow(node: fx.Node, flows: dict[fx.Node, Flow]) -> Flow:
+    return flows.get(node, Flow())
+
+
+def _in_tuple(node: fx.Node) -> bool:
+    return isinstance(known(node.args[0]), (tuple, list))
+
+
+def _carries(node: fx.Node, plan: Plan) -> bool:
+    return any(axis in plan.layouts for axis in axes(node))
+
+
+def _touches(node: fx.Node, plan: Plan) -> bool:
+    return _carries(node, plan) or any(_carries(n, plan) for n in node.all_input_nodes)
+
+
+def _born(node: fx.Node, flows: dict[fx.Node, Flow], plan: Plan) -> bool:
+    """Whether some token dimension of the node's value comes from none of its inputs'."""
+    arriving = {link.target for link in _flow(node, flows).links if link.source in plan.layouts}
+    return any(axis in plan.layouts and axis not in arriving for axis in axes(node))
+
+
+def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
+    """The node's operands with a token dimension that does not reappear in the node's value."""
+    allowed = {link.source for link in found.links} | {*found.attended, *found.whole}
+    return {
+        value
+        for value in operands(node)
+        for dim in range(len(sizes(*value)))
+        if (axis := Axis(value.node, dim, value.item)) in plan.layouts and axis not in allowed
+    }
+
+
+def _check_lengths(plan: Plan, world_size: int) -> None:
+    for axis, found in plan.layouts.items():
+        for segment in _resolved(found):
+            size = tensors(axis.node)[axis.item].shape[axis.dim]
+            if segment.length.is_number:
+                enough = int(segment.length) >= world_size
+            elif known_equal(expr(size), segment.length):
+                enough = bool(size >= world_size)  # a guard: another length, another graph
+            else:
+                continue  # a joint dimension; its segments have one of their own
+            if not enough:
+                raise CannotShard(
+                    axis.node,
+                    f"a segment of {segment.length} tokens can't be cut into {world_size} parts: "
+                    "use fewer ranks or more tokens",
+                )

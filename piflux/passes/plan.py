@@ -1,0 +1,153 @@
+"""What the passes tell each other: axes, segments, layouts and the plan that `layout` decides."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+class Axis(NamedTuple):
+    """Dimension `dim` of a node's value; `item` says which tensor where a node returns several."""
+
+    node: fx.Node
+    dim: int
+    item: int = 0
+
+
+class Value(NamedTuple):
+    """One tensor of a node."""
+
+    node: fx.Node
+    item: int = 0
+
+
+@dataclass(eq=False)
+class Segment:
+    """A run of tokens born at one boundary.
+
+    Two segments that meet in one op turn out to be the same tokens, or one turns out to be a run
+    of several shorter ones (a joint rotary table and the text and image it serves). So a segment
+    may come to stand for others: `layout` refines it.
+    """
+
+    length: sympy.Expr
+    stands_for: tuple[Segment, ...] = ()
+
+    def resolve(self) -> Iterator[Segment]:
+        if not self.stands_for:
+            yield self
+        for segment in self.stands_for:
+            yield from segment.resolve()
+
+
+Layout = tuple[Segment, ...]
+
+
+class Attention(NamedTuple):
+    """One attention to be rewritten, and the layout of its keys' and values' sequence."""
+
+    node: fx.Node
+    slot: int
+    layout: Layout
+
+
+@dataclass
+class Plan:
+    """What `layout` decided; the editing passes only carry it out.
+
+    Attributes:
+        layouts: the segments of every token dimension.
+        local: the nodes that run on one part.
+        attentions: those that need the other parts' keys and values.
+        cuts: (consumer, producer) -> the dimensions of the producer's whole value to cut for this
+            consumer, in order.
+        joins: likewise, the dimensions along which a part must become a whole.
+    """
+
+    layouts: dict[Axis, Layout] = field(default_factory=dict)
+    local: set[fx.Node] = field(default_factory=set)
+    attentions: list[Attention] = field(default_factory=list)
+    cuts: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
+    joins: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
+
+    def layout(self, axis: Axis) -> Layout:
+        """Refined as far as the whole graph asks for."""
+        return tuple(s for segment in self.layouts[axis] for s in segment.resolve())
+
+
+@dataclass
+class Context:
+    """One compilation: what passes read and what they leave for the next.
+
+    Attributes:
+        world_size: the number of parts.
+        runtime: the name of the `Runtime` that the inserted ops use.
+        plan: set by `layout`.
+    """
+
+    world_size: int
+    runtime: str
+    plan: Plan = field(default_factory=Plan)
+
+
+def expr(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as an expression that can be compared without adding a guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:
+    """A size's value in the call that was captured; `near` is any fake tensor of the graph."""
+    size = expr(size) if isinstance(size, (int, torch.SymInt)) else size
+    if size.is_number:
+        return int(size)
+    shape_env = cast(FakeTensor, near).fake_mode.shape_env
+    assert shape_env is not None
+    # torch 2.11 and 2.12 have it under the second name.
+    values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    return int(size.xreplace(values))
+
+
+def known_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    return a == b or sympy.expand(a - b) == 0
+
+
+def tensors(node: fx.Node) -> list[Tensor]:
+    """The fake tensors that a node gives: none, one, or a tuple's."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)) and all(isinstance(x, Tensor) for x in value):
+        return list(value)
+    return []
+
+
+def sizes(node: fx.Node, item: int = 0) -> list[sympy.Expr]:
+    """The shape of a node's tensor."""
+    return [expr(size) for size in tensors(node)[item].shape]
+
+
+def axes(node: fx.Node) -> Iterator[Axis]:
+    for item, x in enumerate(tensors(node)):
+        for dim in range(x.dim()):
+            yield Axis(node, dim, item)
+
+
+def operands(node: fx.Node) -> list[Value]:
+    """Every tensor that a node reads, each once."""
+    if node.target is operator.getitem and isinstance(known(node.args[0]), (tuple, list)):
+        source, item = node.args
+        assert isinstance(source, fx.Node) and isinstance(item, int)
+        return [Value(source, item % len(tensors(source)))] if tensors(source) else []
+    return [Value(n, i) for n in node.all_input_nodes for i in range(len(tensors(n)))]
+
+
+def known(value: Any) -> Any:
+    """An argument's value at compile time: a node's example, or the argument itself."""
+    return value.meta.get("example_value") if isinstance(value, fx.Node) else value

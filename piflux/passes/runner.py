@@ -1,0 +1,41 @@
+"""What no pass does for itself: lint, recompile, count, time, log and trace."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from torch import fx
+from torch._logging import trace_structured
+
+from piflux.passes.plan import Context
+
+log = logging.getLogger(__name__)
+
+Pass = Callable[[fx.GraphModule, Context], int]
+
+
+def run_passes(gm: fx.GraphModule, ctx: Context, passes: Sequence[Pass]) -> None:
+    """Run `passes` in order over `gm`, in place.
+
+    `TORCH_LOGS="+piflux"` prints a line a pass; with `TORCH_TRACE=dir` the graph before the first
+    and after each pass becomes an artifact of the trace.
+    """
+    _trace("piflux_0_captured", gm)
+    for number, run in enumerate(passes, start=1):
+        start = time.perf_counter()
+        count = run(gm, ctx)
+        gm.graph.lint()
+        gm.recompile()
+        elapsed = time.perf_counter() - start
+        log.info("%-18s %5d nodes %7.3f s", run.__name__, count, elapsed)
+        _trace(f"piflux_{number}_{run.__name__}", gm)
+
+
+def _trace(name: str, gm: fx.GraphModule) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )

@@ -1,0 +1,92 @@
+"""Insert the boundaries that `layout` decided, and make every size between them local."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from piflux.passes.lengths import Length, Lengths
+from piflux.passes.plan import Axis, Context, Layout, Value, known_equal
+from piflux.passes.rules import Resizer, flow
+
+
+def shard(gm: fx.GraphModule, ctx: Context) -> int:
+    """Cut and join values on the plan's boundary edges. Returns the number of boundaries.
+
+    Before, with 48 image tokens:
+
+        h = linear(x, w)                                         # (1, 48, 96)
+        r = h.reshape(1, 48, 4, 24)
+        return (r,)
+
+    After, on 2 ranks:
+
+        x_part = piflux.shard(x, 1, [48], 2, 'piflux')           # (1, 24, 64)
+        h = linear(x_part, w)
+        r = h.reshape((1, 24, 4, 24))
+        r_whole = piflux.unshard(r, 1, [48], 2, 'piflux')        # (1, 48, 4, 24)
+        return (r_whole,)
+    """
+    plan = ctx.plan
+    lengths = Lengths(gm.graph, ctx.world_size)
+    edges = [
+        *(("shard", edge, dims) for edge, dims in plan.cuts.items()),
+        *(("unshard", edge, dims) for edge, dims in plan.joins.items()),
+    ]
+    for node in [n for n in gm.graph.nodes if n in plan.local]:
+        _resize(node, ctx, lengths)
+    made: dict[tuple[Value, str, tuple[int, ...]], fx.Node] = {}
+    for verb, (consumer, value), dims in edges:
+        key = value, verb, dims
+        if key not in made:
+            made[key] = _boundary(gm.graph, ctx, lengths, *key)
+        consumer.replace_input_with(value.node, made[key])
+    return len(made)
+
+
+def _boundary(
+    graph: fx.Graph, ctx: Context, lengths: Lengths, value: Value, verb: str, dims: tuple[int, ...]
+) -> fx.Node:
+    """Cut or join `value` along each of `dims`, as early as possible."""
+    made = value.node
+    for dim in dims:
+        layout = ctx.plan.layout(Axis(value.node, dim, value.item))
+        full = [lengths.full(segment.length) for segment in layout]
+        at_head = made.op == "placeholder"  # inputs stay together, and lengths follow them
+        with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(made):
+            made = graph.create_node(
+                "call_function",
+                getattr(torch.ops.piflux, verb).default,
+                (made, dim, full, ctx.world_size, ctx.runtime),
+                name=f"{value.node.name.strip('_')}_{'part' if verb == 'shard' else 'whole'}",
+            )
+        made.meta = dict(value.node.meta)
+    return made
+
+
+def _resize(node: fx.Node, ctx: Context, lengths: Lengths) -> None:
+    resize = flow(node).resize
+    if resize is None:
+        return
+
+    def size(axis: Axis) -> Length | None:
+        carries = axis in ctx.plan.layouts
+        return lengths.local(ctx.plan.layout(axis)) if carries else None
+
+    def position(axis: Axis, full: sympy.Expr) -> Length:
+        return lengths.local(_before(ctx.plan.layout(axis), full))
+
+    node.args, node.kwargs = resize(Resizer(size, position))
+
+
+def _before(layout: Layout, position: sympy.Expr) -> Layout:
+    """The segments that lie before a position on the edge of one."""
+    at: Any = sympy.Integer(0)
+    for i, segment in enumerate(layout):
+        if known_equal(at, position):
+            return layout[:i]
+        at = at + segment.length
+    return layout

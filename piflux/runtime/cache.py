@@ -1,0 +1,176 @@
+"""The state behind a compiled model: the step counter, the streams and their cache slots.
+
+The cache is not an argument of the graph. `cached_sdpa` is declared free of side effects and finds
+its slot through the runtime's name, as functional collectives find their process group. So AOT
+autograd needs no auto_functionalized copies of some gigabytes of keys and values, and one graph
+serves sync and steady steps. It is safe because a slot is touched by one node of one graph, and
+that node's output is always used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+
+from piflux.parts import join, write
+from piflux.runtime.agreement import check_agreement, fingerprint
+from piflux.runtime.collectives import Gathering, all_gather, any_rank
+from piflux.runtime.streams import Roles, Seen, Slot, Stream
+from piflux.schedule import Schedule, Step
+
+_RUNTIMES: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
+_NUMBERS = count()
+
+# Guidance methods make at most three passes a step; a stream that sat out more calls than this is
+# of an image that has ended, and its caches are freed.
+STALE_CALLS = 6
+
+
+class Runtime:
+    """One compiled model's step counter and caches on one rank.
+
+    Args:
+        schedule: which part each rank computes at which step.
+        group: the ranks; None for one rank alone.
+        name: how graph nodes name this runtime; chosen if None.
+    """
+
+    def __init__(
+        self, schedule: Schedule, group: dist.ProcessGroup | None, name: str | None = None
+    ) -> None:
+        self.schedule = schedule
+        self.group = group
+        self.rank = group.rank() if group is not None else 0
+        self.name = f"piflux_{next(_NUMBERS)}" if name is None else name
+        self.explicit = False
+        self.streams: list[Stream] = []
+        self.calls = 0
+        self._now: tuple[Stream, Step] | None = None
+        _RUNTIMES[self.name] = self
+
+    @staticmethod
+    def named(name: str) -> Runtime:
+        """Raises RuntimeError if the model that owned it is gone."""
+        try:
+            return _RUNTIMES[name]
+        except KeyError:
+            raise RuntimeError(
+                f"the piflux runtime {name!r} is gone: keep the compiled model alive"
+            ) from None
+
+    @property
+    def now(self) -> tuple[Stream, Step]:
+        """The stream and step of the call under way."""
+        if self._now is None:
+            raise RuntimeError(f"no call of {self.name!r} is under way")
+        return self._now
+
+    def reset(self) -> None:
+        """Forget every stream; the next call is a generation's first step."""
+        for stream in self.streams:
+            for slot in stream.slots.values():
+                # A collective that is still under way must not outlive its buffers.
+                for gathering in slot.coming:
+                    gathering.wait()
+        self.streams.clear()
+
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        """One image: streams start at step 0 and end with the block."""
+        outer, self.explicit = self.explicit, True
+        self.streams.clear()
+        try:
+            yield
+            self.reset()
+        finally:
+            self.streams.clear()
+            self.explicit = outer
+
+    @contextlib.contextmanager
+    def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[None]:
+        """Find this call's stream and step, on all ranks alike; `args` are the graph's inputs.
+
+        Raises:
+            RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
+        """
+        try:
+            stream = self._stream(graph, roles.pick(roles.conditions, args))
+            self._advance(stream, roles, args)
+            self._now = stream, self.schedule.step(stream.index)
+            yield
+        except BaseException:
+            # Part of the slots are of this step, part of the last: none can be trusted. The
+            # collectives under way may never end, so they are not waited for.
+            self.streams.clear()
+            raise
+        finally:
+            self._now = None
+
+    def _stream(self, graph: object, conditions: list[Tensor]) -> Stream:
+        self.calls += 1
+        self.streams = [s for s in self.streams if self.calls - s.used <= STALE_CALLS]
+        for stream in self.streams:
+            if stream.graph is graph and all(
+                seen.again(x) for seen, x in zip(stream.conditions, conditions, strict=True)
+            ):
+                stream.used = self.calls
+                return stream
+        stream = Stream(graph, [Seen(x) for x in conditions], self.calls)
+        self.streams.append(stream)
+        return stream
+
+    def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
+        group = self.group
+        if group is None:
+            return
+        if not self.explicit:
+            latents = roles.pick(roles.latents, args)
+            goes_on = stream.observe(roles.pick(roles.clocks, args), latents)
+            # One rank in doubt is enough: a rank alone in a sync step would wait for ever.
+            if any_rank(not goes_on, latents[0].device, group):
+                stream.restart()
+        stream.index += 1
+        if stream.index == 0:
+            settings = {"schedule": self.schedule, "explicit generation": self.explicit}
+            check_agreement(fingerprint(settings, roles.inputs(args)), group)
+
+    def exchange(self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        """This rank's fresh keys and values for the whole sequence's, as the policy has them.
+
+        Args:
+            slot: which attention of the graph.
+            fresh: keys and values of this rank's part, each (batch, heads, part tokens, head dim).
+            lengths: the full length of each segment.
+
+        Returns:
+            Keys and values, each (batch, heads, all tokens, head dim).
+        """
+        stream, step = self.now
+        assert self.group is not None
+        world_size, part = self.schedule.world_size, step.parts[self.rank]
+        if step.sync:
+            whole = [join(all_gather(x, self.group), step.parts, -2, lengths) for x in fresh]
+            if self.schedule.policy != "gather":
+                stream.slots[slot] = Slot(whole)
+            return whole
+        kept = stream.slots[slot]
+        for whole, gathering in zip(kept.whole, kept.coming):
+            join(gathering.wait(), kept.parts, -2, lengths, whole)
+        for whole, x in zip(kept.whole, fresh, strict=True):
+            write(whole, -2, lengths, world_size, part, x)
+        if self.schedule.policy == "displaced":
+            kept.coming = [Gathering(x, self.group) for x in fresh]
+            kept.parts = step.parts
+        return kept.whole
+
+    def gather(self, piece: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        """The whole dimension `dim` from every rank's part."""
+        _, step = self.now
+        assert self.group is not None
+        return join(all_gather(piece, self.group), step.parts, dim, lengths)

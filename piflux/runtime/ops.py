@@ -1,0 +1,121 @@
+"""The ops that passes put into graphs, with their fakes.
+
+Shapes: a token dimension of segments `lengths` (L1, L2, ...) is L1 + L2 + ... long as a whole and
+ceil(L1 / N) + ceil(L2 / N) + ... long as a part, N being `world_size`. `runtime` names the
+`Runtime` that knows the step; outside a call of its model the ops raise RuntimeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from piflux.parts import cut, part_length
+from piflux.runtime.cache import Runtime
+
+
+@torch.library.custom_op(
+    "piflux::shard",
+    mutates_args=(),
+    schema="(Tensor x, int dim, SymInt[] lengths, int world_size, str runtime) -> Tensor",
+)
+def shard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+    """This rank's part of `x` at this step: (.., sum(lengths), ..) -> (.., part tokens, ..)."""
+    state = Runtime.named(runtime)
+    _, step = state.now
+    return cut(x, dim, lengths, world_size, step.parts[state.rank])
+
+
+@shard.register_fake
+def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = sum(part_length(length, world_size) for length in lengths)
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op(
+    "piflux::unshard",
+    mutates_args=(),
+    schema="(Tensor x, int dim, SymInt[] lengths, int world_size, str runtime) -> Tensor",
+)
+def unshard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+    """The whole from the ranks' parts: (.., part tokens, ..) -> (.., sum(lengths), ..)."""
+    return Runtime.named(runtime).gather(x, dim, lengths)
+
+
+@unshard.register_fake
+def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] = sum(lengths)
+    return x.new_empty(shape)
+
+
+@torch.library.custom_op(
+    "piflux::cached_sdpa",
+    mutates_args=(),
+    schema=(
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float? scale, "
+        "bool enable_gqa, SymInt[] lengths, int slot, int world_size, str runtime) -> Tensor"
+    ),
+)
+def cached_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+    lengths: Sequence[int],
+    slot: int,
+    world_size: int,
+    runtime: str,
+) -> Tensor:
+    """Attention of this rank's queries to the whole sequence's keys and values.
+
+    Args:
+        query: (batch, heads, part tokens, head dim).
+        key: (batch, heads, part tokens, head dim); the whole is gathered or remembered.
+        value: like `key`.
+        attn_mask: broadcastable to (batch, heads, part tokens, all tokens), or None.
+        scale: as in `scaled_dot_product_attention`.
+        enable_gqa: likewise.
+        lengths: full length of each segment of the keys' sequence.
+        slot: which cache slot of the runtime this attention owns.
+        world_size: the number of parts.
+        runtime: the runtime's name.
+
+    Returns:
+        (batch, heads, part tokens, value head dim).
+    """
+    key, value = Runtime.named(runtime).exchange(slot, (key, value), lengths)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
+    )
+    return _tokens_before_heads(out)
+
+
+@cached_sdpa.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    scale: float | None,
+    enable_gqa: bool,
+    lengths: Sequence[int],
+    slot: int,
+    world_size: int,
+    runtime: str,
+) -> Tensor:
+    return _tokens_before_heads(query.new_empty((*query.shape[:-1], value.shape[-1])))
+
+
+def _tokens_before_heads(x: Tensor) -> Tensor:
+    """The memory layout that attention kernels write and the next projection reads without a copy.
+
+    Which kernel runs decides the layout of its output, so a fake that promises one needs this.
+    """
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2)

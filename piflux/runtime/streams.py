@@ -1,0 +1,118 @@
+"""Which generation a call belongs to, and whether it goes on with it.
+
+A call of a diffusion transformer has inputs of three roles: *latents* change from step to step,
+*clocks* (timestep, guidance: at most one dimension) say where on the way the step is, and
+*conditions* (prompt embeddings, ids) stay. A *stream* is the run of calls with the same conditions:
+a conditional and an unconditional pass are two streams of one generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from piflux.runtime.collectives import Gathering
+
+# Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
+# image's noise does not. Below this a call is not taken for the next step.
+LATENT_CORRELATION = 0.5
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Positions of a graph's inputs by role; parameters have none."""
+
+    latents: tuple[int, ...]
+    clocks: tuple[int, ...]
+    conditions: tuple[int, ...]
+    names: dict[int, str]
+
+    def pick(self, role: Sequence[int], args: Sequence[Any]) -> list[Tensor]:
+        return [args[i] for i in role if isinstance(args[i], Tensor)]
+
+    def inputs(self, args: Sequence[Any]) -> dict[str, Tensor]:
+        """Every input that has a role, by name."""
+        order = sorted((*self.latents, *self.clocks, *self.conditions))
+        return {self.names[i]: args[i] for i in order if isinstance(args[i], Tensor)}
+
+
+class Seen:
+    """A tensor as it was at an earlier call, to tell whether a later one is the same."""
+
+    def __init__(self, x: Tensor) -> None:
+        # Inference tensors count no versions, so only a copy can show a change made in place.
+        self.version = None if x.is_inference() else x._version
+        self.tensor = x.clone() if self.version is None else x
+
+    def again(self, x: Tensor) -> bool:
+        """Free if `x` is the very tensor, unmodified; else compares contents, which waits for the
+        device."""
+        if x is self.tensor and self.version is not None and x._version == self.version:
+            return True
+        if x is self.tensor or x.shape != self.tensor.shape or x.dtype != self.tensor.dtype:
+            return False
+        return x.device == self.tensor.device and bool((x == self.tensor).all())
+
+
+@dataclass
+class Slot:
+    """One attention's keys and values: the whole sequence's, and what is on its way.
+
+    Attributes:
+        whole: keys and values, each (batch, heads, all tokens, head dim).
+        coming: `displaced`: the all-gathers of the last step's keys and values.
+        parts: the part that each rank computed when it sent `coming`.
+    """
+
+    whole: list[Tensor]
+    coming: list[Gathering] = field(default_factory=list)
+    parts: tuple[int, ...] = ()
+
+
+@dataclass
+class Stream:
+    """The calls of one generation that share conditions, and their cache slots."""
+
+    graph: object
+    conditions: list[Seen]
+    used: int
+    index: int = -1
+    slots: dict[int, Slot] = field(default_factory=dict)
+    clocks: list[float] = field(default_factory=list)
+    latents: list[Tensor] = field(default_factory=list)
+    direction: int = 0
+
+    def restart(self) -> None:
+        self.index, self.direction = -1, 0
+        self.slots.clear()
+
+    def observe(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
+        """Whether this call is certainly the next step after the last observed one.
+
+        It is if every clock that moved went the way the generation's clocks go and at least one
+        moved, and the latents resemble the last ones. Synchronises host and device.
+        """
+        now = [float(value) for clock in clocks for value in clock.reshape(-1).tolist()]
+        moves = {(a > b) - (a < b) for a, b in zip(now, self.clocks)} - {0}
+        way = moves.pop() if len(moves) == 1 and len(now) == len(self.clocks) else 0
+        goes_on = (
+            way != 0
+            and self.direction in (0, way)
+            and len(latents) == len(self.latents)
+            and all(_resemble(a, b) for a, b in zip(latents, self.latents, strict=True))
+        )
+        self.direction = way if goes_on else 0
+        self.clocks = now
+        self.latents = [x.clone() for x in latents]
+        return goes_on
+
+
+def _resemble(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    x, y = a.reshape(-1).float(), b.reshape(-1).float()
+    return bool(F.cosine_similarity(x, y, dim=0) >= LATENT_CORRELATION) or bool((x == y).all())

@@ -1,0 +1,66 @@
+"""Policies as data: which part a rank computes at a step, and whether the step is a sync step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Policy = Literal["gather", "rotate", "displaced"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoise step of a generation.
+
+    Attributes:
+        index: 0 at the generation's first step.
+        sync: whether attention sees every part's keys and values of this very step.
+        parts: `parts[rank]` is the part that `rank` computes.
+    """
+
+    index: int
+    sync: bool
+    parts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The policy unrolled over the steps of a generation.
+
+    Attributes:
+        policy: 'gather' (every step is a sync step), 'rotate' or 'displaced'.
+        sync_steps: how many first steps are sync steps. 0 means 1: the caches start empty, and
+            only a sync step can fill them.
+        refresh_every: after the first ones, one sync step every so many steps; None for never.
+        world_size: the number of ranks, which is the number of parts.
+
+    Raises:
+        ValueError: a field is out of range.
+    """
+
+    policy: Policy = "rotate"
+    sync_steps: int = 1
+    refresh_every: int | None = None
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.policy not in get_args(Policy):
+            choices = ", ".join(repr(name) for name in get_args(Policy))
+            raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
+        if not isinstance(self.sync_steps, int) or self.sync_steps < 0:
+            raise ValueError(f"sync_steps must be an integer >= 0, got {self.sync_steps!r}")
+        if self.refresh_every is not None and (
+            not isinstance(self.refresh_every, int) or self.refresh_every < 1
+        ):
+            raise ValueError(
+                f"refresh_every must be an integer >= 1 or None, got {self.refresh_every!r}"
+            )
+
+    def step(self, index: int) -> Step:
+        """The generation's step `index`, counted from 0."""
+        after = index - max(1, self.sync_steps) + 1  # 0 at the last of the first sync steps
+        refresh = self.refresh_every is not None and after % self.refresh_every == 0
+        sync = self.policy == "gather" or after <= 0 or refresh
+        turn = index if self.policy == "rotate" else 0
+        parts = tuple((rank + turn) % self.world_size for rank in range(self.world_size))
+        return Step(index, sync, parts)
