@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from piflux.parts import part_length
-from piflux.passes.plan import Axis, Context, Layout, Value, example_size, tensors
+from piflux.passes.plan import Axis, Context, Plan, Value, example_size, tensors
 from piflux.schedule import Schedule
 
 
@@ -59,19 +59,18 @@ class GraphReport:
     @classmethod
     def of(cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule) -> GraphReport:
         plan, world_size = ctx.plan, ctx.world_size
-        boundaries: dict[tuple[str, Value, tuple[int, ...]], BoundaryReport] = {}
+        boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
             for (_, value), dims in edges.items():
                 for dim in dims:
-                    layout = plan.layout(Axis(value.node, dim, value.item))
                     boundaries.setdefault(
-                        (verb, value, (dim,)), _boundary(verb, value, dim, layout, world_size)
+                        (verb, value, dim), _boundary(plan, verb, value, dim, world_size)
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = held = 0
-        for node, _, layout in plan.attentions:
+        for node, _, keys in plan.attentions:
             _, key, value = (tensors(n)[0] for n in node.all_input_nodes[:3])
-            lengths = [example_size(s.length, key) for s in layout]
+            lengths = [example_size(length, key) for length in plan.lengths(keys)]
             part = sum(part_length(length, world_size) for length in lengths)
             per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, value))
             sent += per_token * part * (world_size - 1)
@@ -123,9 +122,10 @@ class Report:
         return "\n".join(f"graph {i}: {graph}" for i, graph in enumerate(self.graphs))
 
 
-def _boundary(verb: str, value: Value, dim: int, layout: Layout, world_size: int) -> BoundaryReport:
+def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) -> BoundaryReport:
     x = tensors(value.node)[value.item]
-    lengths = tuple(example_size(segment.length, x) for segment in layout)
+    full = plan.lengths(Axis(value.node, dim, value.item))
+    lengths = tuple(example_size(length, x) for length in full)
     parts = tuple(part_length(length, world_size) for length in lengths)
     overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
     name = value.node.name.strip("_")

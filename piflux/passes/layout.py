@@ -18,12 +18,11 @@ from piflux.passes.plan import (
     Segment,
     Value,
     axes,
-    expr,
+    holds,
     known,
-    known_equal,
     operands,
+    same,
     sizes,
-    tensors,
 )
 from piflux.passes.rules import (
     Flow,
@@ -122,13 +121,13 @@ def _arrive(node: fx.Node, links: list[Link], layouts: dict[Axis, Layout]) -> La
     ends: dict[sympy.Expr, sympy.Expr] = {}
     for link in links:
         run = _take(node, _resolved(layouts[link.source]), link.start, link.length)
-        at = next((other for other in runs if known_equal(other, link.at)), link.at)
+        at = next((other for other in runs if same(node, other, link.at)), link.at)
         runs[at] = _unify(node, runs[at], run) if at in runs else run
         ends[at] = sympy.expand(at + link.length)
     found: Layout = ()
     at = sympy.Integer(0)
     for _ in range(len(runs)):
-        here = next((other for other in runs if known_equal(other, at)), None)
+        here = next((other for other in runs if same(node, other, at)), None)
         if here is None:
             raise CannotShard(node, "the runs of tokens that meet here leave gaps or overlap")
         found, at = found + runs[here], ends[here]
@@ -147,11 +146,7 @@ def _split(segment: Segment, first: sympy.Expr) -> Layout:
 
 
 def _shorter(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
-    """Whether a < b; a and b are known to differ."""
-    difference = sympy.expand(b - a)
-    if difference.is_positive or difference.is_negative:
-        return bool(difference.is_positive)
-    raise CannotShard(node, f"can't tell which of two runs of tokens is longer, {a} or {b}")
+    return holds(sympy.Lt(a, b), node)
 
 
 def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) -> Layout:
@@ -160,7 +155,7 @@ def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) 
         at = sympy.Integer(0)
         for segment in layout:
             end = sympy.expand(at + segment.length)
-            if known_equal(edge, at) or known_equal(edge, end):
+            if same(node, edge, at) or same(node, edge, end):
                 break
             if _shorter(node, edge, end):
                 _split(segment, sympy.expand(edge - at))
@@ -171,8 +166,8 @@ def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) 
     at = sympy.Integer(0)
     inside = False
     for segment in layout:
-        inside = inside or known_equal(at, start)
-        if inside and known_equal(at, sympy.expand(start + length)):
+        inside = inside or same(node, at, start)
+        if inside and same(node, at, start + length):
             break
         if inside:
             taken.append(segment)
@@ -183,11 +178,11 @@ def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) 
 def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
     """Two layouts of the same tokens become one."""
     left, right = deque(_resolved(a)), deque(_resolved(b))
-    same: list[Segment] = []
+    merged: list[Segment] = []
     while left and right:
         x, y = left.popleft(), right.popleft()
         if x is not y:
-            if known_equal(x.length, y.length):
+            if same(node, x.length, y.length):
                 y.stands_for = (x,)
             elif _shorter(node, x.length, y.length):
                 head, tail = _split(y, x.length)
@@ -198,10 +193,10 @@ def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
                 head.stands_for = (y,)
                 left.appendleft(tail)
                 x = y
-        same.append(x)
+        merged.append(x)
     if left or right:
         raise CannotShard(node, "two operands have different numbers of tokens")
-    return tuple(same)
+    return tuple(merged)
 
 
 def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
@@ -268,12 +263,11 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
                     raise CannotShard(
                         node, f"%{value.node.name} carries tokens along {len(dims)} dimensions"
                     )
-    slots = [node for node in graph.nodes if node in sharing]
-    for slot, node in enumerate(slots):
+    for slot, node in enumerate(n for n in graph.nodes if n in sharing):
         key, value = (plan.layout(axis) for axis in flows[node].attended)
         if key != value:
             raise CannotShard(node, "keys and values have different tokens")
-        plan.attentions.append(Attention(node, slot, key))
+        plan.attentions.append(Attention(node, slot, flows[node].attended[0]))
 
 
 def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:
@@ -319,18 +313,11 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
 
 
 def _check_lengths(plan: Plan, world_size: int) -> None:
-    for axis, found in plan.layouts.items():
-        for segment in _resolved(found):
-            size = tensors(axis.node)[axis.item].shape[axis.dim]
-            if segment.length.is_number:
-                enough = int(segment.length) >= world_size
-            elif known_equal(expr(size), segment.length):
-                enough = bool(size >= world_size)  # a guard: another length, another graph
-            else:
-                continue  # a joint dimension; its segments have one of their own
-            if not enough:
+    for axis in plan.layouts:
+        for length in plan.lengths(axis):
+            if holds(sympy.Lt(length, world_size), axis.node):
                 raise CannotShard(
                     axis.node,
-                    f"a segment of {segment.length} tokens can't be cut into {world_size} parts: "
-                    "use fewer ranks or more tokens",
+                    f"a segment of {length} tokens can't be cut into {world_size} parts: use "
+                    "fewer ranks or more tokens",
                 )

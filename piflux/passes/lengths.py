@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -13,7 +13,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from piflux.parts import part_length
-from piflux.passes.plan import Layout, known
+from piflux.passes.plan import known
 
 Length = int | fx.Node
 
@@ -47,11 +47,11 @@ class Lengths:
 
         return self._once(length, from_inputs)
 
-    def local(self, layout: Layout) -> Length:
-        """How many tokens a part of these segments has."""
+    def local(self, lengths: Sequence[sympy.Expr]) -> Length:
+        """How many tokens a part of segments of these full lengths has."""
         total: Length = 0
-        for segment in layout:
-            total = self._apply(operator.add, total, self._part(self.full(segment.length)))
+        for length in lengths:
+            total = self._apply(operator.add, total, self._part(self.full(length)))
         return total
 
     def _part(self, full: Length) -> Length:

@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 class Axis(NamedTuple):
@@ -51,11 +52,11 @@ Layout = tuple[Segment, ...]
 
 
 class Attention(NamedTuple):
-    """One attention to be rewritten, and the layout of its keys' and values' sequence."""
+    """One attention to be rewritten, and the token axis of its keys."""
 
     node: fx.Node
     slot: int
-    layout: Layout
+    keys: Axis
 
 
 @dataclass
@@ -81,6 +82,10 @@ class Plan:
         """Refined as far as the whole graph asks for."""
         return tuple(s for segment in self.layouts[axis] for s in segment.resolve())
 
+    def lengths(self, axis: Axis) -> tuple[sympy.Expr, ...]:
+        """Full length of each segment."""
+        return tuple(simplified(segment.length, axis.node) for segment in self.layout(axis))
+
 
 @dataclass
 class Context:
@@ -102,20 +107,47 @@ def expr(size: int | torch.SymInt) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def known_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two sizes are the same by algebra alone."""
+    return a == b or sympy.expand(a - b) == 0
+
+
+def holds(relation: sympy.Basic, node: fx.Node) -> bool:
+    """Whether a relation between sizes of `node`'s graph holds.
+
+    What can't be proved is asked of the captured sizes and becomes a guard: Dynamo compiles
+    another graph for sizes that don't fulfil it.
+    """
+    if relation in (sympy.true, sympy.false):
+        return bool(relation)
+    return bool(_shape_env(tensors(node)[0]).evaluate_expr(relation))
+
+
+def same(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two sizes of `node`'s graph are equal, as `holds` has it."""
+    return known_equal(a, b) or holds(sympy.Eq(a, b), node)
+
+
 def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:
     """A size's value in the call that was captured; `near` is any fake tensor of the graph."""
     size = expr(size) if isinstance(size, (int, torch.SymInt)) else size
     if size.is_number:
         return int(size)
-    shape_env = cast(FakeTensor, near).fake_mode.shape_env
-    assert shape_env is not None
+    env = _shape_env(near)
     # torch 2.11 and 2.12 have it under the second name.
-    values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val")
     return int(size.xreplace(values))
 
 
-def known_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
-    return a == b or sympy.expand(a - b) == 0
+def simplified(size: sympy.Expr, node: fx.Node) -> sympy.Expr:
+    """The size in terms of as few symbols as the guards allow."""
+    return size if size.is_number else _shape_env(tensors(node)[0]).replace(size)
+
+
+def _shape_env(fake: Tensor) -> ShapeEnv:
+    env = cast(FakeTensor, fake).fake_mode.shape_env
+    assert env is not None, "symbolic sizes have a shape environment"
+    return env
 
 
 def tensors(node: fx.Node) -> list[Tensor]:

@@ -153,7 +153,7 @@ def _broadcast(source: fx.Node, target: fx.Node, skip: Iterable[int] = ()) -> li
     pairs = [
         (d, d + shift)
         for d in range(len(shape))
-        if d - len(shape) not in skip and d + shift >= 0 and known_equal(shape[d], out[d + shift])
+        if d - len(shape) not in skip and d + shift >= 0 and (shape[d] != 1 or out[d + shift] == 1)
     ]
     return _same(source, target, pairs)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import sympy
 import torch
 from torch import fx
 
 from piflux.passes.lengths import Length, Lengths
-from piflux.passes.plan import Axis, Context, Layout, Value, known_equal
+from piflux.passes.plan import Axis, Context, Value, same
 from piflux.passes.rules import Resizer, flow
 
 
@@ -53,8 +53,8 @@ def _boundary(
     """Cut or join `value` along each of `dims`, as early as possible."""
     made = value.node
     for dim in dims:
-        layout = ctx.plan.layout(Axis(value.node, dim, value.item))
-        full = [lengths.full(segment.length) for segment in layout]
+        axis = Axis(value.node, dim, value.item)
+        full = [lengths.full(length) for length in ctx.plan.lengths(axis)]
         at_head = made.op == "placeholder"  # inputs stay together, and lengths follow them
         with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(made):
             made = graph.create_node(
@@ -74,19 +74,21 @@ def _resize(node: fx.Node, ctx: Context, lengths: Lengths) -> None:
 
     def size(axis: Axis) -> Length | None:
         carries = axis in ctx.plan.layouts
-        return lengths.local(ctx.plan.layout(axis)) if carries else None
+        return lengths.local(ctx.plan.lengths(axis)) if carries else None
 
     def position(axis: Axis, full: sympy.Expr) -> Length:
-        return lengths.local(_before(ctx.plan.layout(axis), full))
+        return lengths.local(_before(axis.node, ctx.plan.lengths(axis), full))
 
     node.args, node.kwargs = resize(Resizer(size, position))
 
 
-def _before(layout: Layout, position: sympy.Expr) -> Layout:
+def _before(
+    node: fx.Node, lengths: Sequence[sympy.Expr], position: sympy.Expr
+) -> Sequence[sympy.Expr]:
     """The segments that lie before a position on the edge of one."""
-    at: Any = sympy.Integer(0)
-    for i, segment in enumerate(layout):
-        if known_equal(at, position):
-            return layout[:i]
-        at = at + segment.length
-    return layout
+    at = sympy.Integer(0)
+    for i, length in enumerate(lengths):
+        if same(node, at, position):
+            return lengths[:i]
+        at = at + length
+    return lengths
