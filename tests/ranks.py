@@ -81,6 +81,14 @@ class RanksFailed(AssertionError):
     """A rank raised, died or hung in a job that was meant to succeed."""
 
 
+def _tell(failed: dict[int, Failure]) -> str:
+    """What the ranks met, the same failure of several ranks once."""
+    told: dict[str, list[int]] = {}
+    for rank, failure in failed.items():
+        told.setdefault(failure.traceback or failure.message, []).append(rank)
+    return "\n".join(f"ranks {ranks}: {text}" for text, ranks in told.items())
+
+
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -155,7 +163,7 @@ class Pool:
 
 
 class Ranks:
-    """The session's pools: one of 4 for most tests, one of 8 for the few that want more."""
+    """The session's pools of 2, 4 and 8 ranks, each started when first asked for."""
 
     def __init__(self) -> None:
         self._pools: dict[int, Pool] = {}
@@ -165,8 +173,7 @@ class Ranks:
         outcomes = self._run(n, fn, *args, timeout=timeout)
         failed = {rank: got for rank, got in enumerate(outcomes) if isinstance(got, Failure)}
         if failed:
-            texts = [f"rank {rank}: {got.traceback or got.message}" for rank, got in failed.items()]
-            raise RanksFailed("\n".join(texts))
+            raise RanksFailed(_tell(failed))
         return outcomes
 
     def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
@@ -175,7 +182,7 @@ class Ranks:
         return [got if isinstance(got, Failure) else None for got in outcomes]
 
     def _run(self, n: int, fn, *args, timeout: float) -> list:
-        size = 4 if n <= 4 else 8
+        size = next(size for size in (2, 4, 8) if size >= n)
         if size not in self._pools:
             self._pools[size] = Pool(size)
         try:

@@ -2,6 +2,7 @@
 
 import os
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -75,16 +76,25 @@ def test_a_group_this_rank_is_not_in(ranks):
 
 
 def cuda_asked_for(rank, group):
-    mesh = dist.device_mesh.DeviceMesh("cuda", [0, 1], _init_backend=False, _rank=rank)
-    return caught(piflux.parallelize, tiny_flux(), group=mesh, inner="eager")
+    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+        return caught(piflux.parallelize, tiny_flux(), group=group, inner="eager")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is not absent here")
+def test_cuda_asked_for_and_absent(ranks):
+    """The group is NCCL's, which a machine without CUDA can only pretend."""
+    assert_all(ranks(2, cuda_asked_for), RuntimeError, "CUDA", "gloo")
+
+
+def on_meta(rank, group):
+    return caught(piflux.parallelize, tiny_flux().to("meta"), group=group, inner="eager")
+
+
+def test_a_device_the_group_does_not_serve(ranks):
+    assert_all(ranks(2, on_meta), RuntimeError, "meta")
 
 
 # ------------------------------------------------------------------------------------ what is cut
-
-
-class Plain(nn.Module):
-    def forward(self, hidden_states):
-        return hidden_states.sin()
 
 
 def unattentive(rank, group):
