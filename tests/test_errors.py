@@ -47,9 +47,8 @@ def test_errors_have_a_common_base():
         ({"policy": "rotated"}, ["rotated", "gather", "rotate", "displaced"]),
         ({"sync_steps": -1}, ["sync_steps", "-1"]),
         ({"refresh_every": 0}, ["refresh_every", "0"]),
-        ({"inner": "inductr"}, ["inductr"]),
     ],
-    ids=["policy", "sync_steps", "refresh_every", "inner"],
+    ids=["policy", "sync_steps", "refresh_every"],
 )
 @pytest.mark.parametrize("target", [tiny_flux, tiny_pipeline], ids=["model", "pipeline"])
 def test_arguments_out_of_range(target, options, words):
@@ -65,33 +64,32 @@ def test_parallelizing_twice():
 
 
 def outside(rank, group):
-    pair = dist.new_group([0, 1])
-    return caught(piflux.parallelize, tiny_flux(), group=pair, inner="eager")
+    piflux.parallelize(tiny_flux(), group=dist.new_group([0, 1]), inner="eager")
 
 
 def test_a_group_this_rank_is_not_in(ranks):
-    *members, third, fourth = ranks(4, outside)
+    *members, third, fourth = ranks.errors(4, outside)
     assert members == [None, None]
     assert_all([third, fourth], ValueError, "group")
 
 
 def cuda_asked_for(rank, group):
     with mock.patch.object(dist, "get_backend", return_value="nccl"):
-        return caught(piflux.parallelize, tiny_flux(), group=group, inner="eager")
+        piflux.parallelize(tiny_flux(), group=group, inner="eager")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is not absent here")
 def test_cuda_asked_for_and_absent(ranks):
     """The group is NCCL's, which a machine without CUDA can only pretend."""
-    assert_all(ranks(2, cuda_asked_for), RuntimeError, "CUDA", "gloo")
+    assert_all(ranks.errors(2, cuda_asked_for), RuntimeError, "CUDA", "gloo")
 
 
 def on_meta(rank, group):
-    return caught(piflux.parallelize, tiny_flux().to("meta"), group=group, inner="eager")
+    piflux.parallelize(tiny_flux().to("meta"), group=group, inner="eager")
 
 
 def test_a_device_the_group_does_not_serve(ranks):
-    assert_all(ranks(2, on_meta), RuntimeError, "meta")
+    assert_all(ranks.errors(2, on_meta), RuntimeError, "meta")
 
 
 # ------------------------------------------------------------------------------------ what is cut
@@ -99,11 +97,11 @@ def test_a_device_the_group_does_not_serve(ranks):
 
 def unattentive(rank, group):
     parallel = piflux.parallelize(nn.Sequential(nn.Linear(8, 8)), group=group, inner="eager")
-    return caught(parallel, torch.randn(1, 16, 8))
+    parallel(torch.randn(1, 16, 8))
 
 
 def test_a_target_without_attention(ranks):
-    assert_all(ranks(2, unattentive), piflux.NoAttention, "scaled_dot_product_attention")
+    assert_all(ranks.errors(2, unattentive), piflux.NoAttention, "scaled_dot_product_attention")
 
 
 def short(rank, group):
@@ -187,10 +185,6 @@ def sort(x):
     return x.sort(1).values
 
 
-def select(x):
-    return x + x[:, 0:1]
-
-
 MIXERS = {
     mean: "mean",
     cumulate: "cumsum",
@@ -201,7 +195,6 @@ MIXERS = {
     mix: "matmul",
     normalize: "layer_norm",
     sort: "sort",
-    select: "getitem",
 }
 
 
@@ -225,6 +218,91 @@ def test_what_mixes_tokens_is_refused(ranks):
         assert_all(failures, piflux.CannotShard, op, f"test_errors.py:{line}", mixer.__name__)
     assert_all(causal, piflux.CannotShard, "causal", "scaled_dot_product_attention")
     assert_all(causal, piflux.CannotShard, "test_errors.py", "attend")
+
+
+def select(x):
+    return x + x[:, :1]
+
+
+def swap(x):
+    return x + torch.cat([x[:, 8:], x[:, :8]], 1)
+
+
+def repeat(x):
+    return x + torch.cat([x[:, :8], x[:, :8]], 1)
+
+
+def stride(x):
+    return x + x[:, ::2].repeat_interleave(2, 1)
+
+
+def pair(x):
+    return x + torch.tanh(x.reshape(1, 8, 16)).flip(-1).reshape(1, 16, 8)
+
+
+def scramble(x):
+    return x + x.transpose(1, 2).reshape(1, 16, 8)
+
+
+def split(x):
+    first, second = x.chunk(2, 1)
+    return torch.cat([first.sin(), second.cos()], 1)
+
+
+def rotate_features(x):
+    return x + x.reshape(1, 16, 4, 2).flip(-1).reshape(1, 16, 8)
+
+
+def position(x):
+    return x * torch.arange(x.shape[1])[:, None]
+
+
+def count(x):
+    return x / x.shape[1]
+
+
+def noise(x):
+    return x + 0 * torch.rand(x.shape)
+
+
+def scatter(x):
+    return x.index_add(1, torch.tensor([0]), x[:, 3:4])
+
+
+def swap_in_place(x):
+    x = x.clone()
+    x[:, :8] = x[:, 8:]
+    return x
+
+
+DOUBTFUL = [
+    *(select, swap, repeat, stride, pair, scramble, split, rotate_features),
+    *(position, count, noise, scatter, swap_in_place),
+]
+
+
+@torch.no_grad()
+def tried(rank, group):
+    """For each doubtful operation how far off the result is, or why it was refused."""
+    outcomes = []
+    for between in DOUBTFUL:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, hidden_states = TwoAttentions(between), torch.randn(1, 16, 8)
+        parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+        try:
+            outcomes.append((parallel(hidden_states) - model(hidden_states)).abs().max().item())
+        except piflux.CannotShard as error:
+            outcomes.append(Failure.of(error))
+    return outcomes
+
+
+def test_what_may_mix_tokens_is_right_or_refused(ranks):
+    """Never a wrong image: slices, views and positions come out right, or nothing comes out."""
+    for between, *outcomes in zip(DOUBTFUL, *ranks(2, tried), strict=True):
+        for outcome in outcomes:
+            if isinstance(outcome, float):
+                assert outcome < 1e-5, between.__name__
 
 
 def masks(tokens):
@@ -270,11 +348,11 @@ class Broken(TwoAttentions):
 
 def broken(rank, group):
     parallel = piflux.parallelize(Broken(nothing), group=group, policy="gather", inner="eager")
-    return caught(parallel, torch.randn(1, 16, 8))
+    parallel(torch.randn(1, 16, 8))
 
 
 def test_a_graph_break_is_no_silent_fallback(ranks):
-    assert_all(ranks(2, broken), Exception, "graph")
+    assert_all(ranks.errors(2, broken), Exception, "graph")
 
 
 # -------------------------------------------------------------------------------- disagreement
@@ -326,10 +404,10 @@ def set_apart(rank, group):
         options = {"policy": "rotate"} | (other if rank == 1 else {})
         model = piflux.parallelize(tiny_flux(), group=group, inner="eager", **options)
         failures.append(caught(model, **flux_inputs()))
-    if rank == 1:
-        torch.__version__ = "1.0"
     model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
-    failures.append(caught(model, **flux_inputs()))
+    version = "1.0" if rank == 1 else torch.__version__
+    with mock.patch.object(torch, "__version__", version):
+        failures.append(caught(model, **flux_inputs()))
     return failures
 
 

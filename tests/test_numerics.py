@@ -147,6 +147,7 @@ def with_lora(model):
     model.add_adapter(
         LoraConfig(
             r=2,
+            lora_alpha=2,  # what a state dict without metadata is loaded with
             target_modules=["to_q", "to_k", "to_v", "proj_mlp", "add_k_proj"],
             init_lora_weights=False,
         )
