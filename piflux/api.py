@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -17,6 +18,9 @@ from piflux.schedule import Policy
 
 Target = TypeVar("Target")
 
+# Models that warn of deprecated inputs would break the graph at the warning.
+_LOGGING = {getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")}
+
 
 class ParallelModule(nn.Module):
     """The class that a parallelized module's own class is mixed with.
@@ -29,13 +33,14 @@ class ParallelModule(nn.Module):
     _piflux_compiler: Compiler
     _piflux_target: nn.Module
     _piflux_compiled: Callable[..., Any]
+    _piflux_quiet: contextlib.AbstractContextManager[Any]
 
     # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_device(self._piflux_compiler.runtime.group, parameter.device)
-        with torch.no_grad():
+        with torch.no_grad(), self._piflux_quiet:
             return self._piflux_compiled(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +129,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         "_piflux_compiler": compiler,
         "_piflux_target": target,
         # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
+        "_piflux_quiet": torch._dynamo.config.patch(ignore_logger_methods=_LOGGING),
         "_piflux_compiled": staticmethod(torch.compile(target, backend=compiler, fullgraph=True)),
     }
     view = object.__new__(type(cls.__name__, (ParallelModule, cls), members))

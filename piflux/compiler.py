@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import InvalidBackend
 
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
@@ -34,15 +35,25 @@ class Compiler:
     """The backend with its settings and its runtime: all graphs of one model share them.
 
     Args:
-        schedule, group: see `Runtime`.
+        schedule: see `Runtime`.
+        group: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
+
+    Raises:
+        ValueError: `inner` is no backend.
     """
 
     def __init__(
         self, schedule: Schedule, group: dist.ProcessGroup | None, inner: str | Callable[..., Any]
     ) -> None:
         self.runtime = Runtime(schedule, group)
-        self.inner = lookup_backend(inner)
+        try:
+            self.inner = lookup_backend(inner)
+        except InvalidBackend as error:
+            raise ValueError(
+                f"unknown inner compiler {inner!r}: use 'inductor', 'eager' or another backend of "
+                "torch.compile"
+            ) from error
         self.reports: list[GraphReport] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -138,10 +138,10 @@ def _resolved(segments: Iterable[Segment]) -> Layout:
     return tuple(s for segment in segments for s in segment.resolve())
 
 
-def _split(segment: Segment, first: sympy.Expr) -> Layout:
+def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
     """Refine a segment into its first tokens and the others."""
     rest = sympy.expand(segment.length - first)
-    segment.stands_for = (Segment(first), Segment(rest))
+    segment.stands_for = (Segment(first, node), Segment(rest, node))
     return segment.stands_for
 
 
@@ -158,7 +158,7 @@ def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) 
             if same(node, edge, at) or same(node, edge, end):
                 break
             if _shorter(node, edge, end):
-                _split(segment, sympy.expand(edge - at))
+                _split(node, segment, sympy.expand(edge - at))
                 break
             at = end
         layout = _resolved(layout)
@@ -185,11 +185,11 @@ def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
             if same(node, x.length, y.length):
                 y.stands_for = (x,)
             elif _shorter(node, x.length, y.length):
-                head, tail = _split(y, x.length)
+                head, tail = _split(node, y, x.length)
                 head.stands_for = (x,)
                 right.appendleft(tail)
             else:
-                head, tail = _split(x, y.length)
+                head, tail = _split(node, x, y.length)
                 head.stands_for = (y,)
                 left.appendleft(tail)
                 x = y
@@ -314,10 +314,10 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
 
 def _check_lengths(plan: Plan, world_size: int) -> None:
     for axis in plan.layouts:
-        for length in plan.lengths(axis):
+        for segment, length in zip(plan.layout(axis), plan.lengths(axis), strict=True):
             if holds(sympy.Lt(length, world_size), axis.node):
                 raise CannotShard(
-                    axis.node,
-                    f"a segment of {length} tokens can't be cut into {world_size} parts: use "
-                    "fewer ranks or more tokens",
+                    segment.taken_by or axis.node,
+                    f"a run of {length} tokens can't be cut into {world_size} parts: use fewer "
+                    "ranks or more tokens",
                 )

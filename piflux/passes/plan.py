@@ -36,9 +36,15 @@ class Segment:
     Two segments that meet in one op turn out to be the same tokens, or one turns out to be a run
     of several shorter ones (a joint rotary table and the text and image it serves). So a segment
     may come to stand for others: `layout` refines it.
+
+    Attributes:
+        length: its tokens.
+        taken_by: the node that took it out of a longer one, if one did.
+        stands_for: the shorter ones that it turned out to be.
     """
 
     length: sympy.Expr
+    taken_by: fx.Node | None = None
     stands_for: tuple[Segment, ...] = ()
 
     def resolve(self) -> Iterator[Segment]:
