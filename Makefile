@@ -1,0 +1,36 @@
+# The two commands: `make demo` makes an image on 1 and on 2 ranks, `make test` runs every check.
+#
+# On Linux PyPI's torch brings CUDA, some gigabytes. A machine without a GPU can do without:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint snapshots
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy piflux
+
+# Rewrites the graphs expected by the snapshot tests; read the diff before committing it.
+snapshots: $(INSTALLED)
+	EXPECTTEST_ACCEPT=1 $(BIN)/python -m pytest $$(grep -l assertExpectedInline tests/test_*.py)
+
+# Debian's Python makes no pip inside an environment; then the one outside installs it.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install -c constraints.txt pip; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt --editable '.[dev]'
+	touch $@
