@@ -132,7 +132,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         "_piflux_quiet": torch._dynamo.config.patch(ignore_logger_methods=_LOGGING),
         "_piflux_compiled": staticmethod(torch.compile(target, backend=compiler, fullgraph=True)),
     }
-    view = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
+    view: Any = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
     view.__dict__ = target.__dict__
     return view
 

@@ -69,10 +69,10 @@ class GraphReport:
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = held = 0
         for node, _, keys in plan.attentions:
-            _, key, value = (tensors(n)[0] for n in node.all_input_nodes[:3])
+            key, content = (tensors(n)[0] for n in node.all_input_nodes[1:3])
             lengths = [example_size(length, key) for length in plan.lengths(keys)]
             part = sum(part_length(length, world_size) for length in lengths)
-            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, value))
+            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
             sent += per_token * part * (world_size - 1)
             held += per_token * sum(lengths)
         if world_size == 1 or schedule.policy == "gather":

@@ -72,7 +72,7 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
-    view = object.__new__(type(cls.__name__, (ParallelPipeline, cls), members))
+    view: Any = object.__new__(type(cls.__name__, (ParallelPipeline, cls), members))
     view.__dict__ = dict(pipe.__dict__)
     view._piflux_runtimes = runtimes
     for name, module in modules.items():

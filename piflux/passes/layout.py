@@ -34,6 +34,9 @@ from piflux.passes.rules import (
     op_name,
 )
 
+# A run of tokens shorter than this is no segment of its own.
+FEWEST_TOKENS = 2
+
 
 def layout(gm: fx.GraphModule, ctx: Context) -> int:
     """Fill `ctx.plan`; edits nothing. Returns the number of nodes that run on a part.
@@ -139,9 +142,17 @@ def _resolved(segments: Iterable[Segment]) -> Layout:
 
 
 def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
-    """Refine a segment into its first tokens and the others."""
+    """Refine a segment, at the request of `node`, into its first tokens and the others."""
     rest = sympy.expand(segment.length - first)
-    segment.stands_for = (Segment(first, node), Segment(rest, node))
+    for piece in (first, rest):
+        # Also what ends the refinement where an op shifts tokens by a few.
+        if holds(sympy.Lt(piece, FEWEST_TOKENS), node):
+            raise CannotShard(
+                node,
+                f"takes a run of {piece} tokens out of {segment.length}: this mixes tokens or "
+                "leaves too few to cut",
+            )
+    segment.stands_for = (Segment(first), Segment(rest))
     return segment.stands_for
 
 
@@ -177,26 +188,33 @@ def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) 
 
 def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
     """Two layouts of the same tokens become one."""
-    left, right = deque(_resolved(a)), deque(_resolved(b))
+    left, right = deque(a), deque(b)
     merged: list[Segment] = []
     while left and right:
-        x, y = left.popleft(), right.popleft()
-        if x is not y:
-            if same(node, x.length, y.length):
-                y.stands_for = (x,)
-            elif _shorter(node, x.length, y.length):
-                head, tail = _split(node, y, x.length)
-                head.stands_for = (x,)
-                right.appendleft(tail)
-            else:
-                head, tail = _split(node, x, y.length)
-                head.stands_for = (y,)
-                left.appendleft(tail)
-                x = y
+        x, y = _next(left), _next(right)
+        if x is not y and same(node, x.length, y.length):
+            y.stands_for = (x,)
+        elif x is not y and _shorter(node, x.length, y.length):
+            right.appendleft(y)
+            _split(node, y, x.length)
+            left.appendleft(x)
+            continue
+        elif x is not y:
+            left.appendleft(x)
+            _split(node, x, y.length)
+            right.appendleft(y)
+            continue
         merged.append(x)
     if left or right:
         raise CannotShard(node, "two operands have different numbers of tokens")
     return tuple(merged)
+
+
+def _next(layout: deque[Segment]) -> Segment:
+    """The first segment, as far refined as it is by now."""
+    first, *others = layout.popleft().resolve()
+    layout.extendleft(reversed(others))
+    return first
 
 
 def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
@@ -235,39 +253,38 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
 
     plan.local = {n for n in graph.nodes if n not in whole and _touches(n, plan)}
     for node in graph.nodes:
-        if node in whole and node.op != "output" and node in downstream and node in upstream:
-            if _touches(node, plan):
-                raise CannotShard(
-                    node,
-                    "this op mixes tokens between two attentions, or piflux has no rule for it; "
-                    "no rank holds all tokens here",
-                )
-        for value in operands(node):
-            rank = len(sizes(*value))
-            dims = [d for d in range(rank) if Axis(value.node, d, value.item) in plan.layouts]
-            needed = {a.dim for a in _flow(node, flows).whole if Value(a.node, a.item) == value}
-            if not dims:
-                continue
-            if node in plan.local and value.node in whole:
-                if cut := tuple(d for d in dims if d not in needed):
-                    plan.cuts[node, value] = cut
-                if mutates(node) and node.args[0] is value.node:
-                    raise CannotShard(node, "this op writes in place into a value that is whole")
-            elif node in plan.local and needed & set(dims):
-                raise CannotShard(
-                    node, f"needs dimension {min(needed)} of %{value.node.name} whole"
-                )
-            elif node in whole and value.node in plan.local:
-                plan.joins[node, value] = tuple(dims)
-                if len(dims) > 1:
-                    raise CannotShard(
-                        node, f"%{value.node.name} carries tokens along {len(dims)} dimensions"
-                    )
+        between = node in downstream and node in upstream
+        if node in whole and between and _touches(node, plan):
+            raise CannotShard(
+                node,
+                "this op mixes tokens between two attentions, or piflux has no rule for it; no "
+                "rank holds all tokens here",
+            )
+        for operand in operands(node):
+            _edge(node, operand, _flow(node, flows), plan, whole)
     for slot, node in enumerate(n for n in graph.nodes if n in sharing):
-        key, value = (plan.layout(axis) for axis in flows[node].attended)
-        if key != value:
+        keys, values = flows[node].attended
+        if plan.layout(keys) != plan.layout(values):
             raise CannotShard(node, "keys and values have different tokens")
-        plan.attentions.append(Attention(node, slot, flows[node].attended[0]))
+        plan.attentions.append(Attention(node, slot, keys))
+
+
+def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.Node]) -> None:
+    """Decide whether `operand` is cut or joined on its way into `node`."""
+    rank = len(sizes(*operand))
+    dims = [d for d in range(rank) if Axis(operand.node, d, operand.item) in plan.layouts]
+    needed = {axis.dim for axis in found.whole if Value(axis.node, axis.item) == operand}
+    if node in plan.local and operand.node in whole:
+        if cut := tuple(d for d in dims if d not in needed):
+            plan.cuts[node, operand] = cut
+            if mutates(node) and node.args[0] is operand.node:
+                raise CannotShard(node, "writes in place into a value that other ops need whole")
+    elif node in plan.local and needed & set(dims):
+        raise CannotShard(node, f"needs dimension {min(needed)} of %{operand.node.name} whole")
+    elif node in whole and operand.node in plan.local and dims:
+        if len(dims) > 1:
+            raise CannotShard(node, f"%{operand.node.name} carries tokens along {dims}")
+        plan.joins[node, operand] = tuple(dims)
 
 
 def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:
@@ -314,10 +331,10 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
 
 def _check_lengths(plan: Plan, world_size: int) -> None:
     for axis in plan.layouts:
-        for segment, length in zip(plan.layout(axis), plan.lengths(axis), strict=True):
+        for length in plan.lengths(axis):
             if holds(sympy.Lt(length, world_size), axis.node):
                 raise CannotShard(
-                    segment.taken_by or axis.node,
+                    axis.node,
                     f"a run of {length} tokens can't be cut into {world_size} parts: use fewer "
                     "ranks or more tokens",
                 )

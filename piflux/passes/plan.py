@@ -39,12 +39,10 @@ class Segment:
 
     Attributes:
         length: its tokens.
-        taken_by: the node that took it out of a longer one, if one did.
         stands_for: the shorter ones that it turned out to be.
     """
 
     length: sympy.Expr
-    taken_by: fx.Node | None = None
     stands_for: tuple[Segment, ...] = ()
 
     def resolve(self) -> Iterator[Segment]:

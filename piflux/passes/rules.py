@@ -338,7 +338,8 @@ def _regrouped(x: fx.Node, node: fx.Node) -> list[tuple[int, int]]:
     a = [(d, s) for d, s in enumerate(sizes(x)) if s != 1]
     b = [(d, s) for d, s in enumerate(sizes(node)) if s != 1]
     near = tensors(x)[0]
-    pairs, i, j = [], 0, 0
+    pairs: list[tuple[int, int]] = []
+    i = j = 0
     while i < len(a) and j < len(b):
         start_i, start_j = i, j
         left, right = a[i][1], b[j][1]
@@ -622,7 +623,7 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def attention_arguments(node: fx.Node) -> SDPA:
-    return SDPA(*node.args, **node.kwargs)
+    return SDPA(*node.args, **node.kwargs)  # type: ignore[arg-type]
 
 
 @rule("scaled_dot_product_attention")

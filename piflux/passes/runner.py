@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from piflux.passes.plan import Context
 

@@ -160,10 +160,10 @@ class Runtime:
                 stream.slots[slot] = Slot(whole)
             return whole
         kept = stream.slots[slot]
-        for whole, gathering in zip(kept.whole, kept.coming):
-            join(gathering.wait(), kept.parts, -2, lengths, whole)
-        for whole, x in zip(kept.whole, fresh, strict=True):
-            write(whole, -2, lengths, world_size, part, x)
+        for cached, gathering in zip(kept.whole, kept.coming):
+            join(gathering.wait(), kept.parts, -2, lengths, cached)
+        for cached, x in zip(kept.whole, fresh, strict=True):
+            write(cached, -2, lengths, world_size, part, x)
         if self.schedule.policy == "displaced":
             kept.coming = [Gathering(x, self.group) for x in fresh]
             kept.parts = step.parts
