@@ -338,6 +338,28 @@ def another_image():
     return flux_inputs() | {"hidden_states": noise, "timestep": torch.full((1,), 0.5)}
 
 
+def rewritten(rank, group):
+    """Two images whose embeddings lie in the same tensor, which counts no versions."""
+    model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
+    drawn = []
+    with torch.inference_mode():
+        inputs = flux_inputs()
+        for seed in (0, 4):
+            embeddings = flux_inputs(seed=seed)["encoder_hidden_states"]
+            inputs["encoder_hidden_states"].copy_(embeddings)
+            drawn += denoise(sample(model), inputs, STEPS)
+    return drawn
+
+
+def test_embeddings_written_in_place_begin_another_image(ranks):
+    want = []
+    for seed in (0, 4):
+        embeddings = flux_inputs(seed=seed)["encoder_hidden_states"]
+        inputs = flux_inputs() | {"encoder_hidden_states": embeddings}
+        want += denoise(Oracle(tiny_flux(), 2, "rotate"), inputs, STEPS)
+    assert_equal(ranks(2, rewritten), want)
+
+
 def abandoned(rank, group):
     """An image left after three steps, then another, lower on the way."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
