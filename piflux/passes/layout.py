@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import sympy
 from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard, NoAttention
 from piflux.passes.plan import (
@@ -23,6 +24,7 @@ from piflux.passes.plan import (
     operands,
     same,
     sizes,
+    tensors,
 )
 from piflux.passes.rules import (
     Flow,
@@ -262,6 +264,7 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
             )
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
+    _check_mutations(graph, plan)
     for slot, node in enumerate(n for n in graph.nodes if n in sharing):
         keys, values = flows[node].attended
         if plan.layout(keys) != plan.layout(values):
@@ -277,14 +280,28 @@ def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.
     if node in plan.local and operand.node in whole:
         if cut := tuple(d for d in dims if d not in needed):
             plan.cuts[node, operand] = cut
-            if mutates(node) and node.args[0] is operand.node:
-                raise CannotShard(node, "writes in place into a value that other ops need whole")
     elif node in plan.local and needed & set(dims):
         raise CannotShard(node, f"needs dimension {min(needed)} of %{operand.node.name} whole")
     elif node in whole and operand.node in plan.local and dims:
         if len(dims) > 1:
             raise CannotShard(node, f"%{operand.node.name} carries tokens along {dims}")
         plan.joins[node, operand] = tuple(dims)
+
+
+def _check_mutations(graph: fx.Graph, plan: Plan) -> None:
+    """Refuse what writes in place into a whole value: its parts are copies."""
+    cut = {_storage(operand) for _, operand in plan.cuts}
+    for node in graph.nodes:
+        written = next(iter(operands(node)), None)
+        if mutates(node) and written is not None and _touches(node, plan):
+            if node not in plan.local or _storage(written) in cut:
+                raise CannotShard(
+                    node, "writes in place into a value that is cut: write out of place"
+                )
+
+
+def _storage(value: Value) -> StorageWeakRef:
+    return StorageWeakRef(tensors(value.node)[value.item].untyped_storage())
 
 
 def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:

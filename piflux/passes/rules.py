@@ -11,7 +11,6 @@ functions, tensor methods and operators, which spell the same op in three ways.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -106,20 +105,16 @@ def op_name(node: fx.Node) -> str:
     return target.__name__ if module.split(".")[0] in ("torch", "_operator", "math") else ""
 
 
+# `x += y` and its kin.
+_IN_PLACE = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow", "mod")}
+_IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"}
+
+
 def mutates(node: fx.Node) -> bool:
     """Whether the op writes into its first argument."""
     name = op_name(node)
-    inplace = name.endswith("_") and not name.endswith("__") or name == "setitem"
-    return (
-        inplace
-        or "out" in node.kwargs
-        or (
-            node.op == "call_function"
-            and name.startswith("i")
-            and hasattr(operator, name)
-            and name not in ("index", "invert", "inv", "is_", "is_not", "itemgetter", "indexOf")
-        )
-    )
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or name in _IN_PLACE or "out" in node.kwargs
 
 
 # --- helpers -------------------------------------------------------------------------------------
