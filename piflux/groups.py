@@ -47,7 +47,7 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
         raise TypeError(
             f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}"
         )
-    if "nccl" in dist.get_backend(group) and not torch.cuda.is_available():
+    if "nccl" in dist.get_backend_config(group) and not torch.cuda.is_available():
         raise RuntimeError(
             "the process group is NCCL's, but this machine has no CUDA device: initialise "
             "torch.distributed with backend='gloo' to run on CPUs"
