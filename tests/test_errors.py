@@ -503,7 +503,9 @@ def left_alone(rank, group, policy, leave):
 def test_a_rank_that_is_gone_is_noticed_in_time(policy, leave):
     """The others raise within the group's timeout, in the middle of an image."""
     with Pool(2, group_timeout=TIMEOUT) as pool:
-        (failure, seconds), gone = pool.run(2, left_alone, policy, leave, timeout=60)
+        stayed, gone = pool.run(2, left_alone, policy, leave, timeout=60)
+    assert not isinstance(stayed, Failure), stayed.traceback
+    failure, seconds = stayed
     assert (gone is not None and gone.died) == (leave == "dies")
     assert failure is not None
     assert seconds < 2 * TIMEOUT
