@@ -51,21 +51,24 @@ class Lengths:
         """How many tokens a part of segments of these full lengths has."""
         total: Length = 0
         for length in lengths:
-            total = self._apply(operator.add, total, self._part(self.full(length)))
+            total = self._apply(operator.add, total, self._part(self.full(length)), "tokens_part")
         return total
 
     def _part(self, full: Length) -> Length:
         if isinstance(full, int):
             return part_length(full, self._world_size)
-        raised = self._apply(operator.add, full, self._world_size - 1)
-        return self._apply(operator.floordiv, raised, self._world_size)
+        raised = self._apply(operator.add, full, self._world_size - 1, f"{full.name}_raised")
+        return self._apply(operator.floordiv, raised, self._world_size, f"{full.name}_part")
 
-    def _apply(self, function: Callable[..., Any], a: Length, b: Length) -> Length:
+    def _apply(self, function: Callable[..., Any], a: Length, b: Length, name: str) -> Length:
         if isinstance(a, int) and isinstance(b, int):
             return int(function(a, b))
         if function is operator.add and 0 in (a, b):
             return a if b == 0 else b
-        return self._once((function, a, b), lambda: self._graph.call_function(function, (a, b)))
+        return self._once(
+            (function, a, b),
+            lambda: self._graph.create_node("call_function", function, (a, b), name=name),
+        )
 
     def _once(self, key: Any, make: Callable[[], fx.Node]) -> fx.Node:
         if key not in self._made:

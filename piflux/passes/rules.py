@@ -113,8 +113,8 @@ _IN_PLACE |= {"iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"}
 def mutates(node: fx.Node) -> bool:
     """Whether the op writes into its first argument."""
     name = op_name(node)
-    inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or name in _IN_PLACE or "out" in node.kwargs
+    method = name.endswith("_") and name not in ("and_", "or_", "not_", "is_")
+    return method and not name.endswith("__") or name in _IN_PLACE or "out" in node.kwargs
 
 
 # --- helpers -------------------------------------------------------------------------------------

@@ -1,0 +1,279 @@
+"""The layout pass: which dimensions carry tokens, what runs on a part, what is refused."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel
+from expecttest import TestCase
+from graphs import capture, layouts, transformed
+from models import flux_inputs, tiny_flux
+
+from piflux.errors import CannotShard, NoAttention
+from piflux.passes.layout import layout
+from piflux.passes.plan import Axis
+
+DECIDE = (layout,)
+
+
+def attend(x):
+    return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+
+def joint(text, image):
+    both = attend(torch.cat([text, image], 1))
+    return both[:, text.shape[1] :]
+
+
+def found(function, *args, dynamic=False):
+    gm = capture(function, *args, dynamic=dynamic)
+    return layouts(transformed(gm, passes=DECIDE), gm)
+
+
+class TestFinds(TestCase):
+    def test_up_and_down_from_attention(self):
+        self.assertExpectedInline(
+            found(attend, torch.randn(1, 6, 8)),
+            """\
+x whole {1: [6]}
+getitem part {2: [6]}
+getitem_1 part {2: [6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
+add part {1: [6]}
+""",
+        )
+
+    def test_segments_in_order(self):
+        self.assertExpectedInline(
+            found(joint, torch.randn(1, 4, 8), torch.randn(1, 6, 8)),
+            """\
+text whole {1: [4]}
+image whole {1: [6]}
+cat part {1: [4, 6]}
+getitem part {2: [4, 6]}
+getitem_1 part {2: [4, 6]}
+getitem_2 part {2: [4, 6]}
+scaled_dot_product_attention part {2: [4, 6]}
+getitem_3 part {1: [4, 6]}
+both part {1: [4, 6]}
+getitem_4 part {1: [6]}
+""",
+        )
+
+    def test_segments_of_symbolic_length(self):
+        self.assertExpectedInline(
+            found(joint, torch.randn(1, 4, 8), torch.randn(1, 6, 8), dynamic=True),
+            """\
+text whole {1: [s12]}
+image whole {1: [s62]}
+cat part {1: [s12, s62]}
+getitem part {2: [s12, s62]}
+getitem_1 part {2: [s12, s62]}
+getitem_2 part {2: [s12, s62]}
+scaled_dot_product_attention part {2: [s12, s62]}
+getitem_3 part {1: [s12, s62]}
+both part {1: [s12, s62]}
+getitem_7 part {1: [s62]}
+""",
+        )
+
+    def test_a_joint_table_is_cut_where_its_users_are(self):
+        """One input for text and image together turns out to be two segments."""
+
+        def model(text, image, table):
+            return attend(torch.cat([text, image], 1) * table)
+
+        inputs = torch.randn(1, 4, 8), torch.randn(1, 6, 8), torch.randn(10, 8)
+        self.assertExpectedInline(
+            found(model, *inputs),
+            """\
+text whole {1: [4]}
+image whole {1: [6]}
+table whole {0: [4, 6]}
+cat part {1: [4, 6]}
+mul part {1: [4, 6]}
+getitem part {2: [4, 6]}
+getitem_1 part {2: [4, 6]}
+getitem_2 part {2: [4, 6]}
+scaled_dot_product_attention part {2: [4, 6]}
+getitem_3 part {1: [4, 6]}
+add part {1: [4, 6]}
+""",
+        )
+
+    def test_ops_that_mix_stay_whole_before_and_after_attention(self):
+        """The mean over the input and the sum over the output run on every token."""
+
+        def model(x):
+            y = attend(x.sin() - x.mean(1, keepdim=True))
+            return y.cumsum(1)
+
+        self.assertExpectedInline(
+            found(model, torch.randn(1, 6, 8)),
+            """\
+x whole {1: [6]}
+sin part {1: [6]}
+sub part {1: [6]}
+getitem part {2: [6]}
+getitem_1 part {2: [6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
+y part {1: [6]}
+""",
+        )
+
+    def test_cross_attention_to_conditions_is_local(self):
+        """Keys and values that are no query's tokens are whole on every rank."""
+
+        def model(x, prompt):
+            y = attend(x)
+            return F.scaled_dot_product_attention(y[:, None], prompt[:, None], prompt[:, None])
+
+        gm = capture(model, torch.randn(1, 6, 8), torch.randn(1, 5, 8))
+        ctx = transformed(gm, passes=DECIDE)
+        self.assertEqual(len(ctx.plan.attentions), 1)
+        self.assertExpectedInline(
+            layouts(ctx, gm),
+            """\
+x whole {1: [6]}
+getitem part {2: [6]}
+getitem_1 part {2: [6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
+y part {1: [6]}
+getitem_4 part {2: [6]}
+scaled_dot_product_attention_1 part {2: [6]}
+""",
+        )
+
+    def test_a_mask_keeps_its_keys_whole(self):
+        def model(x, mask):
+            q = x[:, None]
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+        self.assertExpectedInline(
+            found(model, torch.randn(1, 6, 8), torch.ones(1, 1, 6, 6, dtype=torch.bool)),
+            """\
+x whole {1: [6]}
+mask whole {2: [6]}
+q part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+""",
+        )
+
+
+class TestRefuses(TestCase):
+    def test_no_attention(self):
+        with self.assertRaisesRegex(NoAttention, "no scaled_dot_product_attention"):
+            transformed(capture(torch.sin, torch.randn(4)), passes=DECIDE)
+
+    def refusal(self, function, *args):
+        with pytest.raises(CannotShard) as error:
+            transformed(capture(function, *args), passes=DECIDE)
+        lines = str(error.value).splitlines()[:4]
+        return "\n".join(re.sub(r"/.*/(\S+):\d+", r"\1", line) for line in lines)
+
+    def test_a_mean_between_attentions(self):
+        def model(x):
+            y = attend(x)
+            return attend(y - y.mean(1, keepdim=True))
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 6, 8)),
+            """\
+this op mixes tokens between two attentions, or piflux has no rule for it; no rank holds all tokens here
+  node: %mean
+  op:   Tensor.mean
+  line: test_layout.py, in model: return attend(y - y.mean(1, keepdim=True))""",
+        )
+
+    def test_an_op_without_a_rule(self):
+        def model(x):
+            return attend(torch.sort(attend(x), 1).values)
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 6, 8)),
+            """\
+this op mixes tokens between two attentions, or piflux has no rule for it; no rank holds all tokens here
+  node: %sort
+  op:   torch.sort
+  line: test_layout.py, in model: return attend(torch.sort(attend(x), 1).values)""",
+        )
+
+    def test_causal_attention(self):
+        def model(x):
+            q = x[:, None]
+            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 6, 8)),
+            """\
+causal attention depends on the order of tokens over parts
+  node: %scaled_dot_product_attention
+  op:   torch._C._nn.scaled_dot_product_attention
+  line: test_layout.py, in model: return F.scaled_dot_product_attention(q, q, q, is_causal=True)""",
+        )
+
+    def test_fewer_tokens_than_parts(self):
+        self.assertExpectedInline(
+            self.refusal(joint, torch.randn(1, 1, 8), torch.randn(1, 6, 8)),
+            """\
+a run of 1 tokens can't be cut into 2 parts: use fewer ranks or more tokens
+  node: %l_text_
+  op:   placeholder
+  line: test_layout.py, in joint: both = attend(torch.cat([text, image], 1))""",
+        )
+
+    def test_a_mask_made_between_attentions(self):
+        def model(x):
+            y = attend(x)
+            q = y[:, None]
+            mask = (y @ y.transpose(1, 2))[:, None]
+            return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 6, 8)),
+            """\
+needs dimension 3 of %mask whole
+  node: %scaled_dot_product_attention_1
+  op:   torch._C._nn.scaled_dot_product_attention
+  line: test_layout.py, in model: return F.scaled_dot_product_attention(q, q, q, attn_mask=mask)""",
+        )
+
+    def test_writing_into_an_input(self):
+        def model(x):
+            x.mul_(2)
+            return attend(x)
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 6, 8)),
+            """\
+writes in place into a value that is cut: write out of place
+  node: %mul_
+  op:   Tensor.mul_
+  line: test_layout.py, in model: x.mul_(2)""",
+        )
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_flux_boundaries_are_those_its_authors_wrote_down(dynamic):
+    """diffusers' context parallel plan for FLUX is found by dataflow alone."""
+    plan = FluxTransformer2DModel._cp_plan
+    gm = capture(tiny_flux(), **flux_inputs(), dynamic=dynamic)
+    decided = transformed(gm, passes=DECIDE).plan
+    cuts = {
+        value.node.name.removeprefix("l_kwargs_").strip("_"): dims
+        for (_, value), dims in decided.cuts.items()
+    }
+    assert cuts == {name: (entry.split_dim,) for name, entry in plan[""].items()}
+    ((output, value),) = decided.joins
+    assert output.op == "output"
+    weight = value.node.args[1]
+    assert "proj_out" in weight.name
+    assert decided.joins[output, value] == (plan["proj_out"].gather_dim,)
+    assert len(decided.layout(Axis(value.node, 1))) == 1

@@ -1,0 +1,85 @@
+"""The pass that makes attention distributed and cached."""
+
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from graphs import capture, text, transformed
+
+from piflux.passes.layout import layout
+from piflux.passes.rewrite_attention import rewrite_attention
+
+PASSES = (layout, rewrite_attention)
+
+
+def model(text, image):
+    q = torch.cat([text, image], 1)[:, None]
+    out = F.scaled_dot_product_attention(q, q, q, scale=0.5)
+    return out[:, 0, text.shape[1] :]
+
+
+class TestRewriteAttention(TestCase):
+    def test_static(self):
+        gm = capture(model, torch.randn(1, 4, 8), torch.randn(1, 6, 8))
+        transformed(gm, passes=PASSES)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+text: (1, 4, 8)
+image: (1, 6, 8)
+cat: (1, 10, 8) = cat([text, image], 1)
+q: (1, 1, 10, 8) = getitem(cat, (:, None))
+out: (1, 1, 10, 8) = piflux.cached_sdpa(q, q, q, None, 0.5, False, [4, 6], 0, 2, 'piflux')
+getitem_1: (1, 6, 8) = getitem(out, (:, 0, 4:))
+return (getitem_1,)
+""",
+        )
+
+    def test_dynamic(self):
+        gm = capture(model, torch.randn(1, 4, 8), torch.randn(1, 6, 8), dynamic=True)
+        transformed(gm, passes=PASSES)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+s12: s12
+s7: s7
+text: (1, s12, s7)
+s62: s62
+image: (1, s62, s7)
+cat: (1, s12 + s62, s7) = cat([text, image], 1)
+q: (1, 1, s12 + s62, s7) = getitem(cat, (:, None))
+out: (1, 1, s12 + s62, s7) = piflux.cached_sdpa(q, q, q, None, 0.5, False, [s12, s62], 0, 2, 'piflux')
+getitem_4: (1, s62, s7) = getitem(out, (:, 0, s12:))
+return (getitem_4,)
+""",
+        )
+
+    def test_a_mask_goes_along(self):
+        def masked(x, mask):
+            q = x[:, None]
+            return F.scaled_dot_product_attention(q, q, q, mask)
+
+        gm = capture(masked, torch.randn(1, 6, 8), torch.ones(6, 6, dtype=torch.bool))
+        transformed(gm, passes=PASSES)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+x: (1, 6, 8)
+mask: (6, 6)
+q: (1, 1, 6, 8) = getitem(x, (:, None))
+scaled_dot_product_attention: (1, 1, 6, 8) = piflux.cached_sdpa(q, q, q, mask, None, False, [6], 0, 2, 'piflux')
+return (scaled_dot_product_attention,)
+""",
+        )
+
+    def test_attention_to_conditions_is_no_match(self):
+        """Their keys and values are whole on every rank, so plain attention is exact."""
+
+        def cross(x, prompt):
+            q, c = x[:, None], prompt[:, None]
+            own = F.scaled_dot_product_attention(q, q, q)
+            return F.scaled_dot_product_attention(own, c, c)
+
+        gm = capture(cross, torch.randn(1, 6, 8), torch.randn(1, 5, 8))
+        transformed(gm, passes=PASSES)
+        self.assertEqual(text(gm).count("= piflux.cached_sdpa("), 1)
+        self.assertEqual(text(gm).count("= scaled_dot_product_attention("), 1)
