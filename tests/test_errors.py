@@ -74,7 +74,7 @@ def test_a_group_this_rank_is_not_in(ranks):
 
 
 def cuda_asked_for(rank, group):
-    with mock.patch.object(dist, "get_backend", return_value="nccl"):
+    with mock.patch.object(dist, "get_backend_config", return_value="cpu:gloo,cuda:nccl"):
         piflux.parallelize(tiny_flux(), group=group, inner="eager")
 
 
@@ -105,23 +105,23 @@ def test_a_target_without_attention(ranks):
 
 
 def short(rank, group):
-    """Text of three tokens and an image of three, then both of four, on four ranks."""
-    model = piflux.parallelize(tiny_flux(), group=group, policy="gather", inner="eager")
+    """Text of two tokens and an image of two, then both of three, on three ranks."""
+    target = tiny_flux(single=0)
+    model = piflux.parallelize(target, group=group, policy="gather", inner="eager")
     failures = [
-        caught(model, **flux_inputs(text=3)),
-        caught(model, **flux_inputs(image_hw=(1, 3))),
+        caught(model, **flux_inputs(text=2)),
+        caught(model, **flux_inputs(image_hw=(1, 2))),
     ]
-    return *failures, model(**flux_inputs(image_hw=(2, 2), text=4)).sample
+    return *failures, model(**flux_inputs(image_hw=(1, 3), text=3)).sample
 
 
 @torch.no_grad()
 def test_more_parts_than_tokens(ranks):
     """Refused with both numbers; one token a rank is enough, and comes out right after that."""
-    inputs = flux_inputs(image_hw=(2, 2), text=4)
-    want = tiny_flux()(**inputs).sample
-    short_text, short_image, images = zip(*ranks(4, short), strict=True)
-    assert_all(short_text, piflux.CannotShard, "3", "4")
-    assert_all(short_image, piflux.CannotShard, "3", "4")
+    want = tiny_flux(single=0)(**flux_inputs(image_hw=(1, 3), text=3)).sample
+    short_text, short_image, images = zip(*ranks(3, short), strict=True)
+    assert_all(short_text, piflux.CannotShard, "2 tokens", "3 parts")
+    assert_all(short_image, piflux.CannotShard, "2 tokens", "3 parts")
     for image in images:
         assert (image - want).abs().max() < 1e-5
 
@@ -443,9 +443,9 @@ def set_apart(rank, group):
     failures = []
     for other in others:
         options = {"policy": "rotate"} | (other if rank == 1 else {})
-        model = piflux.parallelize(tiny_flux(), group=group, inner="eager", **options)
+        model = piflux.parallelize(tiny_flux(single=0), group=group, inner="eager", **options)
         failures.append(caught(model, **flux_inputs()))
-    model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
+    model = piflux.parallelize(tiny_flux(single=0), group=group, inner="eager")
     version = "1.0" if rank == 1 else torch.__version__
     with mock.patch.object(torch, "__version__", version):
         failures.append(caught(model, **flux_inputs()))
@@ -484,7 +484,7 @@ TIMEOUT = 3
 
 def left_alone(rank, group, policy, leave):
     """Rank 1 leaves after two steps: by its death, or by sleeping twice the group's timeout."""
-    model = piflux.parallelize(tiny_flux(), policy=policy, inner="eager")
+    model = piflux.parallelize(tiny_flux(single=0), policy=policy, inner="eager")
     steps = denoise(lambda **inputs: model(**inputs).sample, flux_inputs(), 9)
     for _ in range(2):
         next(steps)
@@ -498,8 +498,10 @@ def left_alone(rank, group, policy, leave):
     return caught(list, steps), time.monotonic() - begin
 
 
-@pytest.mark.parametrize("leave", ["dies", "hangs"])
-@pytest.mark.parametrize("policy", ["gather", "rotate", "displaced"])
+@pytest.mark.parametrize(
+    ("policy", "leave"),
+    [("gather", "dies"), ("rotate", "hangs"), ("displaced", "dies"), ("displaced", "hangs")],
+)
 def test_a_rank_that_is_gone_is_noticed_in_time(policy, leave):
     """The others raise within the group's timeout, in the middle of an image."""
     with Pool(2, group_timeout=TIMEOUT) as pool:

@@ -57,15 +57,19 @@ def assert_close(images, wanted):
         assert (image - want).abs().max() <= EXACT
 
 
+def pairs(pipe):
+    latents = draw(pipe, 0, num_images_per_prompt=2)
+    return latents, draw(pipe, 1, num_images_per_prompt=2, output_type="pt")
+
+
 def gathered(rank, group):
     pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
-    return draw(pipe, 0), draw(pipe, 1, num_images_per_prompt=2), draw(pipe, 0, output_type="pt")
+    return pairs(pipe)
 
 
 def test_gather_equals_one_rank(ranks):
-    """Latents, two images for one prompt, and a decoded image."""
-    pipe = tiny_pipeline()
-    want = draw(pipe, 0), draw(pipe, 1, num_images_per_prompt=2), draw(pipe, 0, output_type="pt")
+    """Two images for one prompt: their latents, then decoded ones."""
+    want = pairs(tiny_pipeline())
     for images in ranks(2, gathered):
         assert_close(images, want)
 
