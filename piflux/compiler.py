@@ -13,7 +13,7 @@ from torch._dynamo.exc import InvalidBackend
 
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
-from piflux.passes.plan import Axis, Context, Plan, known, tensors
+from piflux.passes.plan import Axis, Context, Plan, known, plain_name, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
 from piflux.passes.runner import run_passes
@@ -156,7 +156,7 @@ def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:
     for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         if not tensors(node) or _is_of_the_model(node):
             continue
-        names[position] = node.name.strip("_").removeprefix("l_").removeprefix("kwargs_")
+        names[position] = plain_name(node)
         if tensors(node)[0].dim() <= 1:
             clocks.append(position)
         else:

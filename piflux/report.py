@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from piflux.parts import part_length
-from piflux.passes.plan import Axis, Context, Plan, Value, example_size, tensors
+from piflux.passes.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
 from piflux.schedule import Schedule
 
 
@@ -68,9 +68,9 @@ class GraphReport:
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = held = 0
-        for node, _, keys in plan.attentions:
-            key, content = (tensors(n)[0] for n in node.all_input_nodes[1:3])
-            lengths = [example_size(length, key) for length in plan.lengths(keys)]
+        for _, _, *axes in plan.attentions:
+            key, content = (tensors(axis.node)[axis.item] for axis in axes)
+            lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
             part = sum(part_length(length, world_size) for length in lengths)
             per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
             sent += per_token * part * (world_size - 1)
@@ -128,10 +128,9 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     lengths = tuple(example_size(length, x) for length in full)
     parts = tuple(part_length(length, world_size) for length in lengths)
     overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
-    name = value.node.name.strip("_")
     per_token = _bytes(x) // example_size(x.shape[dim], x)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
-    return BoundaryReport(verb, name, dim, lengths, parts, overlaps, sent)
+    return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
 
 
 def _bytes(x: Tensor) -> int:

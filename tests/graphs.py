@@ -12,7 +12,7 @@ from torch import Tensor
 
 from piflux.compiler import PASSES
 from piflux.errors import describe_op
-from piflux.passes.plan import Axis, Context, known, tensors
+from piflux.passes.plan import Axis, Context, known, plain_name, tensors
 from piflux.passes.rules import op_name
 from piflux.passes.runner import Pass, run_passes
 
@@ -99,7 +99,7 @@ def _argument(x: Any) -> str:
 def _name(node: fx.Node) -> str:
     """Without what Dynamo puts around an input's own name; of a parameter's path the end."""
     if not (_is_parameter(node) or _is_number(node)):
-        return re.sub(r"^l_(kwargs_|args_)?", "", node.name).strip("_")
+        return plain_name(node)
     path = re.split(r"_*(?:modules|parameters|buffers|dict)_+", node.name.strip("_"))
     return ".".join(path[-2:])
 

@@ -269,7 +269,7 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
         keys, values = flows[node].attended
         if plan.layout(keys) != plan.layout(values):
             raise CannotShard(node, "keys and values have different tokens")
-        plan.attentions.append(Attention(node, slot, keys))
+        plan.attentions.append(Attention(node, slot, keys, values))
 
 
 def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.Node]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
@@ -56,11 +57,12 @@ Layout = tuple[Segment, ...]
 
 
 class Attention(NamedTuple):
-    """One attention to be rewritten, and the token axis of its keys."""
+    """One attention to be rewritten, and the token axes of its keys and values."""
 
     node: fx.Node
     slot: int
     keys: Axis
+    values: Axis
 
 
 @dataclass
@@ -182,6 +184,11 @@ def operands(node: fx.Node) -> list[Value]:
         assert isinstance(source, fx.Node) and isinstance(item, int)
         return [Value(source, item % len(tensors(source)))] if tensors(source) else []
     return [Value(n, i) for n in node.all_input_nodes for i in range(len(tensors(n)))]
+
+
+def plain_name(node: fx.Node) -> str:
+    """A node's name without what Dynamo puts around the name of an argument."""
+    return re.sub(r"^l_(kwargs_|args_)?", "", node.name).strip("_")
 
 
 def known(value: Any) -> Any:

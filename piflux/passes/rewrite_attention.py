@@ -22,7 +22,7 @@ def rewrite_attention(gm: fx.GraphModule, ctx: Context) -> int:
         out = piflux.cached_sdpa(q, k, v, None, None, False, [12, 48], 0, 2, 'piflux')
     """
     lengths = Lengths(gm.graph, ctx.world_size)
-    for node, slot, keys in ctx.plan.attentions:
+    for node, slot, keys, _ in ctx.plan.attentions:
         call = attention_arguments(node)
         full = [lengths.full(length) for length in ctx.plan.lengths(keys)]
         node.op, node.target = "call_function", torch.ops.piflux.cached_sdpa.default

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from piflux.passes.lengths import Length, Lengths
-from piflux.passes.plan import Axis, Context, Value, same
+from piflux.passes.plan import Axis, Context, Value, plain_name, same
 from piflux.passes.rules import Resizer, flow
 
 
@@ -61,7 +61,7 @@ def _boundary(
                 "call_function",
                 getattr(torch.ops.piflux, verb).default,
                 (made, dim, full, ctx.world_size, ctx.runtime),
-                name=f"{value.node.name.strip('_')}_{'part' if verb == 'shard' else 'whole'}",
+                name=f"{plain_name(value.node)}_{'part' if verb == 'shard' else 'whole'}",
             )
         made.meta = dict(value.node.meta)
     return made

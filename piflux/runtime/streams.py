@@ -97,7 +97,7 @@ class Stream:
         moved, and the latents resemble the last ones. Synchronises host and device.
         """
         now = [float(value) for clock in clocks for value in clock.reshape(-1).tolist()]
-        moves = {(a > b) - (a < b) for a, b in zip(now, self.clocks)} - {0}
+        moves = {(a > b) - (a < b) for a, b in zip(now, self.clocks, strict=False)} - {0}
         way = moves.pop() if len(moves) == 1 and len(now) == len(self.clocks) else 0
         goes_on = (
             way != 0

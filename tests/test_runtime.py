@@ -1,0 +1,120 @@
+"""Which generation a call belongs to, and whether ranks were called with the same thing."""
+
+import math
+
+import pytest
+import torch
+
+from piflux.runtime.agreement import Sketch
+from piflux.runtime.cache import STALE_CALLS, Runtime
+from piflux.runtime.streams import Roles, Seen, Stream
+from piflux.schedule import Schedule
+
+ROLES = Roles(latents=(0,), clocks=(1,), conditions=(2,), names={0: "x", 1: "t", 2: "prompt"})
+
+
+def clock(value):
+    return [torch.tensor([value])]
+
+
+def observed(*calls):
+    """Whether each (timestep, latents) was taken for the step after the one before."""
+    stream = Stream(None, [], 0)
+    return [stream.observe(clock(t), [x]) for t, x in calls]
+
+
+def trajectory(seed, sigmas):
+    generator = torch.Generator().manual_seed(seed)
+    image, noise = torch.randn(2, 1, 64, 8, generator=generator)
+    return [(s, (1 - s) * image + s * noise) for s in sigmas]
+
+
+def test_an_image_goes_on_while_its_clock_runs():
+    assert observed(*trajectory(0, [1.0, 0.8, 0.5, 0.1])) == [False, True, True, True]
+
+
+def test_a_clock_that_turns_back_is_another_image():
+    first, second = trajectory(0, [1.0, 0.6, 0.2]), trajectory(1, [1.0, 0.6])
+    assert observed(*first, *second) == [False, True, True, False, True]
+
+
+def test_a_clock_that_stands_still_is_in_doubt():
+    assert observed(*trajectory(0, [1.0, 1.0, 0.9])) == [False, False, True]
+
+
+def test_an_aborted_image_does_not_go_on_in_another_one():
+    """The next image starts lower than the last one stopped: only its noise tells."""
+    assert observed(*trajectory(0, [1.0, 0.9]), *trajectory(1, [0.8, 0.7])) == [
+        *(False, True),
+        *(False, True),
+    ]
+
+
+def test_latents_of_another_shape_are_in_doubt():
+    (t, x), (u, y) = trajectory(0, [1.0, 0.9])
+    assert observed((t, x), (u, y[:, :32])) == [False, False]
+
+
+def test_a_tensor_is_the_same_until_it_is_written():
+    x = torch.randn(4)
+    seen = Seen(x)
+    assert seen.again(x)
+    assert seen.again(x.clone())
+    assert not seen.again(x + 1)
+    assert not seen.again(x[:2])
+    x.add_(1)
+    assert not seen.again(x)
+
+
+def test_an_inference_tensor_is_compared_by_content():
+    with torch.inference_mode():
+        x = torch.randn(4)
+        seen = Seen(x)
+        assert seen.again(x)
+        x.add_(1)
+        assert not seen.again(x)
+
+
+def test_each_condition_has_its_stream_and_old_ones_end():
+    runtime = Runtime(Schedule(), None)
+    prompts = [torch.randn(3) for _ in range(2)]
+
+    def call(prompt):
+        with runtime.call("graph", ROLES, (torch.randn(1, 4), torch.ones(1), prompt)):
+            return runtime.now[0]
+
+    conditional, unconditional = map(call, prompts)
+    assert conditional is not unconditional
+    assert [call(p) for p in prompts] == [conditional, unconditional]
+    for _ in range(STALE_CALLS + 1):
+        call(prompts[0])
+    assert runtime.streams == [conditional]
+
+
+def test_a_step_that_fails_leaves_no_cache_behind():
+    runtime = Runtime(Schedule(), None)
+    with pytest.raises(ZeroDivisionError), runtime.call("graph", ROLES, (None, None, None)):
+        raise ZeroDivisionError
+    assert runtime.streams == []
+    with pytest.raises(RuntimeError, match="no call"):
+        _ = runtime.now
+
+
+def test_ops_of_a_model_that_is_gone_say_so():
+    x = torch.randn(1, 4, 2)
+    with pytest.raises(RuntimeError, match="'nobody' is gone"):
+        torch.ops.piflux.shard(x, 1, [4], 2, "nobody")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sketches_see_other_noise_but_no_rounding(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 64, 32)
+    rounded = Sketch.of(x.to(dtype).float())
+    assert not Sketch.of(x).differs(rounded)
+    assert Sketch.of(x).differs(Sketch.of(torch.randn(1, 64, 32)))
+    assert Sketch.of(x).differs(Sketch.of(x * 1.1))
+    assert Sketch.of(x).differs(Sketch.of(x[:, :32]))
+    assert Sketch.of(x).differs(Sketch.of(x.to(dtype)))
+    assert Sketch.of(x).differs(Sketch.of(torch.full_like(x, math.nan)))
+    assert not Sketch.of(torch.zeros(3)).differs(Sketch.of(torch.zeros(3)))

@@ -1,0 +1,81 @@
+"""Policies unrolled over steps, and the windows that parts are made of."""
+
+import pytest
+import torch
+
+from piflux.parts import cut, join, part_length, windows
+from piflux.schedule import Schedule
+
+
+def syncs(schedule, steps=12):
+    return [t for t in range(steps) if schedule.step(t).sync]
+
+
+def test_gather_syncs_at_every_step_and_stays():
+    schedule = Schedule("gather", world_size=3)
+    assert syncs(schedule, 5) == [0, 1, 2, 3, 4]
+    assert {schedule.step(t).parts for t in range(5)} == {(0, 1, 2)}
+
+
+def test_rotate_turns_by_one_part_a_step():
+    schedule = Schedule("rotate", world_size=3)
+    assert syncs(schedule) == [0]
+    assert [schedule.step(t).parts for t in range(4)] == [
+        (0, 1, 2),
+        (1, 2, 0),
+        (2, 0, 1),
+        (0, 1, 2),
+    ]
+
+
+def test_displaced_stays():
+    schedule = Schedule("displaced", sync_steps=2, world_size=2)
+    assert syncs(schedule) == [0, 1]
+    assert {schedule.step(t).parts for t in range(5)} == {(0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("sync_steps", "refresh_every", "want"),
+    [
+        (0, None, [0]),
+        (1, 4, [0, 4, 8]),
+        (2, 4, [0, 1, 5, 9]),
+        (1, 1, list(range(12))),
+        (20, None, list(range(12))),
+    ],
+)
+def test_sync_steps_come_first_and_then_every_so_often(sync_steps, refresh_every, want):
+    assert syncs(Schedule("rotate", sync_steps, refresh_every, world_size=2)) == want
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
+def test_under_rotation_no_cached_part_is_older_than_its_turn(world_size):
+    """In a rank's cache the part it computes is fresh, the others are of the last turn."""
+    schedule = Schedule("rotate", world_size=world_size)
+    for rank in range(world_size):
+        written = dict.fromkeys(range(world_size), 0)
+        for t in range(1, 3 * world_size):
+            written[schedule.step(t).parts[rank]] = t
+            assert max(t - last for last in written.values()) <= world_size - 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
+@pytest.mark.parametrize("lengths", [(7,), (12,), (7, 16), (9, 7, 31)])
+def test_parts_cover_everything_and_are_equally_long(lengths, world_size):
+    x = torch.arange(sum(lengths) * 2).reshape(1, -1, 2)
+    parts = [cut(x, 1, lengths, world_size, p) for p in range(world_size)]
+    assert {p.shape[1] for p in parts} == {sum(part_length(n, world_size) for n in lengths)}
+    assert torch.equal(join(parts, range(world_size), 1, lengths), x)
+    order = list(reversed(range(world_size)))
+    assert torch.equal(join([parts[p] for p in order], order, 1, lengths), x)
+
+
+def test_windows_that_do_not_fit_move_back_over_their_neighbours():
+    starts = [[w.full for w in windows((7, 4), 3, part)] for part in range(3)]
+    assert starts == [[0, 7], [3, 9], [4, 9]]
+
+
+def test_a_part_shares_no_memory_with_the_whole():
+    x = torch.zeros(4)
+    cut(x, 0, (4,), 2, 0).fill_(1)
+    assert x.sum() == 0
