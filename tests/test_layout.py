@@ -1,5 +1,7 @@
 """The layout pass: which dimensions carry tokens, what runs on a part, what is refused."""
 
+# ruff: noqa: E501 (snapshots)
+
 import re
 
 import pytest
@@ -186,7 +188,7 @@ class TestRefuses(TestCase):
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-this op mixes tokens between two attentions, or piflux has no rule for it; no rank holds all tokens here
+mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
   node: %mean
   op:   Tensor.mean
   line: test_layout.py, in model: return attend(y - y.mean(1, keepdim=True))""",
@@ -199,7 +201,7 @@ this op mixes tokens between two attentions, or piflux has no rule for it; no ra
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-this op mixes tokens between two attentions, or piflux has no rule for it; no rank holds all tokens here
+mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
   node: %sort
   op:   torch.sort
   line: test_layout.py, in model: return attend(torch.sort(attend(x), 1).values)""",

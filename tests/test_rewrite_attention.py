@@ -1,5 +1,7 @@
 """The pass that makes attention distributed and cached."""
 
+# ruff: noqa: E501 (snapshots)
+
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase

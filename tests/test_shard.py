@@ -1,5 +1,7 @@
 """The pass that inserts boundaries and makes sizes local, and the example values it leaves."""
 
+# ruff: noqa: E501 (snapshots)
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -259,8 +259,8 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
         if node in whole and between and _touches(node, plan):
             raise CannotShard(
                 node,
-                "this op mixes tokens between two attentions, or piflux has no rule for it; no "
-                "rank holds all tokens here",
+                "mixes tokens between two attentions, where no rank holds all of them, or is an "
+                "op that piflux has no rule for",
             )
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
@@ -293,11 +293,10 @@ def _check_mutations(graph: fx.Graph, plan: Plan) -> None:
     cut = {_storage(operand) for _, operand in plan.cuts}
     for node in graph.nodes:
         written = next(iter(operands(node)), None)
-        if mutates(node) and written is not None and _touches(node, plan):
-            if node not in plan.local or _storage(written) in cut:
-                raise CannotShard(
-                    node, "writes in place into a value that is cut: write out of place"
-                )
+        if written is None or not mutates(node) or not _touches(node, plan):
+            continue
+        if node not in plan.local or _storage(written) in cut:
+            raise CannotShard(node, "writes in place into a value that is cut: write out of place")
 
 
 def _storage(value: Value) -> StorageWeakRef:

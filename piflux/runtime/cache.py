@@ -129,10 +129,11 @@ class Runtime:
         group = self.group
         if group is None:
             return
-        if not self.explicit:
+        if not self.explicit or stream.index < 0:
             latents = roles.pick(roles.latents, args)
-            goes_on = stream.observe(roles.pick(roles.clocks, args), latents)
-            # One rank in doubt is enough: a rank alone in a sync step would wait for ever.
+            goes_on = not self.explicit and stream.observe(roles.pick(roles.clocks, args), latents)
+            # One rank in doubt is enough: a rank alone in a sync step would wait for ever. Who is
+            # sure votes too, so that a rank outside of the others' generation is found out.
             if any_rank(not goes_on, latents[0].device, group):
                 stream.restart()
         stream.index += 1
@@ -160,7 +161,7 @@ class Runtime:
                 stream.slots[slot] = Slot(whole)
             return whole
         kept = stream.slots[slot]
-        for cached, gathering in zip(kept.whole, kept.coming):
+        for cached, gathering in zip(kept.whole, kept.coming, strict=False):
             join(gathering.wait(), kept.parts, -2, lengths, cached)
         for cached, x in zip(kept.whole, fresh, strict=True):
             write(cached, -2, lengths, world_size, part, x)
