@@ -1,0 +1,339 @@
+"""FLUX on several ranks: `torchrun --nproc_per_node=2 examples/run_flux.py --print-output`."""
+
+import json
+import os
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+import transformers
+import typer
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+import piflux
+from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, WEIGHTS_NOTE, demo_pipeline
+
+FLUX_DEV = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+RANDOM_NOTE = (
+    "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
+    "No image: there is no VAE to decode the latents."
+)
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What rank 0 measured in the timed call; warm-ups, and so compilation, come before it.
+
+    Attributes:
+        step_ms: milliseconds from the end of one denoise step to the end of the next. The first
+            step has no entry, since text encoding runs before it.
+        total_s: seconds of the whole call, with text encoders and VAE where there are any.
+        peak_memory_gib: most GPU memory allocated during the call; None on CPUs.
+        note: what has to be said wherever the image or the times are shown.
+    """
+
+    model: str
+    device: str
+    torch: str
+    ranks: int
+    policy: str
+    sync_steps: int
+    refresh_every: int | None
+    compiled: bool
+    height: int
+    width: int
+    steps: int
+    step_ms: list[float]
+    median_step_ms: float
+    total_s: float
+    peak_memory_gib: float | None
+    note: str
+
+
+class StepClock:
+    """Times denoise steps as a pipeline's `callback_on_step_end`.
+
+    On a GPU a step's end is an event in the stream, read when all is done, so that timing
+    makes the host wait for nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.ends: list[Any] = []
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
+        if self.on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.ends.append(event)
+        else:
+            self.ends.append(time.perf_counter())
+        return tensors
+
+    def step_ms(self) -> list[float]:
+        """Milliseconds between the ends of consecutive steps; on a GPU, after a synchronise."""
+        pairs = zip(self.ends[:-1], self.ends[1:], strict=True)
+        if self.on_gpu:
+            return [start.elapsed_time(end) for start, end in pairs]
+        return [(end - start) * 1000 for start, end in pairs]
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="A local folder, a hub id, or 'demo': piflux's small pipeline.")
+    ] = "black-forest-labs/FLUX.1-dev",
+    random_weights: Annotated[
+        bool, typer.Option(help="FLUX.1-dev's architecture with random weights; latents only.")
+    ] = False,
+    prompt: str = "A red fox in fresh snow, early morning light, 35 mm photograph",
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+    seed: int = 0,
+    height: Annotated[int | None, typer.Option(help="Default: 1024; demo: 512.")] = None,
+    width: Annotated[int | None, typer.Option(help="Default: 1024; demo: 512.")] = None,
+    guidance_scale: float = 3.5,
+    warmups: Annotated[int, typer.Option(min=0, help="Short untimed calls before.")] = 1,
+    policy: Annotated[
+        Literal["gather", "rotate", "displaced", "none"],
+        typer.Option(help="'none': one rank without piflux, to compare with."),
+    ] = "rotate",
+    sync_steps: Annotated[int, typer.Option(min=0)] = 1,
+    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    compile_: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="By inductor. Default: on a GPU."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("out/flux.png"),
+    print_output: Annotated[bool, typer.Option(help="Draw it in the terminal as well.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Where the measurements go.")
+    ] = None,
+) -> None:
+    """Make one image with FLUX on every rank that torchrun started, and time it."""
+    transformers.logging.set_verbosity_error()
+    device = rank_device()
+    demo = model == "demo" or (device.type == "cpu" and not random_weights)
+    default_size = IMAGE_SIZE if demo else 1024
+    height = default_size if height is None else height
+    width = default_size if width is None else width
+    compile_ = device.type == "cuda" if compile_ is None else compile_
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    check_arguments(model, random_weights, device, height, width, policy, ranks)
+    say = console.print if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None
+
+    call: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "guidance_scale": guidance_scale,
+    }
+    if demo:
+        if model != "demo":
+            say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
+        pipe = demo_pipeline().to(device)
+        call |= {"prompt": prompt, "max_sequence_length": TEXT_TOKENS}
+    elif random_weights:
+        pipe = random_flux_dev(device)
+        call |= random_embeddings(device) | {"output_type": "latent"}
+    else:
+        pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to(device)
+        call |= {"prompt": prompt}
+
+    if policy == "none":
+        pipe.set_progress_bar_config(disable=None)
+        if compile_:
+            pipe.transformer.compile(fullgraph=True)
+    else:
+        pipe = piflux.parallelize(
+            pipe,
+            policy=policy,
+            sync_steps=sync_steps,
+            refresh_every=refresh_every,
+            inner="inductor" if compile_ else "eager",
+        )
+
+    def generate(num_inference_steps: int, clock: StepClock | None = None) -> Any:
+        """The image, or latents of shape (1, tokens, 64); the same noise at every call."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return pipe(
+            **call,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            callback_on_step_end=clock,
+        ).images[0]
+
+    for _ in range(warmups):
+        generate(min(steps, sync_steps + 2))  # one step of each kind, and one to spare
+    clock = StepClock(device)
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    image = generate(steps, clock)
+    synchronize(device)
+    total_s = time.perf_counter() - start
+
+    step_ms = clock.step_ms()
+    result = Result(
+        model="demo" if demo else "FLUX.1-dev, random weights" if random_weights else model,
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+        ranks=ranks,
+        policy=policy,
+        sync_steps=sync_steps,
+        refresh_every=refresh_every,
+        compiled=compile_,
+        height=height,
+        width=width,
+        steps=steps,
+        step_ms=step_ms,
+        median_step_ms=statistics.median(step_ms) if step_ms else total_s * 1000,
+        total_s=total_s,
+        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30
+        if device.type == "cuda"
+        else None,
+        note=WEIGHTS_NOTE if demo else RANDOM_NOTE if random_weights else "",
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        report(result)
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            json_file.write_text(json.dumps(asdict(result), indent=2) + "\n")
+        if not random_weights:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            image.save(output)
+            console.print(f"Saved {output}")
+            if print_output:
+                draw(image)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank_device() -> torch.device:
+    """This rank's GPU, made the current one; the CPU where there is no CUDA."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise typer.BadParameter(
+            f"rank {local_rank} of this host has no GPU of its own: there are "
+            f"{torch.cuda.device_count()}; lower --nproc_per_node"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_arguments(
+    model: str,
+    random_weights: bool,
+    device: torch.device,
+    height: int,
+    width: int,
+    policy: str,
+    ranks: int,
+) -> None:
+    """Raises typer.BadParameter for what can only fail later, and slower."""
+    for name, size in (("--height", height), ("--width", width)):
+        if size <= 0 or size % 16:
+            raise typer.BadParameter(f"{name} must be a positive multiple of 16, got {size}")
+    if policy == "none" and ranks > 1:
+        raise typer.BadParameter(
+            f"--policy none is for one rank, not {ranks}: start it with --nproc_per_node=1"
+        )
+    if random_weights:
+        if device.type == "cpu":
+            raise typer.BadParameter(
+                "--random-weights makes 24 GB of weights on a GPU, and there is no CUDA device: "
+                "use --model demo"
+            )
+    elif (
+        model != "demo"
+        and not Path(model).is_dir()
+        and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
+    ):
+        raise typer.BadParameter(
+            f"--model {model}: no such folder, and no hub id like black-forest-labs/FLUX.1-dev"
+        )
+
+
+def random_flux_dev(device: torch.device) -> FluxPipeline:
+    """FLUX.1-dev's transformer in bfloat16 with random weights, made on `device`; nothing else."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**FLUX_DEV).to(torch.bfloat16)
+    transformer.to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(0)  # the same weights on every rank
+    for name, parameter in transformer.named_parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
+        else:
+            torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=None,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=transformer,
+    )
+
+
+def random_embeddings(device: torch.device) -> dict[str, torch.Tensor]:
+    """What FLUX.1-dev's text encoders would give: (1, 512, 4096) and (1, 768), bfloat16."""
+    generator = torch.Generator("cpu").manual_seed(0)  # a CPU's: the same on every kind of GPU
+    shapes = {"prompt_embeds": (1, 512, 4096), "pooled_prompt_embeds": (1, 768)}
+    return {
+        name: torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def report(result: Result) -> None:
+    table = Table("", "", show_header=False)
+    table.add_row("model", result.model)
+    table.add_row("ranks", f"{result.ranks} x {result.device}")
+    table.add_row("policy", result.policy)
+    table.add_row("compiled", "by inductor" if result.compiled else "no")
+    table.add_row("image", f"{result.width} x {result.height}, {result.steps} steps")
+    table.add_row("a step", f"{result.median_step_ms:.1f} ms (median)")
+    table.add_row("whole call", f"{result.total_s:.2f} s")
+    if result.peak_memory_gib is not None:
+        table.add_row("peak memory", f"{result.peak_memory_gib:.1f} GiB on rank 0")
+    console.print(table)
+    if result.note:
+        console.print(result.note)
+
+
+def draw(image: Image.Image) -> None:
+    # Asks the terminal what it can draw as soon as it is imported.
+    from textual_image.renderable import Image as TerminalImage
+
+    console.print(TerminalImage(image, width=min(console.width, 80)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
