@@ -1,0 +1,131 @@
+"""The small pipeline, and what `examples/run_flux.py` says to wrong arguments."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer
+from torch import Tensor
+from typer.testing import CliRunner
+
+from piflux.demo import demo_pipeline
+
+RUN_FLUX = Path(__file__).parent.parent / "examples" / "run_flux.py"
+
+
+def image(weights_seed: int = 0, noise_seed: int = 0, prompt: str = "A red fox") -> Tensor:
+    """(3, 64, 48), values from 0 to 1."""
+    pipe = demo_pipeline(weights_seed)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        prompt,
+        height=64,
+        width=48,
+        num_inference_steps=3,
+        max_sequence_length=32,
+        generator=torch.Generator().manual_seed(noise_seed),
+        output_type="pt",
+    ).images[0]
+
+
+def test_image_is_finite_and_has_contrast() -> None:
+    result = image()
+    assert result.shape == (3, 64, 48)
+    assert result.isfinite().all()
+    assert result.std(dim=(1, 2)).min() > 0.1
+
+
+def test_seeds_and_prompt_decide_the_image() -> None:
+    reference = image()
+    torch.manual_seed(123)
+    assert torch.equal(image(), reference)
+    for other in (image(weights_seed=1), image(noise_seed=1), image(prompt="A blue fox, 日本")):
+        assert not torch.equal(other, reference)
+
+
+def test_building_leaves_the_random_state() -> None:
+    before = torch.random.get_rng_state()
+    demo_pipeline()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture(scope="module")
+def run_flux() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_flux", RUN_FLUX)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_flux"] = module  # where its dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def invoke(run_flux: ModuleType, *arguments: str, ranks: int = 1) -> tuple[int, str]:
+    """The exit status and all output, as one line without the frame around an error."""
+    app = typer.Typer(add_completion=False)
+    app.command()(run_flux.main)
+    environment = {"WORLD_SIZE": str(ranks), "COLUMNS": "200", "NO_COLOR": "1"}
+    result = CliRunner().invoke(app, arguments, env=environment)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model=demo", "--height=100"], "--height must be a positive multiple of 16, got 100"),
+        (["--model=demo", "--width=0"], "--width must be a positive multiple of 16, got 0"),
+        (["--model=./no/such/folder"], "--model ./no/such/folder: no such folder"),
+        (["--model=demo", "--policy=pipefusion"], "'gather', 'rotate', 'displaced', 'none'"),
+        (["--model=demo", "--steps=0"], "--steps"),
+        (["--model=demo", "--sync-steps=-1"], "--sync-steps"),
+        (["--model=demo", "--refresh-every=0"], "--refresh-every"),
+    ],
+)
+def test_wrong_arguments(run_flux: ModuleType, arguments: list[str], message: str) -> None:
+    status, output = invoke(run_flux, *arguments)
+    assert status == 2
+    assert message in output
+
+
+def test_no_policy_is_for_one_rank(run_flux: ModuleType) -> None:
+    status, output = invoke(run_flux, "--model=demo", "--policy=none", ranks=2)
+    assert status == 2
+    assert "--policy none is for one rank, not 2" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_random_weights_need_a_gpu(run_flux: ModuleType) -> None:
+    status, output = invoke(run_flux, "--random-weights")
+    assert status == 2
+    assert "there is no CUDA device" in output
+
+
+@pytest.mark.parametrize("policy", ["rotate", "none"])
+def test_one_rank_makes_an_image(run_flux: ModuleType, tmp_path: Path, policy: str) -> None:
+    status, output = invoke(
+        run_flux,
+        "--model=demo",
+        f"--policy={policy}",
+        "--no-compile",
+        "--height=64",
+        "--width=48",
+        "--steps=3",
+        "--warmups=0",
+        "--print-output",
+        f"--output={tmp_path / 'new' / 'image.png'}",
+        f"--json={tmp_path / 'times.json'}",
+    )
+    assert status == 0, output
+    assert "The weights are random" in output
+    assert (tmp_path / "new" / "image.png").stat().st_size > 1000
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert times["ranks"] == 1
+    assert times["policy"] == policy
+    assert len(times["step_ms"]) == 2
+    assert times["total_s"] > 0
