@@ -134,7 +134,8 @@ class Runtime:
             goes_on = not self.explicit and stream.observe(roles.pick(roles.clocks, args), latents)
             # One rank in doubt is enough: a rank alone in a sync step would wait for ever. Who is
             # sure votes too, so that a rank outside of the others' generation is found out.
-            if any_rank(not goes_on, latents[0].device, group):
+            device = next(iter(roles.inputs(args).values())).device
+            if any_rank(not goes_on, device, group):
                 stream.restart()
         stream.index += 1
         if stream.index == 0:

@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Under its name of torch 2.13, or else of before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class Gathering:
     """An all-gather under way: `wait` gives one tensor per rank."""
@@ -18,7 +21,7 @@ class Gathering:
         # memory must stay untouched until the collective has read it.
         self.piece = piece.contiguous()
         self.buffer = self.piece.new_empty((group.size(), *self.piece.shape))
-        self.work = dist.all_gather_into_tensor(
+        self.work = _all_gather(
             self.buffer.view(-1).view(torch.uint8),
             self.piece.view(-1).view(torch.uint8),
             group=group,
