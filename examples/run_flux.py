@@ -103,7 +103,10 @@ def main(
         str, typer.Option(help="A local folder, a hub id, or 'demo': piflux's small pipeline.")
     ] = "black-forest-labs/FLUX.1-dev",
     random_weights: Annotated[
-        bool, typer.Option(help="FLUX.1-dev's architecture with random weights; latents only.")
+        bool,
+        typer.Option(
+            "--random-weights", help="FLUX.1-dev's architecture, random weights; latents only."
+        ),
     ] = False,
     prompt: str = "A red fox in fresh snow, early morning light, 35 mm photograph",
     steps: Annotated[int, typer.Option(min=1)] = 28,
@@ -123,7 +126,9 @@ def main(
         typer.Option("--compile/--no-compile", help="By inductor. Default: on a GPU."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("out/flux.png"),
-    print_output: Annotated[bool, typer.Option(help="Draw it in the terminal as well.")] = False,
+    print_output: Annotated[
+        bool, typer.Option("--print-output", help="Draw it in the terminal as well.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Where the measurements go.")
     ] = None,
