@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+.DELETE_ON_ERROR:
 .PHONY: demo test lint snapshots
 
 demo: $(INSTALLED)
