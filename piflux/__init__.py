@@ -8,6 +8,7 @@ from piflux.errors import CannotShard as CannotShard
 from piflux.errors import NoAttention as NoAttention
 from piflux.errors import PifluxError as PifluxError
 from piflux.errors import RanksDisagree as RanksDisagree
+from piflux.runtime.ranks import virtual_ranks as virtual_ranks
 from piflux.schedule import Schedule as Schedule
 
 __version__ = "0.1.0"

@@ -39,7 +39,7 @@ class ParallelModule(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameter = next(self.parameters(), None)
         if parameter is not None:
-            check_device(self._piflux_compiler.runtime.group, parameter.device)
+            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         with torch.no_grad(), self._piflux_quiet:
             return self._piflux_compiled(*args, **kwargs)
 
@@ -68,7 +68,7 @@ def parallelize(
             first call, once per input signature, for inference only.
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group. With none
             initialised and torchrun's environment present, it is initialised; else one rank runs
-            alone.
+            alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered).
         sync_steps: how many first steps of an image gather everything.
@@ -117,7 +117,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "parallelize compiles it"
         )
     check_device(
-        compiler.runtime.group, next((p.device for p in target.parameters()), torch.device("cpu"))
+        compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )
     cls = type(target)
     # A class of its own, since whatever the instance holds, the target holds too. It goes by the

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
@@ -20,6 +20,7 @@ from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
 from piflux.report import GraphReport
 from piflux.runtime.cache import Runtime
+from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.streams import Roles
 from piflux.schedule import Policy, Schedule
 
@@ -36,7 +37,7 @@ class Compiler:
 
     Args:
         schedule: see `Runtime`.
-        group: likewise.
+        ranks: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
 
     Raises:
@@ -44,9 +45,9 @@ class Compiler:
     """
 
     def __init__(
-        self, schedule: Schedule, group: dist.ProcessGroup | None, inner: str | Callable[..., Any]
+        self, schedule: Schedule, ranks: Ranks | None, inner: str | Callable[..., Any]
     ) -> None:
-        self.runtime = Runtime(schedule, group)
+        self.runtime = Runtime(schedule, ranks)
         try:
             self.inner = lookup_backend(inner)
         except InvalidBackend as error:
@@ -58,6 +59,7 @@ class Compiler:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         world_size = self.runtime.schedule.world_size
+        whole = self._whole(gm, example_inputs)
         ctx = Context(world_size, self.runtime.name)
         # On one rank too the layout is found, so that a model that can't be sharded says so on
         # the machine it is developed on.
@@ -65,20 +67,39 @@ class Compiler:
         self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
         roles = _roles(gm, ctx.plan)
         compiled = self.inner(gm, list(example_inputs))
-        return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled)
+        return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled, whole)
+
+    def _whole(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any] | None:
+        """The graph that computes all tokens and fills every cache, where ranks are virtual."""
+        if not isinstance(self.runtime.ranks, VirtualRanks):
+            return None
+        uncut = copy.deepcopy(gm)
+        run_passes(uncut, Context(1, self.runtime.name), (layout, rewrite_attention))
+        return self.inner(uncut, list(example_inputs))
 
 
 class _PerCall:
     """A compiled graph; each call is one pass of one denoise step."""
 
-    def __init__(self, runtime: Runtime, roles: Roles, compiled: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        roles: Roles,
+        part: Callable[..., Any],
+        whole: Callable[..., Any] | None,
+    ) -> None:
         self.runtime = runtime
         self.roles = roles
-        self.compiled = compiled
+        self.part = part
+        self.whole = whole
 
     def __call__(self, *args: Any) -> Any:
-        with self.runtime.call(self, self.roles, args):
-            return self.compiled(*args)
+        runtime = self.runtime
+        assert runtime.ranks is not None
+        with runtime.call(self, self.roles, args) as step:
+            return runtime.ranks.run(step.sync, self.part, self.whole, args)
 
 
 def backend(
@@ -118,10 +139,9 @@ def make_compiler(
             "sync_steps, refresh_every and inner"
         )
     Schedule(policy, sync_steps, refresh_every)  # a bad value is reported before any waiting
-    process_group = resolve_group(group)
-    world_size = process_group.size() if process_group is not None else 1
-    schedule = Schedule(policy, sync_steps, refresh_every, world_size)
-    return Compiler(schedule, process_group, inner)
+    ranks = resolve_group(group)
+    schedule = Schedule(policy, sync_steps, refresh_every, ranks.size if ranks is not None else 1)
+    return Compiler(schedule, ranks, inner)
 
 
 def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from piflux.runtime.ranks import ProcessRanks, Ranks, VirtualRanks
+
 # A dead peer is noticed after this long at the latest.
 DEFAULT_TIMEOUT_S = 60.0
 
 
-def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
-    """The process group to run on; None for one rank alone.
+def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -> Ranks | None:
+    """The ranks to run on; None for one rank alone.
 
     Without a group it is the default one; where none is initialised but torchrun's environment is
     present, it is initialised (NCCL on CUDA, gloo on CPU) with a timeout of `PIFLUX_TIMEOUT_S`
@@ -25,6 +27,8 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
         RuntimeError: a group for CUDA where there is none.
         TypeError: something else.
     """
+    if isinstance(group, VirtualRanks):
+        return group if group.size > 1 else None
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -45,14 +49,15 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessG
         )
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}"
+            "group must be a ProcessGroup, a 1-D DeviceMesh, virtual ranks or None, got "
+            f"{type(group).__name__}"
         )
     if "nccl" in dist.get_backend_config(group) and not torch.cuda.is_available():
         raise RuntimeError(
             "the process group is NCCL's, but this machine has no CUDA device: initialise "
             "torch.distributed with backend='gloo' to run on CPUs"
         )
-    return group if group.size() > 1 else None
+    return ProcessRanks(group) if group.size() > 1 else None
 
 
 def _initialise() -> None:
@@ -64,11 +69,11 @@ def _initialise() -> None:
         dist.init_process_group("gloo", timeout=timeout)
 
 
-def check_device(group: dist.ProcessGroup | None, device: torch.device) -> None:
-    """Raises RuntimeError where `group` can't move tensors of `device`."""
-    if group is None:
+def check_device(ranks: Ranks | None, device: torch.device) -> None:
+    """Raises RuntimeError where the ranks' process group can't move tensors of `device`."""
+    if not isinstance(ranks, ProcessRanks):
         return
-    served = dist.get_backend_config(group)
+    served = dist.get_backend_config(ranks.group)
     if device.type not in dict(pair.split(":") for pair in served.split(",") if ":" in pair):
         raise RuntimeError(
             f"the model is on {device.type}, but the process group serves only {served}: move the "

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from piflux.runtime.cache import Runtime
+from piflux.runtime.ranks import ProcessRanks
 
 # Pipelines with two experts (Wan) name the second so; everyone has the first.
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -48,7 +49,7 @@ class ParallelPipeline:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
         call = super().__call__  # type: ignore[misc]
-        group = self._piflux_runtimes[0].group
+        group = _process_group(self._piflux_runtimes)
         if group is not None:
             bound = inspect.signature(call).bind_partial(*args, **kwargs).arguments
             if "generator" in inspect.signature(call).parameters and bound.get("generator") is None:
@@ -66,7 +67,7 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
     """
     cls = type(pipe)
     runtimes = [module._piflux_compiler.runtime for module in modules.values()]
-    group = runtimes[0].group
+    group = _process_group(runtimes)
     members = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -82,6 +83,11 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
             **{**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         )
     return view
+
+
+def _process_group(runtimes: list[Runtime]) -> dist.ProcessGroup | None:
+    ranks = runtimes[0].ranks
+    return ranks.group if isinstance(ranks, ProcessRanks) else None
 
 
 def _shared_generator(group: dist.ProcessGroup) -> torch.Generator:

@@ -19,6 +19,7 @@ from piflux.passes.plan import (
     Segment,
     Value,
     axes,
+    example_size,
     holds,
     known,
     operands,
@@ -151,11 +152,16 @@ def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
         if holds(sympy.Lt(piece, FEWEST_TOKENS), node):
             raise CannotShard(
                 node,
-                f"takes a run of {piece} tokens out of {segment.length}: this mixes tokens or "
+                f"takes a run of {_example(node, piece)} tokens out of "
+                f"{_example(node, segment.length)}: this mixes tokens or "
                 "leaves too few to cut",
             )
     segment.stands_for = (Segment(first), Segment(rest))
     return segment.stands_for
+
+
+def _example(node: fx.Node, length: sympy.Expr) -> int:
+    return example_size(length, tensors(node)[0])
 
 
 def _shorter(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -351,6 +357,6 @@ def _check_lengths(plan: Plan, world_size: int) -> None:
             if holds(sympy.Lt(length, world_size), axis.node):
                 raise CannotShard(
                     axis.node,
-                    f"a run of {length} tokens can't be cut into {world_size} parts: use fewer "
-                    "ranks or more tokens",
+                    f"a run of {_example(axis.node, length)} tokens can't be cut into "
+                    f"{world_size} parts: use fewer ranks or more tokens",
                 )

@@ -15,12 +15,11 @@ from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch.distributed as dist
 from torch import Tensor
 
 from piflux.parts import join, write
-from piflux.runtime.agreement import check_agreement, fingerprint
-from piflux.runtime.collectives import Gathering, all_gather, any_rank
+from piflux.runtime.agreement import fingerprint
+from piflux.runtime.ranks import Ranks
 from piflux.runtime.streams import Roles, Seen, Slot, Stream
 from piflux.schedule import Schedule, Step
 
@@ -37,16 +36,13 @@ class Runtime:
 
     Args:
         schedule: which part each rank computes at which step.
-        group: the ranks; None for one rank alone.
+        ranks: who shares the work; None for one rank alone.
         name: how graph nodes name this runtime; chosen if None.
     """
 
-    def __init__(
-        self, schedule: Schedule, group: dist.ProcessGroup | None, name: str | None = None
-    ) -> None:
+    def __init__(self, schedule: Schedule, ranks: Ranks | None, name: str | None = None) -> None:
         self.schedule = schedule
-        self.group = group
-        self.rank = group.rank() if group is not None else 0
+        self.ranks = ranks
         self.name = f"piflux_{next(_NUMBERS)}" if name is None else name
         self.explicit = False
         self.streams: list[Stream] = []
@@ -93,7 +89,7 @@ class Runtime:
             self.explicit = outer
 
     @contextlib.contextmanager
-    def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[None]:
+    def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Step]:
         """Find this call's stream and step, on all ranks alike; `args` are the graph's inputs.
 
         Raises:
@@ -103,7 +99,7 @@ class Runtime:
             stream = self._stream(graph, roles.pick(roles.conditions, args))
             self._advance(stream, roles, args)
             self._now = stream, self.schedule.step(stream.index)
-            yield
+            yield self._now[1]
         except BaseException:
             # Part of the slots are of this step, part of the last: none can be trusted. The
             # collectives under way may never end, so they are not waited for.
@@ -126,8 +122,8 @@ class Runtime:
         return stream
 
     def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
-        group = self.group
-        if group is None:
+        ranks = self.ranks
+        if ranks is None:
             return
         if not self.explicit or stream.index < 0:
             latents = roles.pick(roles.latents, args)
@@ -135,44 +131,61 @@ class Runtime:
             # One rank in doubt is enough: a rank alone in a sync step would wait for ever. Who is
             # sure votes too, so that a rank outside of the others' generation is found out.
             device = next(iter(roles.inputs(args).values())).device
-            if any_rank(not goes_on, device, group):
+            if ranks.any(not goes_on, device):
                 stream.restart()
         stream.index += 1
         if stream.index == 0:
             settings = {"schedule": self.schedule, "explicit generation": self.explicit}
-            check_agreement(fingerprint(settings, roles.inputs(args)), group)
+            ranks.agree(fingerprint(settings, roles.inputs(args)))
 
-    def exchange(self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    def part(self) -> int:
+        """The part that the rank being computed has at this step."""
+        return self.now[1].parts[self._ranks.rank]
+
+    def gather(self, piece: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
+        """The whole dimension `dim` from every rank's part."""
+        pieces = self._ranks.gather(piece).wait()
+        return join(pieces, self.now[1].parts, dim, lengths)
+
+    def exchange(
+        self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
+    ) -> list[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
         Args:
             slot: which attention of the graph.
             fresh: keys and values of this rank's part, each (batch, heads, part tokens, head dim).
             lengths: the full length of each segment.
+            world_size: into how many parts the graph was cut; 1 if `fresh` is of all tokens.
 
         Returns:
             Keys and values, each (batch, heads, all tokens, head dim).
         """
         stream, step = self.now
-        assert self.group is not None
-        world_size, part = self.schedule.world_size, step.parts[self.rank]
+        ranks = self._ranks
+        if step.sync and world_size > 1:
+            coming = [ranks.gather(x) for x in fresh]
+            whole = [join(g.wait(), step.parts, -2, lengths) for g in coming]
+        elif step.sync:
+            whole = list(fresh)
         if step.sync:
-            whole = [join(all_gather(x, self.group), step.parts, -2, lengths) for x in fresh]
             if self.schedule.policy != "gather":
-                stream.slots[slot] = Slot(whole)
+                for rank in ranks.here:
+                    # Copies where the values are the graph's, or of several ranks.
+                    keep = whole if world_size > 1 else [x.clone() for x in whole]
+                    stream.slots[rank, slot] = Slot(keep)
             return whole
-        kept = stream.slots[slot]
+        kept = stream.slots[ranks.rank, slot]
         for cached, gathering in zip(kept.whole, kept.coming, strict=False):
             join(gathering.wait(), kept.parts, -2, lengths, cached)
         for cached, x in zip(kept.whole, fresh, strict=True):
-            write(cached, -2, lengths, world_size, part, x)
+            write(cached, -2, lengths, world_size, self.part(), x)
         if self.schedule.policy == "displaced":
-            kept.coming = [Gathering(x, self.group) for x in fresh]
+            kept.coming = [ranks.gather(x) for x in fresh]
             kept.parts = step.parts
         return kept.whole
 
-    def gather(self, piece: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
-        """The whole dimension `dim` from every rank's part."""
-        _, step = self.now
-        assert self.group is not None
-        return join(all_gather(piece, self.group), step.parts, dim, lengths)
+    @property
+    def _ranks(self) -> Ranks:
+        assert self.ranks is not None, "one rank alone runs a graph without piflux's ops"
+        return self.ranks

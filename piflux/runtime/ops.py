@@ -24,9 +24,7 @@ from piflux.runtime.cache import Runtime
 )
 def shard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
     """This rank's part of `x` at this step: (.., sum(lengths), ..) -> (.., part tokens, ..)."""
-    state = Runtime.named(runtime)
-    _, step = state.now
-    return cut(x, dim, lengths, world_size, step.parts[state.rank])
+    return cut(x, dim, lengths, world_size, Runtime.named(runtime).part())
 
 
 @shard.register_fake
@@ -90,7 +88,7 @@ def cached_sdpa(
     Returns:
         (batch, heads, part tokens, value head dim).
     """
-    key, value = Runtime.named(runtime).exchange(slot, (key, value), lengths)
+    key, value = Runtime.named(runtime).exchange(slot, (key, value), lengths, world_size)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
     )

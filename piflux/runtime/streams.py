@@ -15,7 +15,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.runtime.collectives import Gathering
+from piflux.runtime.ranks import Gathering
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
@@ -75,13 +75,24 @@ class Slot:
 
 @dataclass
 class Stream:
-    """The calls of one generation that share conditions, and their cache slots."""
+    """The calls of one generation that share conditions, and their cache slots.
+
+    Attributes:
+        graph: the compiled graph that they run.
+        conditions: what they share.
+        used: the number of the latest call.
+        index: the latest step, -1 before the first.
+        slots: by rank and attention.
+        clocks: the latest values, where the generation is inferred.
+        latents: likewise.
+        direction: the way in which the clocks move, 0 as long as they have not.
+    """
 
     graph: object
     conditions: list[Seen]
     used: int
     index: int = -1
-    slots: dict[int, Slot] = field(default_factory=dict)
+    slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0

@@ -1,0 +1,161 @@
+"""How the ranks that share a model reach each other: over a process group, or in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from piflux.runtime.agreement import check_agreement
+
+# Under its name of torch 2.13, or else of before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Gathering(Protocol):
+    """An all-gather under way."""
+
+    def wait(self) -> Sequence[Tensor]:
+        """One tensor per rank, by rank, each shaped like this rank's own."""
+
+
+class Ranks(Protocol):
+    """The ranks of one model, as this process sees them.
+
+    Attributes:
+        size: how many there are.
+        rank: whose part is being computed.
+        here: the ranks that this process computes.
+    """
+
+    size: int
+    rank: int
+    here: Sequence[int]
+
+    def gather(self, piece: Tensor) -> Gathering:
+        """Start an all-gather of every rank's `piece`; all have one shape and dtype."""
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set on any rank. Synchronises host and device."""
+
+    def agree(self, fingerprint: Mapping[str, Any]) -> None:
+        """Raises RanksDisagree on every rank where fingerprints differ."""
+
+    def run(
+        self, sync: bool, part: Callable[..., Any], whole: Callable[..., Any] | None, args: Any
+    ) -> Any:
+        """Run one step: `part` computes one rank's part, `whole` all tokens at once."""
+
+
+class ProcessRanks:
+    """A rank a process."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = group.size()
+        self.rank = group.rank()
+        self.here: Sequence[int] = (self.rank,)
+
+    def gather(self, piece: Tensor) -> Gathering:
+        return _Collective(piece, self.group)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(votes.item())
+
+    def agree(self, fingerprint: Mapping[str, Any]) -> None:
+        check_agreement(fingerprint, self.group)
+
+    def run(
+        self, sync: bool, part: Callable[..., Any], whole: Callable[..., Any] | None, args: Any
+    ) -> Any:
+        return part(*args)
+
+
+class _Collective:
+    def __init__(self, piece: Tensor, group: dist.ProcessGroup) -> None:
+        # Bytes, because gloo knows neither bfloat16 nor the 8-bit floats. `piece` is kept: its
+        # memory must stay untouched until the collective has read it.
+        self.piece = piece.contiguous()
+        self.buffer = self.piece.new_empty((group.size(), *self.piece.shape))
+        self.work = _all_gather(
+            self.buffer.view(-1).view(torch.uint8),
+            self.piece.view(-1).view(torch.uint8),
+            group=group,
+            async_op=True,
+        )
+
+    def wait(self) -> Sequence[Tensor]:
+        """Raises RuntimeError where a peer died or timed out."""
+        cast(dist.Work, self.work).wait()
+        return self.buffer.unbind(0)
+
+
+class VirtualRanks:
+    """Several ranks in one process on one device, to see how far a policy's images drift.
+
+    A sync step is computed once, by the graph that isn't cut; in the other steps the same graph
+    that real ranks run computes part after part, each rank with a cache of its own.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"virtual_ranks needs at least 1 rank, got {size}")
+        self.size = size
+        self.rank = 0
+        self.here: Sequence[int] = range(size)
+        self._mail: list[list[Tensor | None]] = []
+        self._sent = 0
+
+    def gather(self, piece: Tensor) -> Gathering:
+        if self._sent == len(self._mail):
+            self._mail.append([None] * self.size)
+        pieces = self._mail[self._sent]
+        self._sent += 1
+        pieces[self.rank] = piece.clone()
+        return _Letters(pieces, piece)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        return flag
+
+    def agree(self, fingerprint: Mapping[str, Any]) -> None:
+        pass  # with itself
+
+    def run(
+        self, sync: bool, part: Callable[..., Any], whole: Callable[..., Any] | None, args: Any
+    ) -> Any:
+        if sync:
+            assert whole is not None
+            return whole(*args)
+        self._mail = []
+        for rank in self.here:
+            self.rank, self._sent = rank, 0
+            result = part(*args)
+        # Gathered values never flow back into attention, so only the last rank's must be complete.
+        return result
+
+
+class _Letters:
+    def __init__(self, pieces: list[Tensor | None], own: Tensor) -> None:
+        self.pieces = pieces
+        self.own = own
+
+    def wait(self) -> Sequence[Tensor]:
+        """A rank that has not run yet has its place held by this one's piece."""
+        return [self.own if piece is None else piece for piece in self.pieces]
+
+
+def virtual_ranks(size: int) -> VirtualRanks:
+    """`size` ranks in this process, for `parallelize(..., group=piflux.virtual_ranks(4))`.
+
+    Every rank's cache is held here, and steps take as long as all ranks' together: it shows the
+    images that real ranks would make, not their speed. Each call serves one `parallelize`.
+
+    Raises:
+        ValueError: fewer than one rank.
+    """
+    return VirtualRanks(size)

@@ -1,0 +1,73 @@
+"""Ranks simulated in one process make the images that real ones make."""
+
+import itertools
+
+import pytest
+import torch
+from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from test_numerics import EXACT
+
+import piflux
+
+STEPS = 7
+
+
+def image(model, inputs):
+    """A few Euler steps; `inputs` of the first."""
+    x = inputs["hidden_states"]
+    sigmas = torch.linspace(1, 0, STEPS + 1)
+    with piflux.generation(model):
+        for now, then in itertools.pairwise(sigmas):
+            step = inputs | {"hidden_states": x, "timestep": now.expand(x.shape[0])}
+            x = x + (then - now) * model(**step, return_dict=False)[0]
+    return x
+
+
+def settings():
+    yield {"policy": "rotate"}
+    yield {"policy": "rotate", "sync_steps": 2, "refresh_every": 3}
+    yield {"policy": "displaced"}
+    yield {"policy": "gather"}
+
+
+def images(rank, group):
+    model, inputs = tiny_flux(), flux_inputs()
+    return [
+        image(piflux.parallelize(model, group=group, inner="eager", **options), inputs)
+        for options in settings()
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_virtual_ranks_equal_real_ones(ranks, world_size):
+    real = ranks(world_size, images)[0]
+    virtual = [
+        image(
+            piflux.parallelize(
+                tiny_flux(), group=piflux.virtual_ranks(world_size), inner="eager", **options
+            ),
+            flux_inputs(),
+        )
+        for options in settings()
+    ]
+    for want, got in zip(real, virtual, strict=True):
+        assert (want - got).abs().max() <= EXACT
+    assert (virtual[0] - virtual[-1]).abs().max() > 100 * EXACT  # rotation does drift
+
+
+def test_boundaries_inside_the_graph():
+    """What is gathered in mid-graph is complete when the last rank has run."""
+    model, inputs = tiny_sd3(), sd3_inputs()
+    group = piflux.virtual_ranks(3)
+    parallel = piflux.parallelize(model, group=group, sync_steps=0, inner="eager")
+    with torch.no_grad():
+        want = model(**inputs, return_dict=False)[0]
+    with piflux.generation(parallel):
+        for _ in range(4):  # of the same inputs: what is remembered is right
+            got = parallel(**inputs, return_dict=False)[0]
+            assert (want - got).abs().max() <= EXACT
+
+
+def test_at_least_one_rank():
+    with pytest.raises(ValueError, match="at least 1"):
+        piflux.virtual_ranks(0)
