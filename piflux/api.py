@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -14,12 +15,18 @@ from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
 from piflux.integrations.diffusers import is_pipeline, parallel_pipeline, transformers_of
 from piflux.report import Report
-from piflux.schedule import Policy
+from piflux.schedule import Policy, Sync
 
 Target = TypeVar("Target")
 
-# Models that warn of deprecated inputs would break the graph at the warning.
-_LOGGING = {getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")}
+_DYNAMO = {
+    # Models that warn of deprecated inputs would break the graph at the warning.
+    "ignore_logger_methods": {
+        getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")
+    },
+    # One graph for each set of optional inputs, adapters and static or dynamic sizes.
+    "recompile_limit": 64,
+}
 
 
 class ParallelModule(nn.Module):
@@ -33,14 +40,14 @@ class ParallelModule(nn.Module):
     _piflux_compiler: Compiler
     _piflux_target: nn.Module
     _piflux_compiled: Callable[..., Any]
-    _piflux_quiet: contextlib.AbstractContextManager[Any]
+    _piflux_settings: contextlib.AbstractContextManager[Any]
 
     # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_device(self._piflux_compiler.runtime.ranks, parameter.device)
-        with torch.no_grad(), self._piflux_quiet:
+        with torch.no_grad(), self._piflux_settings:
             return self._piflux_compiled(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +65,7 @@ def parallelize(
     policy: Policy = "rotate",
     sync_steps: int = 1,
     refresh_every: int | None = None,
+    sync: Sync = "gather",
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -73,6 +81,9 @@ def parallelize(
             'rotate' or 'displaced' (remembered).
         sync_steps: how many first steps of an image gather everything.
         refresh_every: afterwards, gather everything once in so many steps.
+        sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
+            the whole step without any traffic. Between hosts that is often faster. It compiles a
+            second graph.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -90,6 +101,7 @@ def parallelize(
         "policy": policy,
         "sync_steps": sync_steps,
         "refresh_every": refresh_every,
+        "sync": sync,
         "inner": inner,
     }
     if is_pipeline(target):
@@ -128,13 +140,25 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         "__doc__": cls.__doc__,
         "_piflux_compiler": compiler,
         "_piflux_target": target,
-        # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
-        "_piflux_quiet": torch._dynamo.config.patch(ignore_logger_methods=_LOGGING),
-        "_piflux_compiled": staticmethod(torch.compile(target, backend=compiler, fullgraph=True)),
+        "_piflux_settings": torch._dynamo.config.patch(_DYNAMO),
+        "_piflux_compiled": staticmethod(_compiled(target, compiler)),
     }
     view: Any = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
     view.__dict__ = target.__dict__
     return view
+
+
+def _compiled(target: nn.Module, compiler: Compiler) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return target(*args, **kwargs)
+
+    # Dynamo counts recompilations by code object. With one of its own a model is not held to
+    # account for others of its class, and its graphs end with it.
+    own = FunctionType(
+        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
+    )
+    # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
+    return torch.compile(own, backend=compiler, fullgraph=True)
 
 
 def _compilers(target: Any) -> list[Compiler]:

@@ -22,7 +22,7 @@ from piflux.report import GraphReport
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.streams import Roles
-from piflux.schedule import Policy, Schedule
+from piflux.schedule import Policy, Schedule, Sync
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
@@ -72,8 +72,9 @@ class Compiler:
     def _whole(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any] | None:
-        """The graph that computes all tokens and fills every cache, where ranks are virtual."""
-        if not isinstance(self.runtime.ranks, VirtualRanks):
+        """The graph that computes all tokens and fills the cache, where sync steps want it."""
+        ranks, recompute = self.runtime.ranks, self.runtime.schedule.sync == "recompute"
+        if ranks is None or not (recompute or isinstance(ranks, VirtualRanks)):
             return None
         uncut = copy.deepcopy(gm)
         run_passes(uncut, Context(1, self.runtime.name), (layout, rewrite_attention))
@@ -111,8 +112,8 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
-    Options: `group`, `policy`, `sync_steps`, `refresh_every` and `inner`, as for `parallelize`.
-    Every compiled graph has its own caches; the beginning of an image is inferred.
+    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync` and `inner`, as for
+    `parallelize`. Every compiled graph has its own caches; the beginning of an image is inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -129,6 +130,7 @@ def make_compiler(
     policy: Policy = "rotate",
     sync_steps: int = 1,
     refresh_every: int | None = None,
+    sync: Sync = "gather",
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -136,11 +138,14 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every and inner"
+            "sync_steps, refresh_every, sync and inner"
         )
-    Schedule(policy, sync_steps, refresh_every)  # a bad value is reported before any waiting
+    Schedule(
+        policy, sync_steps, refresh_every, sync=sync
+    )  # a bad value is reported before any waiting
     ranks = resolve_group(group)
-    schedule = Schedule(policy, sync_steps, refresh_every, ranks.size if ranks is not None else 1)
+    world_size = ranks.size if ranks is not None else 1
+    schedule = Schedule(policy, sync_steps, refresh_every, world_size, sync)
     return Compiler(schedule, ranks, inner)
 
 

@@ -61,7 +61,11 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -
 
 
 def _initialise() -> None:
-    timeout = timedelta(seconds=float(os.environ.get("PIFLUX_TIMEOUT_S", DEFAULT_TIMEOUT_S)))
+    asked = os.environ.get("PIFLUX_TIMEOUT_S", DEFAULT_TIMEOUT_S)
+    try:
+        timeout = timedelta(seconds=float(asked))
+    except ValueError:
+        raise ValueError(f"PIFLUX_TIMEOUT_S must be seconds, got {asked!r}") from None
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)

@@ -83,7 +83,7 @@ class GraphReport:
             len(plan.attentions),
             len(plan.local),
             tuple(boundaries.values()),
-            final + sent,
+            0 if schedule.sync == "recompute" else final + sent,
             steady,
             held,
         )
@@ -93,7 +93,8 @@ class GraphReport:
         refresh = f", a sync step every {s.refresh_every}" if s.refresh_every else ""
         lines = [
             f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
-            f"{max(1, s.sync_steps)} sync step(s) first{refresh}",
+            f"{max(1, s.sync_steps)} sync step(s) first{refresh}"
+            + (", recomputed" if s.sync == "recompute" else ""),
             f"  attentions rewritten   {self.attentions}",
             f"  nodes on a part        {self.local_nodes}",
             f"  sent in a sync step    {_human(self.sync_bytes)} a rank",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Policy = Literal["gather", "rotate", "displaced"]
+Sync = Literal["gather", "recompute"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,9 @@ class Schedule:
             only a sync step can fill them.
         refresh_every: after the first ones, one sync step every so many steps; None for never.
         world_size: the number of ranks, which is the number of parts.
+        sync: how a sync step comes by every part's keys and values: 'gather' sends them,
+            'recompute' has each rank compute all tokens by itself, which is cheaper where links
+            are slow.
 
     Raises:
         ValueError: a field is out of range.
@@ -42,11 +46,19 @@ class Schedule:
     sync_steps: int = 1
     refresh_every: int | None = None
     world_size: int = 1
+    sync: Sync = "gather"
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             choices = ", ".join(repr(name) for name in get_args(Policy))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
+        if self.sync not in get_args(Sync):
+            raise ValueError(f"unknown sync {self.sync!r}: choose 'gather' or 'recompute'")
+        if self.policy == "gather" and self.sync == "recompute":
+            raise ValueError(
+                "the policy 'gather' has sync steps only: recomputing them all is one rank's work "
+                "on every rank. Choose another policy, or sync='gather'"
+            )
         if not isinstance(self.sync_steps, int) or self.sync_steps < 0:
             raise ValueError(f"sync_steps must be an integer >= 0, got {self.sync_steps!r}")
         if self.refresh_every is not None and (

@@ -28,10 +28,10 @@ print(piflux.parallelize(Model(), inner="eager")(torch.randn(1, 8, 4)).shape)
 """
 
 
-def report(policy, world_size=2):
+def report(policy, world_size=2, **options):
     gm = capture(tiny_flux(), **flux_inputs())
     ctx = transformed(gm, world_size)
-    return GraphReport.of(gm, ctx, Schedule(policy, world_size=world_size))
+    return GraphReport.of(gm, ctx, Schedule(policy, world_size=world_size, **options))
 
 
 class TestExplain(TestCase):
@@ -67,6 +67,7 @@ rotate on 2 ranks, 1 sync step(s) first
             self.assertEqual(data.sync_bytes, final + 2 * 25 * token)
             self.assertEqual((policy, data.steady_bytes), (policy, steady))
             self.assertEqual((policy, data.cache_bytes), (policy, cache))
+        self.assertEqual(report("rotate", sync="recompute").sync_bytes, 0)
         unshard = data.boundaries[-1]
         self.assertEqual((unshard.lengths, unshard.part_lengths), ((35,), (18,)))
         self.assertEqual(unshard.overlaps, (1,))

@@ -48,6 +48,13 @@ def test_sync_steps_come_first_and_then_every_so_often(sync_steps, refresh_every
     assert syncs(Schedule("rotate", sync_steps, refresh_every, world_size=2)) == want
 
 
+def test_recomputing_every_step_is_refused():
+    with pytest.raises(ValueError, match="sync steps only"):
+        Schedule("gather", sync="recompute")
+    with pytest.raises(ValueError, match="choose 'gather' or 'recompute'"):
+        Schedule(sync="never")
+
+
 @pytest.mark.parametrize("world_size", [2, 3, 4, 5, 8])
 def test_under_rotation_no_cached_part_is_older_than_its_turn(world_size):
     """In a rank's cache the part it computes is fresh, the others are of the last turn."""

@@ -47,7 +47,7 @@ class Ranks(Protocol):
     def run(
         self, sync: bool, part: Callable[..., Any], whole: Callable[..., Any] | None, args: Any
     ) -> Any:
-        """Run one step: `part` computes one rank's part, `whole` all tokens at once."""
+        """Run one step: `part` computes one rank's part, `whole` all tokens at once, if given."""
 
 
 class ProcessRanks:
@@ -73,7 +73,7 @@ class ProcessRanks:
     def run(
         self, sync: bool, part: Callable[..., Any], whole: Callable[..., Any] | None, args: Any
     ) -> Any:
-        return part(*args)
+        return whole(*args) if sync and whole is not None else part(*args)
 
 
 class _Collective:
