@@ -115,7 +115,8 @@ def _shape(node: fx.Node) -> str:
 
 def _is_number(node: fx.Node) -> bool:
     """A Python number of the model's, which Dynamo passes in a tensor if sizes are symbols."""
-    return getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    value = known(node) if node.op == "placeholder" else None
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float64
 
 
 def _is_parameter(node: fx.Node) -> bool:
