@@ -55,7 +55,11 @@ class ParallelModule(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy or pickle is of the target: process groups can't be copied."""
-        return self._piflux_target.__reduce_ex__(protocol)
+        return _identity, (self._piflux_target,)
+
+
+def _identity(x: Any) -> Any:
+    return x
 
 
 def parallelize(

@@ -45,7 +45,7 @@ class GraphReport:
         boundaries: where values are cut and joined.
         sync_bytes: what a rank sends in a sync step.
         steady_bytes: what a rank sends in any other step.
-        cache_bytes: keys and values that a rank holds for each stream.
+        cache_bytes: keys and values that a rank holds for each stream, between steps.
     """
 
     schedule: Schedule
@@ -75,6 +75,8 @@ class GraphReport:
             per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
             sent += per_token * part * (world_size - 1)
             held += per_token * sum(lengths)
+            if schedule.policy == "displaced":  # what it sent, and what is arriving
+                held += per_token * part * (world_size + 1)
         if world_size == 1 or schedule.policy == "gather":
             held = 0
         steady = final + (0 if schedule.policy == "rotate" else sent)

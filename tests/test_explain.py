@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from expecttest import TestCase
 from graphs import capture, transformed
 from models import flux_inputs, tiny_flux
@@ -60,7 +59,7 @@ rotate on 2 ranks, 1 sync step(s) first
         for policy, steady, cache in [
             ("gather", final + 2 * 25 * token, 0),
             ("rotate", final, 2 * 48 * token),
-            ("displaced", final + 2 * 25 * token, 2 * 48 * token),
+            ("displaced", final + 2 * 25 * token, 2 * (48 + 3 * 25) * token),
         ]:
             data = report(policy)
             self.assertEqual(data.attentions, 2)
@@ -101,11 +100,3 @@ def test_log_and_trace(tmp_path):
             names.append(entry.get("artifact", {}).get("name"))
     assert "piflux_0_captured" in names
     assert "piflux_1_layout" in names
-
-
-def test_one_rank_equals_the_plain_model():
-    model, inputs = tiny_flux(), flux_inputs()
-    with torch.no_grad():
-        want = model(**inputs, return_dict=False)[0]
-    got = piflux.parallelize(model, inner="eager")(**inputs, return_dict=False)[0]
-    assert torch.equal(got, want)

@@ -1,0 +1,75 @@
+"""What parallelize returns, on one rank."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import flux_inputs, tiny_flux
+from torch import nn
+
+import piflux
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x):
+        q = self.project(x)[:, None]
+        return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+@torch.no_grad()
+def test_one_rank_equals_the_plain_model():
+    model, inputs = tiny_flux(), flux_inputs()
+    want = model(**inputs, return_dict=False)[0]
+    assert torch.equal(
+        piflux.parallelize(model, inner="eager")(**inputs, return_dict=False)[0], want
+    )
+
+
+def test_one_state_seen_through_two_classes():
+    model = Attention()
+    parallel = piflux.parallelize(model, inner="eager")
+    assert isinstance(parallel, Attention)
+    assert type(parallel).__name__ == "Attention"
+    parallel.project = nn.Linear(8, 8)
+    assert model.project is parallel.project
+    model.double()
+    assert parallel.project.weight.dtype is torch.float64
+    assert parallel.state_dict().keys() == model.state_dict().keys()
+
+
+def test_hooks_run_once():
+    model, calls = Attention(), []
+    parallel = piflux.parallelize(model, inner="eager")
+    parallel.register_forward_hook(lambda *_: calls.append(1))
+    parallel(torch.randn(1, 6, 8))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_of_the_plain_model(duplicate):
+    model = Attention()
+    twin = duplicate(piflux.parallelize(model, inner="eager"))
+    assert type(twin) is Attention
+    assert twin.project.weight is not model.project.weight
+    assert torch.equal(twin.project.weight, model.project.weight)
+
+
+def test_many_models_of_one_class():
+    """Each has a recompile limit of its own: Dynamo's is 8 a code object."""
+    x = torch.randn(1, 6, 8)
+    for _ in range(12):
+        model = Attention()
+        parallel = piflux.parallelize(model, inner="eager")
+        assert (parallel(x) - model(x)).abs().max() < 1e-6
+        assert len(piflux.explain(parallel).graphs) == 1
+
+
+def test_results_carry_no_gradient():
+    parallel = piflux.parallelize(Attention(), inner="eager")
+    assert not parallel(torch.randn(1, 6, 8)).requires_grad
