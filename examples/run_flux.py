@@ -13,25 +13,15 @@ import torch
 import torch.distributed as dist
 import transformers
 import typer
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 import piflux
+from piflux.bench import FLUX_DEV, random_flux
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, WEIGHTS_NOTE, demo_pipeline
 
-FLUX_DEV = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": (16, 56, 56),
-}
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
     "No image: there is no VAE to decode the latents."
@@ -59,6 +49,7 @@ class Result:
     policy: str
     sync_steps: int
     refresh_every: int | None
+    sync: str
     compiled: bool
     height: int
     width: int
@@ -121,6 +112,9 @@ def main(
     ] = "rotate",
     sync_steps: Annotated[int, typer.Option(min=0)] = 1,
     refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync: Annotated[
+        Literal["gather", "recompute"], typer.Option(help="How sync steps get keys and values.")
+    ] = "gather",
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="By inductor. Default: on a GPU."),
@@ -172,6 +166,7 @@ def main(
             policy=policy,
             sync_steps=sync_steps,
             refresh_every=refresh_every,
+            sync=sync,
             inner="inductor" if compile_ else "eager",
         )
 
@@ -205,6 +200,7 @@ def main(
         policy=policy,
         sync_steps=sync_steps,
         refresh_every=refresh_every,
+        sync=sync,
         compiled=compile_,
         height=height,
         width=width,
@@ -282,15 +278,7 @@ def check_arguments(
 
 def random_flux_dev(device: torch.device) -> FluxPipeline:
     """FLUX.1-dev's transformer in bfloat16 with random weights, made on `device`; nothing else."""
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel(**FLUX_DEV).to(torch.bfloat16)
-    transformer.to_empty(device=device).eval().requires_grad_(False)
-    torch.manual_seed(0)  # the same weights on every rank
-    for name, parameter in transformer.named_parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-        else:
-            torch.nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+    transformer = random_flux(FLUX_DEV, device, torch.bfloat16)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=None,

@@ -1,0 +1,95 @@
+"""The benchmark on CPU ranks: rows, the floor, what it writes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from piflux import bench
+from piflux.bench import Floor, Result, Settings, chart, markdown, measure_floor, run_row
+
+FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
+
+
+def results():
+    return [
+        Result("eager", 1, [20.0, 30.0, 22.0], 1.5, 24.0),
+        Result("rotate", 2, [10.0, 12.0], 3.0, None, 2_000_000, 10_000),
+        Result("absent", 2, error="ImportError: no module"),
+    ]
+
+
+def test_the_floor_is_arithmetic_at_the_measured_rates():
+    assert FLOOR.ms(1) == pytest.approx(14.0)
+    assert FLOOR.ms(2) == pytest.approx(7.0)
+    measured = measure_floor(128, 128)
+    assert measured.linear_flops == 2 * 12 * 256**2 * 128 * 6
+    assert measured.attention_flops == 4 * 128**2 * 256 * 6
+    assert 0 < measured.ms(1) < 1000
+
+
+def test_flux_dev_is_counted_right():
+    """At 1024 x 1024 a step of FLUX.1-dev is 59.5 + 14.9 TFLOP."""
+    config = bench.FLUX_DEV
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"] + config["num_single_layers"]
+    assert bench.flops(layers, width, 4096 + 512) == (
+        pytest.approx(59.5e12, rel=1e-3),
+        pytest.approx(14.9e12, rel=3e-3),
+    )
+
+
+def test_table():
+    lines = markdown(results(), FLOOR).splitlines()
+    assert lines[2] == "| eager | 1 | 22.0 | 8.0 | 1.57x | 1.5 s | 24.0 GiB |  |"
+    assert lines[3].startswith("| rotate | 2 | 11.0 |")
+    assert lines[3].endswith("|  | 2.0 / 0.01 MB |")
+    assert "ImportError: no module" in lines[4]
+
+
+def test_chart(tmp_path):
+    chart(results(), FLOOR, "title", tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_on_cpu_ranks(tmp_path):
+    command = [sys.executable, "-m", "piflux.bench", "--row=eager", "--row=rotate"]
+    command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "No CUDA device" in done.stdout
+    record = json.loads((tmp_path / "bench.json").read_text())
+    eager, rotate = record["rows"]
+    assert (eager["ranks"], rotate["ranks"]) == (1, 2)
+    assert len(eager["step_ms"]) == len(rotate["step_ms"]) == 3
+    assert rotate["steady_bytes"] == 32 * 64 * 4  # half of 64 latent tokens
+    assert rotate["sync_bytes"] > rotate["steady_bytes"]
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
+
+
+def test_a_row_that_fails_says_why(tmp_path):
+    log = tmp_path / "row.log"
+    result = run_row(Settings("nonsense", 1, 128, 128, 2, 1), "nvlink", log)
+    assert result.error is not None
+    assert "KeyError: 'nonsense'" in result.error
+    assert "Traceback" in log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--height=100", "multiple of 16"),
+        ("--row=nonsense", "choose from"),
+        ("--row=compiled", "needs a GPU"),
+    ],
+)
+def test_wrong_arguments(argument, message):
+    import typer
+
+    app = typer.Typer()
+    app.command()(bench.bench)
+    done = CliRunner().invoke(app, [argument])
+    assert done.exit_code == 2
+    assert message in done.output
