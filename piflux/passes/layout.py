@@ -22,6 +22,7 @@ from piflux.passes.plan import (
     example_size,
     holds,
     known,
+    known_equal,
     operands,
     same,
     sizes,
@@ -71,6 +72,7 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
         )
     flows = {n: flow(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")}
     _check_attention(gm.graph)
+    _end_at_early_runs(gm.graph, flows)
     marked = _mark(gm.graph, flows)
     plan = Plan(layouts=_name(gm.graph, flows, marked))
     _place(gm.graph, flows, plan)
@@ -86,6 +88,22 @@ def _check_attention(graph: fx.Graph) -> None:
             raise CannotShard(node, "causal attention depends on the order of tokens over parts")
         if known(call.dropout_p) != 0:
             raise CannotShard(node, "attention with dropout: call .eval() on the model")
+
+
+def _end_at_early_runs(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> None:
+    """Let tokens be born where a run of them is taken, upstream of all attentions.
+
+    What a run is taken out of there need not be tokens: a table of rotary frequencies is longer
+    than any sequence, and serves text, height and width by overlapping runs. Every rank has it.
+    """
+    downstream = _reach(graph.nodes, set(filter(is_attention, graph.nodes)), "all_input_nodes")
+    for node in flows.keys() - downstream:
+        flows[node].links = [link for link in flows[node].links if _is_all(link)]
+
+
+def _is_all(link: Link) -> bool:
+    """Whether a link leads all tokens of its source, not a run of them."""
+    return known_equal(link.length, sizes(link.source.node, link.source.item)[link.source.dim])
 
 
 def _mark(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> set[Axis]:
