@@ -298,6 +298,8 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
 
 def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.Node]) -> None:
     """Decide whether `operand` is cut or joined on its way into `node`."""
+    if operand in found.unread:
+        return
     rank = len(sizes(*operand))
     dims = [d for d in range(rank) if Axis(operand.node, d, operand.item) in plan.layouts]
     needed = {axis.dim for axis in found.whole if Value(axis.node, axis.item) == operand}
@@ -364,6 +366,7 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
     return {
         value
         for value in operands(node)
+        if value not in found.unread
         for dim in range(len(sizes(*value)))
         if (axis := Axis(value.node, dim, value.item)) in plan.layouts and axis not in allowed
     }

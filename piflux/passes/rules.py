@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch import fx
 
-from piflux.passes.plan import Axis, example_size, expr, known, known_equal, sizes, tensors
+from piflux.passes.plan import Axis, Value, example_size, expr, known, known_equal, sizes, tensors
 
 
 class Link(NamedTuple):
@@ -40,6 +40,7 @@ class Flow:
         links: how tokens move.
         whole: input dimensions that the op needs whole even where it runs on a part.
         attended: dimensions of keys and values: read across tokens, as only attention may.
+        unread: tensors of which the op takes the dtype or device only.
         resize: the node's arguments when it runs on parts, given the local size of each of its
             axes, and the local start of each link; None where no argument holds a size.
     """
@@ -47,6 +48,7 @@ class Flow:
     links: list[Link] = field(default_factory=list)
     whole: list[Axis] = field(default_factory=list)
     attended: list[Axis] = field(default_factory=list)
+    unread: list[Value] = field(default_factory=list)
     resize: Callable[[Resizer], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
 
@@ -168,15 +170,21 @@ def _flatten(sizes: tuple[Any, ...]) -> list[Any]:
 
 
 @rule(
-    "to", "float", "double", "half", "bfloat16", "int", "long", "bool", "type", "type_as", "cpu",
-    "cuda", "contiguous", "detach", "alias", "copy", "truediv", "floordiv", "and_", "or_", "invert",
-    "not_", "rsub", "polar", "complex", "real", "imag", "conj", "zeros_like", "ones_like",
-    "full_like", "empty_like", "where", "masked_fill", "hardswish", "iadd", "isub", "imul",
-    "itruediv", "positive", "pos", "_to_copy",
+    "float", "double", "half", "bfloat16", "int", "long", "bool", "type", "cpu", "cuda",
+    "contiguous", "detach", "alias", "copy", "truediv", "floordiv", "and_", "or_", "invert", "not_",
+    "rsub", "polar", "complex", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
+    "empty_like", "where", "masked_fill", "hardswish", "iadd", "isub", "imul", "itruediv",
+    "positive", "pos", "_to_copy",
 )  # fmt: skip
 def pointwise(node: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     inputs = [n for n in node.all_input_nodes if _is_tensor(n)]
     return Flow([link for n in inputs for link in _broadcast(n, node)])
+
+
+@rule("to", "type_as")
+def converted(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
+    others = [Value(n) for n in (*args, kwargs.get("other")) if _is_tensor(n) and n is not x]
+    return Flow(_broadcast(x, node), unread=others)
 
 
 @rule("dropout", "dropout1d", "dropout2d", "alpha_dropout")
