@@ -23,6 +23,7 @@ from piflux.passes.plan import (
     holds,
     known,
     known_equal,
+    near,
     operands,
     same,
     sizes,
@@ -136,6 +137,10 @@ def _name(graph: fx.Graph, flows: dict[fx.Node, Flow], marked: set[Axis]) -> dic
                 layouts[axis] = _arrive(node, arriving[axis], layouts)
             elif axis in marked:
                 layouts[axis] = (Segment(sizes(node, axis.item)[axis.dim]),)
+        for axis in arriving:
+            if axis.node is not node:
+                arrived = _arrive(node, arriving[axis], layouts)
+                layouts[axis] = _unify(node, _resolved(layouts[axis]), arrived)
     return layouts
 
 
@@ -179,7 +184,7 @@ def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
 
 
 def _example(node: fx.Node, length: sympy.Expr) -> int:
-    return example_size(length, tensors(node)[0])
+    return example_size(length, near(node))
 
 
 def _shorter(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -288,7 +293,7 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
             )
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
-    _check_mutations(graph, plan)
+    _check_mutations(graph, plan, downstream)
     for slot, node in enumerate(n for n in graph.nodes if n in sharing):
         keys, values = flows[node].attended
         if plan.layout(keys) != plan.layout(values):
@@ -314,15 +319,31 @@ def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.
         plan.joins[node, operand] = tuple(dims)
 
 
-def _check_mutations(graph: fx.Graph, plan: Plan) -> None:
-    """Refuse what writes in place into a whole value: its parts are copies."""
-    cut = {_storage(operand) for _, operand in plan.cuts}
+def _check_mutations(graph: fx.Graph, plan: Plan, downstream: set[fx.Node]) -> None:
+    """Refuse what writes in place into a value of which there are copies: its parts, or its whole.
+
+    A value may be written before it is copied.
+    """
+    order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         written = next(iter(operands(node)), None)
-        if written is None or not mutates(node) or not _touches(node, plan):
+        if written is None or not mutates(node):
             continue
-        if node not in plan.local or _storage(written) in cut:
+        storage = _storage(written)
+        cuts, joins = (
+            [(consumer, value) for consumer, value in edges if _storage(value) == storage]
+            for edges in (plan.cuts, plan.joins)
+        )
+        local = node in plan.local
+        if (
+            (cuts if local else joins)  # the copy would be written
+            or any(order[consumer] < order[node] for consumer, _ in cuts + joins)
+            or not local
+            and node in downstream
+            and _touches(node, plan)
+        ):
             raise CannotShard(node, "writes in place into a value that is cut: write out of place")
+        plan.writers.update((value, node) for _, value in cuts + joins)
 
 
 def _storage(value: Value) -> StorageWeakRef:

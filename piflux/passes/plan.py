@@ -76,6 +76,7 @@ class Plan:
         cuts: (consumer, producer) -> the dimensions of the producer's whole value to cut for this
             consumer, in order.
         joins: likewise, the dimensions along which a part must become a whole.
+        writers: a value that is cut or joined -> the last node that writes into it before.
     """
 
     layouts: dict[Axis, Layout] = field(default_factory=dict)
@@ -83,6 +84,7 @@ class Plan:
     attentions: list[Attention] = field(default_factory=list)
     cuts: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
     joins: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
+    writers: dict[Value, fx.Node] = field(default_factory=dict)
 
     def layout(self, axis: Axis) -> Layout:
         """Refined as far as the whole graph asks for."""
@@ -126,7 +128,7 @@ def holds(relation: sympy.Basic, node: fx.Node) -> bool:
     """
     if relation in (sympy.true, sympy.false):
         return bool(relation)
-    return bool(_shape_env(tensors(node)[0]).evaluate_expr(relation))
+    return bool(_shape_env(near(node)).evaluate_expr(relation))
 
 
 def same(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -147,7 +149,7 @@ def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:
 
 def simplified(size: sympy.Expr, node: fx.Node) -> sympy.Expr:
     """The size in terms of as few symbols as the guards allow."""
-    return size if size.is_number else _shape_env(tensors(node)[0]).replace(size)
+    return size if size.is_number else _shape_env(near(node)).replace(size)
 
 
 def _shape_env(fake: Tensor) -> ShapeEnv:
@@ -164,6 +166,11 @@ def tensors(node: fx.Node) -> list[Tensor]:
     if isinstance(value, (tuple, list)) and all(isinstance(x, Tensor) for x in value):
         return list(value)
     return []
+
+
+def near(node: fx.Node) -> Tensor:
+    """A fake tensor of the node's value, or of an operand where it has none."""
+    return next(x for n in (node, *node.all_input_nodes) for x in tensors(n))
 
 
 def sizes(node: fx.Node, item: int = 0) -> list[sympy.Expr]:

@@ -23,7 +23,10 @@ from piflux.passes.plan import Axis, Value, example_size, expr, known, known_equ
 
 
 class Link(NamedTuple):
-    """`length` tokens that stand at `start` along `source` stand at `at` along `target`."""
+    """`length` tokens that stand at `start` along `source` stand at `at` along `target`.
+
+    The target is an axis of the node's value, or of an operand that the node writes into.
+    """
 
     source: Axis
     target: Axis
@@ -555,6 +558,19 @@ def _run(node: fx.Node, x: fx.Node, s: int, t: int, start: Any, stop: Any) -> Li
     return Link(Axis(x, s), Axis(node, t), sizes(node)[t], start=first)
 
 
+def _entries(index: Any, rank: int) -> list[Any] | None:
+    """What x[index] takes of each dimension, without an ellipsis; None if it indexes by tensors."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    plain = (slice, int, torch.SymInt, type(None), type(...))
+    if any(not isinstance(known(e), plain) for e in entries):
+        return None
+    if ... in entries:
+        at = entries.index(...)
+        missing = rank - sum(e is not None and e is not ... for e in entries)
+        entries[at : at + 1] = [slice(None)] * missing
+    return entries
+
+
 @rule("getitem")
 def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
     if isinstance(known(x), (tuple, list)):
@@ -562,16 +578,10 @@ def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
         shape = sizes(node) if rank else []
         item = index if index >= 0 else index + len(tensors(x))
         return Flow([Link(Axis(x, d, item), Axis(node, d), shape[d]) for d in range(rank)])
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if any(
-        not isinstance(known(e), (slice, int, torch.SymInt, type(None), type(...))) for e in entries
-    ):
-        return Flow()  # indexing by tensors
     shape = sizes(x)
-    if ... in entries:
-        at = entries.index(...)
-        missing = len(shape) - sum(e is not None and e is not ... for e in entries)
-        entries[at : at + 1] = [slice(None)] * missing
+    entries = _entries(index, len(shape))
+    if entries is None:
+        return Flow()
     links: list[Link] = []
     runs: dict[int, Link] = {}  # position in `entries` -> the run it takes
     s = t = 0
@@ -603,6 +613,26 @@ def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
         return (x, tuple(new)), {}
 
     return Flow(links, resize=resize if runs else None)
+
+
+@rule("setitem")
+def setitem(node: fx.Node, x: fx.Node, index: Any, value: Any) -> Flow:
+    shape = sizes(x)
+    entries = _entries(index, len(shape))
+    if entries is None:
+        return Flow()
+    entries += [slice(None)] * (len(shape) - sum(e is not None for e in entries))
+    kept = [e for e in entries if e is None or isinstance(e, slice)]  # dimensions of x[index]
+    taken = [e for e in entries if e is not None]  # dimensions of x
+    written = [d for d, e in enumerate(taken) if isinstance(e, slice)]
+    links = _same(x, x, [(d, d) for d, e in enumerate(taken) if e == slice(None)])
+    if _is_tensor(value) and None not in entries:
+        shift = len(kept) - len(sizes(value))
+        for t, size in enumerate(sizes(value)):
+            s = written[t + shift]
+            if taken[s] == slice(None) and (size != 1 or shape[s] == 1):
+                links.append(Link(Axis(value, t), Axis(x, s), size))
+    return Flow(links)
 
 
 # --- attention -----------------------------------------------------------------------------------

@@ -52,11 +52,12 @@ def _boundary(
 ) -> fx.Node:
     """Cut or join `value` along each of `dims`, as early as possible."""
     made = value.node
+    after = ctx.plan.writers.get(value, made)
     for dim in dims:
         axis = Axis(value.node, dim, value.item)
         full = [lengths.full(length) for length in ctx.plan.lengths(axis)]
-        at_head = made.op == "placeholder"  # inputs stay together, and lengths follow them
-        with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(made):
+        at_head = after.op == "placeholder"  # inputs stay together, and lengths follow them
+        with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(after):
             made = graph.create_node(
                 "call_function",
                 getattr(torch.ops.piflux, verb).default,
@@ -64,6 +65,7 @@ def _boundary(
                 name=f"{plain_name(value.node)}_{'part' if verb == 'shard' else 'whole'}",
             )
         made.meta = dict(value.node.meta)
+        after = made
     return made
 
 
