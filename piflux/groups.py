@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -71,6 +72,14 @@ def _initialise() -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
+    # A program that never heard of the group can't destroy it. gloo's threads may hold the last
+    # collective's tensors, and to free them in an interpreter that ends is to abort.
+    atexit.register(_destroy)
+
+
+def _destroy() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_device(ranks: Ranks | None, device: torch.device) -> None:

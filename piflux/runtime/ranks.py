@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
@@ -51,13 +52,27 @@ class Ranks(Protocol):
 
 
 class ProcessRanks:
-    """A rank a process."""
+    """A rank a process.
+
+    The group is held weakly: who destroys it means to, and gloo's threads must end before the
+    interpreter does, which they can't while something keeps their group.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        self._group = weakref.ref(group)
         self.size = group.size()
         self.rank = group.rank()
         self.here: Sequence[int] = (self.rank,)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Raises RuntimeError after the group's end."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(
+                "the process group of this model was destroyed: parallelize it again in a new one"
+            )
+        return group
 
     def gather(self, piece: Tensor) -> Gathering:
         return _Collective(piece, self.group)
