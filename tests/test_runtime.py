@@ -66,6 +66,15 @@ def test_a_tensor_is_the_same_until_it_is_written():
     assert not seen.again(x)
 
 
+def test_views_of_a_buffer_that_was_written_are_not_the_same():
+    """As where one buffer holds the positive and the negative prompt by turns."""
+    buffer = torch.randn(2, 4)
+    seen = Seen(buffer[:1])
+    assert seen.again(buffer[:1])
+    buffer.add_(1)
+    assert not seen.again(buffer[:1])
+
+
 def test_an_inference_tensor_is_compared_by_content():
     with torch.inference_mode():
         x = torch.randn(4)

@@ -51,9 +51,12 @@ class Seen:
     def again(self, x: Tensor) -> bool:
         """Free if `x` is the very tensor, unmodified; else compares contents, which waits for the
         device."""
-        if x is self.tensor and self.version is not None and x._version == self.version:
+        # Written over, the tensor no longer tells what it was: `x` may be a view of it.
+        if self.version is not None and self.tensor._version != self.version:
+            return False
+        if x is self.tensor:
             return True
-        if x is self.tensor or x.shape != self.tensor.shape or x.dtype != self.tensor.dtype:
+        if x.shape != self.tensor.shape or x.dtype != self.tensor.dtype:
             return False
         return x.device == self.tensor.device and bool((x == self.tensor).all())
 
