@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
@@ -138,6 +139,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     cls = type(target)
     # A class of its own, since whatever the instance holds, the target holds too. It goes by the
     # target's name, which diffusers writes into configs and looks up again.
+    call = _call(target)
     members = {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -145,24 +147,37 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         "_piflux_compiler": compiler,
         "_piflux_target": target,
         "_piflux_settings": torch._dynamo.config.patch(_DYNAMO),
-        "_piflux_compiled": staticmethod(_compiled(target, compiler)),
+        "_piflux_compiled": staticmethod(_compiled(call, compiler)),
     }
     view: Any = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
     view.__dict__ = target.__dict__
+    # Dynamo would keep the code's graphs for good, and they the caches.
+    weakref.finalize(view, torch._dynamo.eval_frame.reset_code, call.__code__).atexit = False
     return view
 
 
-def _compiled(target: nn.Module, compiler: Compiler) -> Callable[..., Any]:
+def _call(target: nn.Module) -> FunctionType:
     def call(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
     # Dynamo counts recompilations by code object. With one of its own a model is not held to
-    # account for others of its class, and its graphs end with it.
-    own = FunctionType(
+    # account for others of its class.
+    return FunctionType(
         call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
     )
+
+
+def _compiled(call: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
+    alive = weakref.ref(compiler)
+
+    def piflux(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The compiler, which Dynamo must not keep alive: it remembers backends for good."""
+        found = alive()
+        assert found is not None, "the module that is being called holds its compiler"
+        return found(gm, example_inputs)
+
     # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
-    return torch.compile(own, backend=compiler, fullgraph=True)
+    return torch.compile(call, backend=piflux, fullgraph=True)
 
 
 def _compilers(target: Any) -> list[Compiler]:

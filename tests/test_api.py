@@ -1,7 +1,9 @@
 """What parallelize returns, on one rank."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -68,6 +70,20 @@ def test_many_models_of_one_class():
         parallel = piflux.parallelize(model, inner="eager")
         assert (parallel(x) - model(x)).abs().max() < 1e-6
         assert len(piflux.explain(parallel).graphs) == 1
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_nothing_outlives_the_parallel_module(inner):
+    """Its caches are gigabytes; the target lives on."""
+    model, x = Attention(), torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
+    parallel(x)
+    caches = weakref.ref(parallel._piflux_compiler.runtime.streams[0])
+    del parallel
+    gc.collect()
+    assert caches() is None
+    again = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
+    assert (again(x) - model(x)).abs().max() < 1e-6
 
 
 def test_results_carry_no_gradient():
