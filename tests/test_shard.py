@@ -195,3 +195,14 @@ def test_propagate_leaves_replicated_values_alone():
     before = mean.meta["example_value"]
     transformed(gm)
     assert mean.meta["example_value"] is before
+
+
+def test_a_copy_that_would_become_a_view_is_not_written():
+    """`contiguous` copies a transposed input, but a part of it is contiguous already."""
+
+    def model(x):
+        doubled = x.contiguous().mul_(2)
+        return attend(doubled + x)
+
+    with pytest.raises(CannotShard, match="only on a part"):
+        transformed(capture(model, torch.randn(1, 8, 12).mT))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
 from piflux.passes.plan import Context, tensors
+from piflux.passes.rules import mutates
 
 
 def propagate(gm: fx.GraphModule, ctx: Context) -> int:
@@ -25,12 +28,16 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
     mode = next(
         x.fake_mode for n in gm.graph.nodes for x in tensors(n) if isinstance(x, FakeTensor)
     )
+    aliases = _aliases(gm.graph)
     changed: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        new = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "piflux"
         if node.op not in ("call_function", "call_method"):
             continue
-        if not new and node not in ctx.plan.local and changed.isdisjoint(node.all_input_nodes):
+        if (
+            not _is_ours(node)
+            and node not in ctx.plan.local
+            and changed.isdisjoint(node.all_input_nodes)
+        ):
             continue
         args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
         try:
@@ -39,7 +46,40 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
         except Exception as error:
             raise CannotShard(node, f"a part does not fit this op: {error}") from error
         changed.add(node)
+    for node, shared in _aliases(gm.graph).items():
+        # Strides decide whether a reshape copies, and those of a part are others.
+        others = shared ^ aliases[node]
+        if others and node in ctx.plan.local:
+            other = min(others, key=list(gm.graph.nodes).index)
+            raise CannotShard(
+                node,
+                f"writes in place, and only {'on a part' if other in shared else 'as a whole'} it "
+                f"shares memory with %{other.name}: write out of place",
+            )
     return len(changed)
+
+
+def _aliases(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """For each node that writes in place, those whose memory it writes to."""
+    owners: dict[StorageWeakRef, set[fx.Node]] = defaultdict(set)
+    for node in graph.nodes:
+        for x in tensors(node):
+            owners[StorageWeakRef(x.untyped_storage())].add(_original(node))
+    return {
+        node: {n for x in tensors(written) for n in owners[StorageWeakRef(x.untyped_storage())]}
+        for node in graph.nodes
+        if mutates(node) and (written := next(iter(node.all_input_nodes), None)) is not None
+    }
+
+
+def _original(node: fx.Node) -> fx.Node:
+    """What a boundary cuts or joins; any other node is itself."""
+    boundary = node.target in (torch.ops.piflux.shard.default, torch.ops.piflux.unshard.default)
+    return _original(node.all_input_nodes[0]) if boundary else node
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "piflux"
 
 
 def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
