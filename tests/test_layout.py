@@ -225,10 +225,10 @@ causal attention depends on the order of tokens over parts
         self.assertExpectedInline(
             self.refusal(joint, torch.randn(1, 1, 8), torch.randn(1, 6, 8)),
             """\
-a run of 1 tokens can't be cut into 2 parts: use fewer ranks or more tokens
-  node: %l_text_
-  op:   placeholder
-  line: test_layout.py, in joint: both = attend(torch.cat([text, image], 1))""",
+takes a run of 1 tokens out of 7: this mixes tokens or leaves too few to cut (use fewer ranks or more tokens)
+  node: %getitem_4
+  op:   operator.getitem
+  line: test_layout.py, in joint: return both[:, text.shape[1] :]""",
         )
 
     def test_a_mask_made_between_attentions(self):

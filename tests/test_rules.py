@@ -35,6 +35,7 @@ class Model(nn.Module):
 def assert_exact(function, *args, n=3):
     """`n` ranks compute what the function does. Each run has its own arguments to write into."""
     want = function(*(x.clone() for x in args))
+    torch._dynamo.reset()  # literal sizes, whatever ran before
     group = piflux.virtual_ranks(n)
     parallel = piflux.parallelize(Model(function), group=group, policy="gather", inner="eager")
     got = parallel(*(x.clone() for x in args))
@@ -67,6 +68,70 @@ getitem_5 part {2: [4, 6]}
 scaled_dot_product_attention part {2: [4, 6]}
 getitem_6 part {1: [4, 6]}
 add_1 part {1: [4, 6]}
+""",
+        )
+
+    def test_a_run_too_short_to_be_cut_by_itself(self):
+        """One more token joins the text before it is cut; between attentions it can't."""
+
+        def model(task, text, image):
+            return attend(torch.cat([torch.cat([task, text], 1), image], 1))
+
+        def late(task, text, image):
+            return attend(torch.cat([task, attend(torch.cat([text, image], 1))], 1))
+
+        inputs = torch.randn(1, 1, 8), torch.randn(1, 4, 8), torch.randn(1, 6, 8)
+        self.assertExpectedInline(
+            found(model, *inputs),
+            """\
+image whole {1: [6]}
+cat whole {1: [5]}
+cat_1 part {1: [5, 6]}
+getitem part {2: [5, 6]}
+getitem_1 part {2: [5, 6]}
+getitem_2 part {2: [5, 6]}
+scaled_dot_product_attention part {2: [5, 6]}
+getitem_3 part {1: [5, 6]}
+add part {1: [5, 6]}
+""",
+        )
+        with self.assertRaisesRegex(CannotShard, "a run of 1 tokens can't be cut into 2 parts"):
+            found(late, *inputs)
+
+    def test_sequences_that_become_a_batch(self):
+        """Those of the longest's length keep their tokens; others would get padding."""
+
+        def model(*sequences):
+            return attend(torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True))
+
+        equal = torch.randn(6, 8), torch.randn(6, 8)
+        self.assertIn("pad_sequence part {1: [s", found(model, *equal, dynamic=True))
+        self.assertExpectedInline(
+            found(model, *equal),
+            """\
+sequences_0 whole {0: [6]}
+sequences_1 whole {0: [6]}
+pad_sequence part {1: [6]}
+getitem part {2: [6]}
+getitem_1 part {2: [6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
+add part {1: [6]}
+""",
+        )
+        unequal = torch.randn(6, 8), torch.randn(4, 8)
+        self.assertExpectedInline(
+            found(model, *unequal),
+            """\
+sequences_0 whole {0: [6]}
+pad_sequence part {1: [6]}
+getitem part {2: [6]}
+getitem_1 part {2: [6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
+add part {1: [6]}
 """,
         )
 
@@ -171,6 +236,18 @@ def test_what_is_written_before_it_is_gathered():
     assert_exact(model, torch.randn(1, 7, 8))
 
 
+def test_sequences_in_a_batch():
+    def model(x, y):
+        first, second = attend(x[None])[0], attend(y[None])[0]
+        batch = torch.nn.utils.rnn.pad_sequence([first, second], batch_first=True)
+        turned = torch.nn.utils.rnn.pad_sequence([first, second])
+        return attend(batch) + attend(turned.transpose(0, 1))
+
+    assert_exact(model, torch.randn(7, 8), torch.randn(7, 8))
+    with pytest.raises(CannotShard, match="mixes tokens"):
+        transformed(capture(model, torch.randn(7, 8), torch.randn(5, 8)))
+
+
 def test_writing_refused():
     """Into some of the tokens, between reads, or into what exists in two copies."""
 
@@ -210,5 +287,5 @@ def test_writing_refused():
 
     x = torch.randn(1, 7, 8)
     for model in (shifted, first, after_a_cut, after_a_gathering, into_the_gathered, into_zeros):
-        with pytest.raises(CannotShard, match="in place|mixes tokens"):
+        with pytest.raises(CannotShard, match=r"in place|mixes tokens"):
             transformed(capture(model, x))

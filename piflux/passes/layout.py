@@ -73,7 +73,7 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
         )
     flows = {n: flow(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")}
     _check_attention(gm.graph)
-    _end_at_early_runs(gm.graph, flows)
+    _begin_at_early_runs(gm.graph, flows, ctx.world_size)
     marked = _mark(gm.graph, flows)
     plan = Plan(layouts=_name(gm.graph, flows, marked))
     _place(gm.graph, flows, plan)
@@ -91,15 +91,26 @@ def _check_attention(graph: fx.Graph) -> None:
             raise CannotShard(node, "attention with dropout: call .eval() on the model")
 
 
-def _end_at_early_runs(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> None:
-    """Let tokens be born where a run of them is taken, upstream of all attentions.
+def _begin_at_early_runs(graph: fx.Graph, flows: dict[fx.Node, Flow], world_size: int) -> None:
+    """Let tokens be born where a run of them is taken or added, upstream of all attentions.
 
     What a run is taken out of there need not be tokens: a table of rotary frequencies is longer
-    than any sequence, and serves text, height and width by overlapping runs. Every rank has it.
+    than any sequence, and serves text, height and width by overlapping runs. And a run too short
+    to be cut is cut with those that it is added to: a token for the task, a little padding.
     """
     downstream = _reach(graph.nodes, set(filter(is_attention, graph.nodes)), "all_input_nodes")
     for node in flows.keys() - downstream:
-        flows[node].links = [link for link in flows[node].links if _is_all(link)]
+        found = flows[node]
+        found.links = [link for link in found.links if _is_all(link)]
+        short = {link.target for link in found.links if _is_short(node, link, world_size)}
+        found.links = [link for link in found.links if link.target not in short]
+
+
+def _is_short(node: fx.Node, link: Link, world_size: int) -> bool:
+    """Whether a link adds a run to others that can't be cut by itself."""
+    target = link.target
+    alone = known_equal(link.length, sizes(target.node, target.item)[target.dim])
+    return not alone and holds(sympy.Lt(link.length, max(world_size, FEWEST_TOKENS)), node)
 
 
 def _is_all(link: Link) -> bool:
@@ -176,8 +187,8 @@ def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
             raise CannotShard(
                 node,
                 f"takes a run of {_example(node, piece)} tokens out of "
-                f"{_example(node, segment.length)}: this mixes tokens or "
-                "leaves too few to cut",
+                f"{_example(node, segment.length)}: this mixes tokens or leaves too few "
+                "to cut (use fewer ranks or more tokens)",
             )
     segment.stands_for = (Segment(first), Segment(rest))
     return segment.stands_for
@@ -257,7 +268,11 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
     }
     if not sharing:
         first = next(filter(is_attention, graph.nodes))
-        raise CannotShard(first, "no attention reads keys and values of the tokens it serves")
+        raise CannotShard(
+            first,
+            "no attention reads keys and values of the tokens it serves: the model mixes them by "
+            "other means, such as linear attention or convolutions, which piflux can't split",
+        )
     for node in set(filter(is_attention, graph.nodes)) - sharing:
         if any(axis in plan.layouts for axis in flows[node].attended):
             raise CannotShard(node, "only one of keys and values carries tokens that queries have")

@@ -19,7 +19,17 @@ import sympy
 import torch
 from torch import fx
 
-from piflux.passes.plan import Axis, Value, example_size, expr, known, known_equal, sizes, tensors
+from piflux.passes.plan import (
+    Axis,
+    Value,
+    example_size,
+    expr,
+    known,
+    known_equal,
+    same,
+    sizes,
+    tensors,
+)
 
 
 class Link(NamedTuple):
@@ -479,6 +489,20 @@ def stack(node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> Flow:
     new = _dim(dim, rank)
     kept = [d for d in range(rank) if d != new]
     return Flow([link for x in tensors for link in _same(x, node, enumerate(kept))])
+
+
+@rule("pad_sequence")
+def pad_sequence(
+    node: fx.Node, tensors: Sequence[fx.Node], batch_first: bool = False, *args: Any, **kwargs: Any
+) -> Flow:
+    rank = len(sizes(node))
+    length = 1 if batch_first else 0
+    order = [length, *range(2, rank)]  # the dimensions of a sequence, as the batch has them
+    links: list[Link] = []
+    for x in tensors:
+        padded = not same(node, sizes(x)[0], sizes(node)[length])
+        links += _same(x, node, [(s, t) for s, t in enumerate(order) if not (padded and s == 0)])
+    return Flow(links)
 
 
 def _pieces(node: fx.Node, x: fx.Node, dim: int) -> list[Link]:
