@@ -1,0 +1,99 @@
+"""Other models than FLUX over real ranks: what several ranks compute is the untouched model's.
+
+`gather` is exact by its nature. `rotate` is too as long as the latents stand still, for then the
+remembered keys and values are the fresh ones; so it is judged on still latents, part by part.
+"""
+
+import re
+
+import pytest
+import torch
+from model_zoo import CASES, SIZES, fresh_z_image, sana, sana_inputs, z_image_inputs
+from torch import Tensor
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
+
+import piflux
+from piflux.errors import CannotShard
+
+EXACT = 1e-4
+STEPS = 6
+
+
+def samples(model, inputs) -> list[Tensor]:
+    """Every tensor that a call gives."""
+    return tree_leaves(model(**inputs, return_dict=False))
+
+
+@torch.no_grad()
+def exact(model, inputs) -> list[Tensor]:
+    return samples(model, inputs)
+
+
+def gathered(rank, group, name):
+    """What the first size gives."""
+    case = CASES[name]
+    model = piflux.parallelize(case.build(), group=group, policy="gather", inner="eager")
+    return samples(model, case.inputs(*case.sizes[0]))
+
+
+def rotated(rank, group, name):
+    """What each size gives at each step of a still image; the graphs compiled after the second."""
+    case = CASES[name]
+    counters.clear()
+    model = piflux.parallelize(case.build(), group=group, policy="rotate", inner="eager")
+    images, late = [], 0
+    for size in case.sizes:
+        with piflux.generation(model):
+            image = [samples(model, case.inputs(*size)) for _ in range(2)]
+            before = counters["stats"]["unique_graphs"]
+            image += [samples(model, case.inputs(*size)) for _ in range(2, STEPS)]
+            moved = case.inputs(*size)
+            moved[case.clock] = moved[case.clock] * 0.9
+            samples(model, moved)
+            late += counters["stats"]["unique_graphs"] - before
+        images.append(image)
+    return images, late
+
+
+def assert_exact(got: list[Tensor], want: list[Tensor], where: str) -> None:
+    assert len(got) == len(want)
+    for number, (tensor, truth) in enumerate(zip(got, want, strict=True)):
+        assert tensor.shape == truth.shape
+        worst = (tensor - truth).abs().max().item()
+        assert worst <= EXACT, f"{where}, output {number}: off by {worst:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_on_two_and_three_ranks(ranks, name):
+    """Literal sizes first, symbols from the second resolution on; one graph for all steps."""
+    model, case = CASES[name].build(), CASES[name]
+    want = [exact(model, case.inputs(*size)) for size in case.sizes]
+    assert all(x.std() > 0.1 for call in want for x in call)
+    for rank, (images, late) in enumerate(ranks(2, rotated, name)):
+        for number, (image, truth) in enumerate(zip(images, want, strict=True)):
+            for step, got in enumerate(image):
+                assert_exact(got, truth, f"rotate, rank {rank}, size {number}, step {step}")
+        assert late == 0
+    for rank, got in enumerate(ranks(3, gathered, name)):
+        assert_exact(got, want[0], f"gather, rank {rank}")
+
+
+def test_linear_attention_is_refused():
+    """The image's tokens meet in products of matrices alone; softmax attends to the prompt only."""
+    model = piflux.parallelize(sana(), group=piflux.virtual_ranks(2), inner="eager")
+    with pytest.raises(CannotShard, match="linear attention") as error:
+        model(**sana_inputs(*SIZES[0]))
+    assert "sana_transformer.py" in str(error.value)
+
+
+def test_z_image_makes_its_rotary_tables_at_a_plain_call():
+    """Dynamo can't follow `with torch.device(..)`: the first call has to be the plain model's."""
+    model = fresh_z_image()
+    parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner="eager")
+    inputs = z_image_inputs(*SIZES[0])
+    with pytest.raises(Unsupported, match=re.escape('with torch.device("cpu")')):
+        parallel(**inputs)
+    want = exact(model, inputs)
+    assert_exact(samples(parallel, inputs), want, "after a plain call")
