@@ -6,16 +6,16 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
-from piflux.passes.plan import Axis, Context, Plan, known, plain_name, tensors
+from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
+from piflux.passes.rules import op_name
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
 from piflux.report import GraphReport
@@ -182,15 +182,29 @@ def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:
         if not tensors(node) or _is_of_the_model(node):
             continue
         names[position] = plain_name(node)
-        if tensors(node)[0].dim() <= 1:
+        if tensors(node)[0].dim() <= 1 and not _is_looked_up(node):
             clocks.append(position)
         else:
             (latents if node in upstream else conditions).append(position)
     return Roles(tuple(latents), tuple(clocks), tuple(conditions), names)
 
 
+def _is_looked_up(node: fx.Node) -> bool:
+    """Whether an input indexes a table, as the labels of classes do and no clock."""
+    return any(
+        op_name(user) == "embedding"
+        or op_name(user) in ("getitem", "index_select")
+        and user.args[0] is not node
+        for user in node.users
+    )
+
+
 def _is_of_the_model(node: fx.Node) -> bool:
-    """Whether an input is a parameter, a buffer, or a Python number that Dynamo made a tensor."""
-    static = node.meta.get("tensor_dict", {}).get("_dynamo_static_input_type") is not None
-    number = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
-    return static or number or isinstance(known(node), torch.nn.Parameter)
+    """Whether an input is a module's tensor, or a Python number that Dynamo made a tensor.
+
+    A parameter need not be the model's: prompts are learned, too.
+    """
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "source", None)
+    module = source is not None and "MODULE" in source.guard_source.name
+    return module or getattr(argument, "pass_arg_as_tensor", False)

@@ -1,0 +1,37 @@
+"""Inputs that tell one pass of a step from another, and settings that make no sense."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import piflux
+
+
+class Labelled(nn.Module):
+    """Tokens that attend under a class label and a learned prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(3, 8)
+        self.project = nn.Linear(8, 8)
+
+    def forward(self, x, label, prompt, timestep):
+        h = self.project(x) + 3 * self.table(label)[:, None] + prompt + timestep[:, None, None]
+        q = h[:, None]
+        return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+@pytest.mark.parametrize("passes", [((0, 0.0), (1, 0.0)), ((0, 0.0), (0, 2.0))])
+def test_passes_that_differ_in_any_condition_have_caches_of_their_own(passes):
+    model, x, timestep = Labelled(), torch.randn(1, 6, 8), torch.ones(1)
+    parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner="eager")
+    conditions = [
+        (torch.tensor([label]), nn.Parameter(torch.full((1, 1, 8), prompt)))
+        for label, prompt in passes
+    ]
+    with piflux.generation(parallel), torch.no_grad():
+        for _ in range(3):  # of the same inputs: what is remembered is right
+            for label, prompt in conditions:
+                want = model(x, label, prompt, timestep)
+                assert (parallel(x, label, prompt, timestep) - want).abs().max() < 1e-5
