@@ -48,13 +48,16 @@ class Compiler:
         self, schedule: Schedule, ranks: Ranks | None, inner: str | Callable[..., Any]
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
+        unknown = (
+            f"unknown inner compiler {inner!r}: use 'inductor', 'eager' or another backend of "
+            "torch.compile"
+        )
         try:
             self.inner = lookup_backend(inner)
         except InvalidBackend as error:
-            raise ValueError(
-                f"unknown inner compiler {inner!r}: use 'inductor', 'eager' or another backend of "
-                "torch.compile"
-            ) from error
+            raise ValueError(unknown) from error
+        if not callable(self.inner) or self.inner is backend:
+            raise ValueError(unknown)
         self.reports: list[GraphReport] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -35,3 +35,9 @@ def test_passes_that_differ_in_any_condition_have_caches_of_their_own(passes):
             for label, prompt in conditions:
                 want = model(x, label, prompt, timestep)
                 assert (parallel(x, label, prompt, timestep) - want).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("inner", [None, 3, "piflux", piflux.backend, "nope"])
+def test_what_is_no_inner_compiler(inner):
+    with pytest.raises(ValueError, match="unknown inner compiler"):
+        piflux.parallelize(Labelled(), inner=inner)
