@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import capture, transformed
 from torch import nn
 
 import piflux
@@ -41,3 +42,32 @@ def test_passes_that_differ_in_any_condition_have_caches_of_their_own(passes):
 def test_what_is_no_inner_compiler(inner):
     with pytest.raises(ValueError, match="unknown inner compiler"):
         piflux.parallelize(Labelled(), inner=inner)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda h: h / h.norm(2),
+        lambda h: h / torch.norm(h, 2),
+        lambda h: F.softmax(h.view(1, 6, 2, 4)).flatten(2),
+        lambda h: h - h.max(1, keepdim=True)[0],
+        lambda h: h - h.min(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+def test_a_dimension_that_is_not_spelled_out(mix):
+    """What looks like the number of a dimension is an exponent, or is chosen by the op."""
+
+    def model(x):
+        q = mix(F.scaled_dot_product_attention(x, x, x))
+        return F.scaled_dot_product_attention(q, q, q)
+
+    with pytest.raises(piflux.CannotShard, match="mixes tokens"):
+        transformed(capture(model, torch.randn(1, 6, 8)))
+
+
+def test_the_larger_of_two_tokens():
+    def model(x):
+        return F.scaled_dot_product_attention(x, x, torch.max(x, x + 1).min(2 * x))
+
+    transformed(capture(model, torch.randn(1, 6, 8)))

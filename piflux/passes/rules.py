@@ -200,6 +200,12 @@ def converted(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     return Flow(_broadcast(x, node), unread=others)
 
 
+@rule("max", "min")
+def extremum(node: fx.Node, x: fx.Node, other: Any = None, *args: Any, **kwargs: Any) -> Flow:
+    # Of two tensors; otherwise over one, of which dimensions only amax and amin say.
+    return pointwise(node) if _is_tensor(kwargs.get("other", other)) else Flow()
+
+
 @rule("dropout", "dropout1d", "dropout2d", "alpha_dropout")
 def dropout(
     node: fx.Node, x: fx.Node, p: Any = 0.5, training: Any = True, inplace: bool = False
@@ -225,7 +231,7 @@ def layer_norm(
 @rule("softmax", "log_softmax", "normalize", "cumsum", "glu")
 def along_one_dim(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     position = 1 if op_name(node) == "normalize" else 0
-    default = 1 if op_name(node) == "normalize" else -1
+    default = {"normalize": 1, "glu": -1}.get(op_name(node))  # without a dim softmax picks one
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
     rank = len(sizes(x))
     if dim is None:
@@ -241,6 +247,8 @@ def reduction(
         keepdim = args[0]
     elif args or not isinstance(dim, (int, tuple, list)) or isinstance(dim, bool):
         return Flow()  # over everything, or a spelling that this rule can't read
+    if op_name(node) == "norm" and len(node.args) > 1:
+        return Flow()  # its second argument is an exponent
     rank = len(sizes(x))
     gone = _dims(dim, rank)
     kept = [d for d in range(rank) if d not in gone]
