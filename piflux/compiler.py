@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 
+from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
 from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
@@ -121,9 +123,17 @@ def backend(
     Raises:
         ValueError: an unknown option or a value out of range.
         CannotShard, NoAttention: see `piflux.passes.layout`.
+        CompileError: the call records gradients.
     """
     if unsupported:
         raise ValueError(f"piflux.backend takes options only, not {', '.join(unsupported)}")
+    if torch.is_grad_enabled() and any(
+        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
+    ):
+        raise CompileError(
+            "piflux is for inference, but the call records gradients: call the model under "
+            "torch.no_grad()"
+        )
     return make_compiler(**dict(options or {}))(gm, example_inputs)
 
 

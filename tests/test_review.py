@@ -71,3 +71,16 @@ def test_the_larger_of_two_tokens():
         return F.scaled_dot_product_attention(x, x, torch.max(x, x + 1).min(2 * x))
 
     transformed(capture(model, torch.randn(1, 6, 8)))
+
+
+def test_the_raw_backend_is_for_inference():
+    compiled = torch.compile(
+        Labelled(),
+        backend=piflux.backend,
+        options={"group": piflux.virtual_ranks(2), "inner": "eager"},
+    )
+    call = torch.randn(1, 6, 8), torch.tensor([0]), torch.zeros(1, 1, 8), torch.ones(1)
+    with pytest.raises(piflux.PifluxError, match="no_grad"):
+        compiled(*call)
+    with torch.no_grad():
+        compiled(*call)
