@@ -69,6 +69,7 @@ def test_boundaries_inside_the_graph():
             assert (want - got).abs().max() <= EXACT
 
 
-def test_at_least_one_rank():
+@pytest.mark.parametrize("size", [0, 2.0, "2", None])
+def test_at_least_one_rank(size):
     with pytest.raises(ValueError, match="at least 1"):
-        piflux.virtual_ranks(0)
+        piflux.virtual_ranks(size)

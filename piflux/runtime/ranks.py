@@ -118,8 +118,8 @@ class VirtualRanks:
     """
 
     def __init__(self, size: int) -> None:
-        if size < 1:
-            raise ValueError(f"virtual_ranks needs at least 1 rank, got {size}")
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"virtual_ranks needs at least 1 rank, got {size!r}")
         self.size = size
         self.rank = 0
         self.here: Sequence[int] = range(size)
