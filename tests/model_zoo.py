@@ -372,9 +372,12 @@ CASES = {
     # Dynamo takes long over remainders of several symbols, so one length changes.
     "z_image": Case(z_image, z_image_inputs, clock="t", sizes=(SIZES[0], ((4, 7), 13))),
     "hunyuan_video": Case(hunyuan_video, hunyuan_video_inputs),
-    "flux_kontext": Case(models.tiny_flux, kontext_inputs),
+    # FLUX at several sizes is judged in test_numerics.py.
+    "flux_kontext": Case(models.tiny_flux, kontext_inputs, sizes=SIZES[:1]),
     "flux_redux": Case(models.tiny_flux, redux_inputs, sizes=SIZES[:1]),
     "flux_ip_adapter": Case(flux_ip_adapter, flux_ip_adapter_inputs, sizes=SIZES[:1]),
     "flux_controlnet": Case(flux_controlnet, flux_controlnet_inputs, sizes=SIZES[:1]),
-    "flux_controlnet_union": Case(partial(flux_controlnet, modes=3), flux_union_inputs),
+    "flux_controlnet_union": Case(
+        partial(flux_controlnet, modes=3), flux_union_inputs, sizes=SIZES[:1]
+    ),
 }
