@@ -33,13 +33,19 @@ class Model(nn.Module):
 
 
 def assert_exact(function, *args, n=3):
-    """`n` ranks compute what the function does. Each run has its own arguments to write into."""
+    """Parts on `n` ranks are what the function gives. Each run has its own arguments to write into.
+
+    Of virtual ranks a sync step computes the whole, so the steps after it are judged: the same
+    arguments give the same keys and values, so that what is remembered is right.
+    """
     want = function(*(x.clone() for x in args))
     torch._dynamo.reset()  # literal sizes, whatever ran before
     group = piflux.virtual_ranks(n)
-    parallel = piflux.parallelize(Model(function), group=group, policy="gather", inner="eager")
-    got = parallel(*(x.clone() for x in args))
-    assert (got - want).abs().max() <= EXACT
+    parallel = piflux.parallelize(Model(function), group=group, policy="rotate", inner="eager")
+    with piflux.generation(parallel):
+        for step in range(n + 1):
+            got = parallel(*(x.clone() for x in args))
+            assert (got - want).abs().max() <= EXACT, step
 
 
 class TestLayouts(TestCase):
