@@ -89,7 +89,7 @@ def flux2_inputs(hw: tuple[int, int], text: int) -> Inputs:
 # -------------------------------------------------------------------------------------- Qwen-Image
 
 
-def qwen_image() -> nn.Module:
+def qwen_image(**options: Any) -> nn.Module:
     from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
     model = QwenImageTransformer2DModel(
@@ -100,6 +100,7 @@ def qwen_image() -> nn.Module:
         num_attention_heads=HEADS,
         joint_attention_dim=TEXT_DIM,
         axes_dims_rope=ROPE,
+        **options,
     )
     return _draw(model, 0)
 
@@ -114,6 +115,14 @@ def qwen_image_inputs(hw: tuple[int, int], text: int) -> Inputs:
         "encoder_hidden_states_mask": mask,
         "timestep": torch.ones(2),
         "img_shapes": [[(1, *hw)]] * 2,
+    }
+
+
+def qwen_edit_inputs(hw: tuple[int, int], text: int) -> Inputs:
+    """A second image follows the first."""
+    return qwen_image_inputs(hw, text) | {
+        "hidden_states": randn(2, hw[0] * hw[1] + 20, 16),
+        "img_shapes": [[(1, *hw), (1, 4, 5)]] * 2,
     }
 
 
@@ -164,7 +173,7 @@ def pixart_inputs(hw: tuple[int, int], text: int) -> Inputs:
 # -------------------------------------------------------------------------------------------- Wan
 
 
-def wan() -> nn.Module:
+def wan(**options: Any) -> nn.Module:
     from diffusers.models.transformers.transformer_wan import WanTransformer3DModel
 
     model = WanTransformer3DModel(
@@ -177,6 +186,7 @@ def wan() -> nn.Module:
         ffn_dim=48,
         num_layers=2,
         rope_max_seq_len=32,
+        **options,
     )
     return _draw(model, 0)
 
@@ -188,6 +198,16 @@ def wan_inputs(hw: tuple[int, int], text: int) -> Inputs:
         "encoder_hidden_states": randn(1, text, TEXT_DIM, seed=1),
         "timestep": torch.full((1,), 900.0),
     }
+
+
+def wan_image_inputs(hw: tuple[int, int], text: int) -> Inputs:
+    """An image prompt, which the model tells from the text by the text's 512 tokens."""
+    return wan_inputs(hw, 512) | {"encoder_hidden_states_image": randn(1, 9, 24, seed=2)}
+
+
+def wan_clocks_inputs(hw: tuple[int, int], text: int) -> Inputs:
+    """A time for each token."""
+    return wan_inputs(hw, text) | {"timestep": torch.linspace(0, 900, 2 * hw[0] * hw[1])[None]}
 
 
 # ----------------------------------------------------------------------------------------- Z-Image
@@ -225,6 +245,19 @@ def z_image_inputs(hw: tuple[int, int], text: int) -> Inputs:
         "cap_feats": [randn(text, TEXT_DIM, seed=1)],
         "t": torch.full((1,), 0.5),
     }
+
+
+def z_image_batch(hw: tuple[int, int], *texts: int) -> Inputs:
+    return {
+        "x": [randn(4, 1, 2 * hw[0], 2 * hw[1], seed=i) for i in range(len(texts))],
+        "cap_feats": [randn(text, TEXT_DIM, seed=10 + i) for i, text in enumerate(texts)],
+        "t": torch.full((len(texts),), 0.5),
+    }
+
+
+def z_image_pair(hw: tuple[int, int], text: int) -> Inputs:
+    """Two prompts that the model pads to the same length."""
+    return z_image_batch(hw, text, 20)
 
 
 # ------------------------------------------------------------------------------------ HunyuanVideo
@@ -380,4 +413,14 @@ CASES = {
     "flux_controlnet_union": Case(
         partial(flux_controlnet, modes=3), flux_union_inputs, sizes=SIZES[:1]
     ),
+}
+
+# Other ways to call them.
+VARIANTS = {
+    "qwen_edit_with_two_clocks": Case(partial(qwen_image, zero_cond_t=True), qwen_edit_inputs),
+    "wan_image_to_video": Case(
+        partial(wan, image_dim=24, added_kv_proj_dim=WIDTH), wan_image_inputs
+    ),
+    "wan_with_a_clock_per_token": Case(wan, wan_clocks_inputs),
+    "z_image_pair": Case(z_image, z_image_pair),
 }

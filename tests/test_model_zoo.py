@@ -8,7 +8,17 @@ import re
 
 import pytest
 import torch
-from model_zoo import CASES, SIZES, fresh_z_image, sana, sana_inputs, z_image_inputs
+from model_zoo import (
+    CASES,
+    SIZES,
+    VARIANTS,
+    fresh_z_image,
+    sana,
+    sana_inputs,
+    z_image,
+    z_image_batch,
+    z_image_inputs,
+)
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
@@ -80,6 +90,21 @@ def test_a_model_on_two_and_three_ranks(ranks, name):
         assert_exact(got, want[0], f"gather, rank {rank}")
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_on_virtual_ranks(name):
+    """A sync step computes the whole there, so the still image's later steps are judged."""
+    torch._dynamo.reset()  # literal sizes, whatever ran before
+    case = VARIANTS[name]
+    model, inputs = case.build(), case.inputs(*SIZES[0])
+    want = exact(model, inputs)
+    group = piflux.virtual_ranks(3)
+    parallel = piflux.parallelize(model, group=group, policy="rotate", inner="eager")
+    with piflux.generation(parallel):
+        for step in range(4):
+            assert_exact(samples(parallel, inputs), want, f"step {step}")
+    assert piflux.explain(parallel).graphs[0].attentions > 0
+
+
 def test_linear_attention_is_refused():
     """The image's tokens meet in products of matrices alone; softmax attends to the prompt only."""
     model = piflux.parallelize(sana(), group=piflux.virtual_ranks(2), inner="eager")
@@ -97,3 +122,11 @@ def test_z_image_makes_its_rotary_tables_at_a_plain_call():
         parallel(**inputs)
     want = exact(model, inputs)
     assert_exact(samples(parallel, inputs), want, "after a plain call")
+
+
+def test_z_image_pads_prompts_of_unequal_length_between_attentions():
+    """The longer of two prompts decides where the shorter one's padding ends, in mid-model."""
+    parallel = piflux.parallelize(z_image(), group=piflux.virtual_ranks(2), inner="eager")
+    with pytest.raises(CannotShard, match="mixes tokens between two attentions") as error:
+        parallel(**z_image_batch(SIZES[0][0], 13, 40))
+    assert error.value.op.endswith("pad_sequence")
