@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
-from piflux.passes.plan import Context, tensors
+from piflux.parts import part_length
+from piflux.passes.plan import Context, axes, example_size, tensors
 from piflux.passes.rules import mutates
 
 
@@ -22,7 +23,8 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
     also the proof that the rewritten graph fits together.
 
     Raises:
-        CannotShard: an op does not accept its operands' part sizes.
+        CannotShard: an op does not accept its operands' part sizes, or gives another shape than
+            the plan has: a net under the rules.
     """
     # The mode of the captured values; the tracing context has a new one for the inner compiler.
     mode = next(
@@ -40,11 +42,15 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
         ):
             continue
         args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+        want = _part_shapes(node, ctx)
         try:
             with mode, torch.no_grad():
                 node.meta["example_value"] = _run(node, *args)
         except Exception as error:
             raise CannotShard(node, f"a part does not fit this op: {error}") from error
+        got = [tuple(example_size(size, x) for size in x.shape) for x in tensors(node)]
+        if not _is_ours(node) and got != want:
+            raise CannotShard(node, f"on a part this op gives {got} where the plan has {want}")
         changed.add(node)
     for node, shared in _aliases(gm.graph).items():
         # Strides decide whether a reshape copies, and those of a part are others.
@@ -57,6 +63,17 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
                 f"shares memory with %{other.name}: write out of place",
             )
     return len(changed)
+
+
+def _part_shapes(node: fx.Node, ctx: Context) -> list[tuple[int, ...]]:
+    """The shapes of the node's tensors on a part, from their whole shapes and the plan."""
+    shapes = [[example_size(size, x) for size in x.shape] for x in tensors(node)]
+    for axis in axes(node) if node in ctx.plan.local else ():
+        if axis in ctx.plan.layouts:
+            near = tensors(node)[axis.item]
+            lengths = [example_size(length, near) for length in ctx.plan.lengths(axis)]
+            shapes[axis.item][axis.dim] = sum(part_length(n, ctx.world_size) for n in lengths)
+    return [tuple(shape) for shape in shapes]
 
 
 def _aliases(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
