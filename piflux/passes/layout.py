@@ -73,9 +73,12 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
         )
     flows = {n: flow(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")}
     _check_attention(gm.graph)
-    _begin_at_early_runs(gm.graph, flows, ctx.world_size)
+    short = _begin_at_early_runs(gm.graph, flows, ctx.world_size)
     marked = _mark(gm.graph, flows)
     plan = Plan(layouts=_name(gm.graph, flows, marked))
+    if short and not _sharing(gm.graph, flows, plan):
+        first = min(short, key=list(gm.graph.nodes).index)
+        raise _too_short(first, short[first], ctx.world_size)
     _place(gm.graph, flows, plan)
     _check_lengths(plan, ctx.world_size)
     ctx.plan = plan
@@ -91,19 +94,28 @@ def _check_attention(graph: fx.Graph) -> None:
             raise CannotShard(node, "attention with dropout: call .eval() on the model")
 
 
-def _begin_at_early_runs(graph: fx.Graph, flows: dict[fx.Node, Flow], world_size: int) -> None:
+def _begin_at_early_runs(
+    graph: fx.Graph, flows: dict[fx.Node, Flow], world_size: int
+) -> dict[fx.Node, sympy.Expr]:
     """Let tokens be born where a run of them is taken or added, upstream of all attentions.
 
     What a run is taken out of there need not be tokens: a table of rotary frequencies is longer
     than any sequence, and serves text, height and width by overlapping runs. And a run too short
     to be cut is cut with those that it is added to: a token for the task, a little padding.
+
+    Returns:
+        The lengths of such short runs, by the node that adds them.
     """
+    added: dict[fx.Node, sympy.Expr] = {}
     downstream = _reach(graph.nodes, set(filter(is_attention, graph.nodes)), "all_input_nodes")
     for node in flows.keys() - downstream:
         found = flows[node]
         found.links = [link for link in found.links if _is_all(link)]
-        short = {link.target for link in found.links if _is_short(node, link, world_size)}
+        short = {x.target: x.length for x in found.links if _is_short(node, x, world_size)}
         found.links = [link for link in found.links if link.target not in short]
+        if short:
+            added[node] = min(short.values(), key=lambda length: _example(node, length))
+    return added
 
 
 def _is_short(node: fx.Node, link: Link, world_size: int) -> bool:
@@ -259,13 +271,18 @@ def _next(layout: deque[Segment]) -> Segment:
     return first
 
 
-def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
-    """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
-    sharing = {
+def _sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> set[fx.Node]:
+    """The attentions whose keys and values are of tokens that queries have."""
+    return {
         node
         for node in filter(is_attention, graph.nodes)
         if all(axis in plan.layouts for axis in flows[node].attended)
     }
+
+
+def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
+    """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
+    sharing = _sharing(graph, flows, plan)
     if not sharing:
         first = next(filter(is_attention, graph.nodes))
         raise CannotShard(
@@ -412,8 +429,12 @@ def _check_lengths(plan: Plan, world_size: int) -> None:
     for axis in plan.layouts:
         for length in plan.lengths(axis):
             if holds(sympy.Lt(length, world_size), axis.node):
-                raise CannotShard(
-                    axis.node,
-                    f"a run of {_example(axis.node, length)} tokens can't be cut into "
-                    f"{world_size} parts: use fewer ranks or more tokens",
-                )
+                raise _too_short(axis.node, length, world_size)
+
+
+def _too_short(node: fx.Node, length: sympy.Expr, world_size: int) -> CannotShard:
+    return CannotShard(
+        node,
+        f"a run of {_example(node, length)} tokens can't be cut into {world_size} parts: use fewer "
+        "ranks or more tokens",
+    )
