@@ -87,8 +87,8 @@ def parallelize(
         sync_steps: how many first steps of an image gather everything.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
-            the whole step without any traffic. Between hosts that is often faster. It compiles a
-            second graph.
+            the whole step without any traffic, for links slower than that. It compiles a second
+            graph.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -195,7 +195,8 @@ def generation(target: Any) -> Iterator[None]:
     """One image: inside the block calls are its denoise steps, and the first is step 0.
 
     A parallelized pipeline does this by itself at every call. Without it the beginning of an image
-    is inferred from the inputs, at the price of a host-device synchronisation each step.
+    is inferred from the inputs, at the price of a host-device synchronisation each step. Calls with
+    the same conditions are steps of one image, so two images of one prompt can't take turns here.
 
     Args:
         target: what `parallelize` gave.

@@ -28,7 +28,7 @@ from piflux.schedule import Policy, Schedule, Sync
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
-    rewrite_attention,  # before shard, which inserts uses of the attention's output
+    rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
     shard,  # sizes are read off the whole example values, so before they change
     propagate,  # last: every example value becomes that of a part
 )
@@ -153,9 +153,8 @@ def make_compiler(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
             "sync_steps, refresh_every, sync and inner"
         )
-    Schedule(
-        policy, sync_steps, refresh_every, sync=sync
-    )  # a bad value is reported before any waiting
+    # A bad value is reported before any rank waits for another.
+    Schedule(policy, sync_steps, refresh_every, sync=sync)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(policy, sync_steps, refresh_every, world_size, sync)

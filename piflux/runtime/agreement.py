@@ -19,8 +19,8 @@ from torch import Tensor
 from piflux.errors import RanksDisagree
 
 PROJECTIONS = 8
-# A bfloat16 rounding of every element moves a projection by some 0.2% of the norm, other noise or
-# another prompt by 10% and more.
+# Relative to the norm. Rounding to bfloat16 moves an element by at most 2^-8 of itself, and so a
+# projection by less than 0.4% of the norm; other noise moves one by about the norm itself.
 TOLERANCE = 0.02
 
 
