@@ -1,6 +1,6 @@
 """The emoji data set: about 400 things, each drawn in two styles.
 
-    python training/data.py build  # into training/.cache
+    python training/data.py build  # into training/.cache; draws with resvg-py
     python training/data.py names  # the vocabulary
     python training/data.py preview out.png
 
@@ -213,13 +213,13 @@ def preview(
     """Draw captioned samples of the training pictures: each concept in both styles."""
     data = load(dataset)
     chosen = range(start, min(start + count, len(data.names)))
-    styles, pixels, line = len(data.styles), 128, 14
+    styles, pixels, line = len(data.styles), 160, 14
     width, height = pixels * styles, pixels + styles * line
     generator = torch.Generator().manual_seed(start)
 
     rows = -(-len(chosen) // columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for place, concept in enumerate(chosen):
         left, top = place % columns * width, place // columns * height
         backgrounds = torch.randint(len(COLOURS), (styles,), generator=generator).tolist()
