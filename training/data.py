@@ -95,12 +95,13 @@ def held_out(names: Sequence[str]) -> set[tuple[int, int]]:
     return {(concept, rng.randrange(len(STYLES))) for concept in concepts}
 
 
-def random_placement(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_placement(
+    batch: int, device: torch.device | str, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """`compose`'s scale (batch,) and shift (batch, 2), such that no sprite is cropped."""
-    device = generator.device
-    scale = 0.75 + 0.2 * torch.rand(batch, generator=generator, device=device)
+    scale = 0.80 + 0.14 * torch.rand(batch, generator=generator, device=device)
     side = 2 * torch.rand(batch, 2, generator=generator, device=device) - 1
-    return scale, side * (1 - scale[:, None]) / 2
+    return scale, side * 0.03
 
 
 def compose(
@@ -227,7 +228,7 @@ def preview(
         pictures = compose(
             data.sprites[concept],
             torch.tensor([COLOURS[word] for word in words]),
-            *random_placement(styles, generator),
+            *random_placement(styles, "cpu", generator),
         )
         for index, picture in enumerate(pictures):
             shown = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
