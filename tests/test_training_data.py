@@ -92,7 +92,7 @@ def test_scale_and_shift_are_fractions_of_the_side() -> None:
 
 
 def test_random_placement_crops_nothing() -> None:
-    scale, shift = data.random_placement(1000, torch.Generator().manual_seed(0))
+    scale, shift = data.random_placement(1000, "cpu", torch.Generator().manual_seed(0))
     assert scale.min() >= 0.75 and scale.max() <= 0.95
     assert (shift.abs() + scale[:, None] / 2).max() <= 0.5 + 1e-6
 

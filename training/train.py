@@ -5,9 +5,9 @@
     distill       classifier-free guidance into the guidance embedding
     export        a folder for FluxPipeline.from_pretrained
 
-A stage runs for the minutes it is given, ends with a checkpoint in `--state`, and goes on from there
-when it is run again. Learning rates fall to their end by the minutes of training in `--schedule`,
-not by the steps, so that a run of known length is used to its last second.
+A stage runs for the minutes it is given, ends with a checkpoint in `--state`, and goes on from
+there when it is run again. Learning rates fall to their end by the minutes in `--schedule`, not by
+steps, so that a run of known length is used to its last second.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def distill(
     for progress in run.steps():
         _set_rate(optimizer, _rate(progress, run.step, peak=2e-4))
         latents, (clip_ids, t5_ids) = set_.batch(batch)
-        sigma, noise, noisy = _noised(latents)
+        sigma, _, noisy = _noised(latents)
         scale = torch.empty(batch, device=DEVICE).uniform_(*GUIDANCE)
         with torch.no_grad():
             none = [x.expand_as(y) for x, y in zip(set_.empty, (clip_ids, t5_ids), strict=True)]
@@ -190,7 +190,7 @@ def export(
 ) -> None:
     """Write the averaged weights in bfloat16, in files of less than 16 MB."""
     pipe = _trained(sprites, state)
-    # Registers the text encoders and the transformer of `pipe` as its own: they are loaded in place.
+    # Its modules are the pipeline's own, which are so loaded in place.
     Net(pipe).load_state_dict(_checkpoint(state, stage, "cpu")["ema"])
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
         part.to("cpu", torch.bfloat16)
@@ -218,7 +218,7 @@ class Net(nn.Module):
     def forward(
         self, noisy: Tensor, sigma: Tensor, guidance: Tensor, pooled: Tensor, text: Tensor
     ) -> Tensor:
-        """The velocity (B, 256, 64) at packed latents of the same shape; sigma and guidance (B,)."""
+        """The velocity at packed latents, both (B, 256, 64); sigma and guidance are (B,)."""
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return _predict(
                 self.transformer,
@@ -430,7 +430,7 @@ def _noised(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def _judge(net: Net, judged: Encoded) -> float:
-    """Mean loss on pairs of concept and style that training never sees; the same noise each time."""
+    """Mean loss on pairs of concept and style that training never sees, always the same ones."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         judged.shuffle()
