@@ -42,6 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DROPPED = 0.1  # of the captions, for classifier-free guidance
 SHORT = 0.15  # of the captions: the name alone, "red apple" or "a red apple"
 PLAIN_GUIDANCE = 1.0  # what the guidance embedding is told before distillation
+SAVE_EVERY = 2.0  # minutes
 GUIDANCE = (1.0, 6.0)  # the range it learns to follow
 
 
@@ -332,7 +333,7 @@ class Run:
 
     def steps(self) -> Iterator[float]:
         """Yields the share of the schedule that is over, until this run's minutes are."""
-        before, start = self.trained, None
+        before, saved, start = self.trained, self.trained, None
         while True:
             yield min(1.0, self.trained / self.schedule)
             self.step += 1
@@ -346,6 +347,9 @@ class Run:
             self.trained = before + passed
             if passed >= self.minutes:
                 return
+            if self.trained >= saved + SAVE_EVERY:
+                saved = self.trained
+                self.save()
 
     def log(self, **values: float) -> None:
         now, (step, then) = time.perf_counter(), self._logged
