@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
+from piflux.demo import PROMPTS
+
 OUT = Path("out")
-PROMPT = "A red fox in fresh snow, early morning light, 35 mm photograph"
+PROMPT = PROMPTS[0]
 MARGIN = 40  # pixels for a label above an image
 
 console = Console()

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import piflux
 from piflux.bench import FLUX_DEV, random_flux
-from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, WEIGHTS_NOTE, demo_pipeline
+from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_pipeline
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -99,11 +99,11 @@ def main(
             "--random-weights", help="FLUX.1-dev's architecture, random weights; latents only."
         ),
     ] = False,
-    prompt: str = "A red fox in fresh snow, early morning light, 35 mm photograph",
+    prompt: Annotated[str | None, typer.Option(help="Default: one that suits the model.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     seed: int = 0,
-    height: Annotated[int | None, typer.Option(help="Default: 1024; demo: 512.")] = None,
-    width: Annotated[int | None, typer.Option(help="Default: 1024; demo: 512.")] = None,
+    height: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
+    width: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
     guidance_scale: float = 3.5,
     warmups: Annotated[int, typer.Option(min=0, help="Short untimed calls before.")] = 1,
     policy: Annotated[
@@ -148,13 +148,13 @@ def main(
         if model != "demo":
             say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
         pipe = demo_pipeline().to(device)
-        call |= {"prompt": prompt, "max_sequence_length": TEXT_TOKENS}
+        call |= {"prompt": prompt or PROMPTS[0], "max_sequence_length": TEXT_TOKENS}
     elif random_weights:
         pipe = random_flux_dev(device)
         call |= random_embeddings(device) | {"output_type": "latent"}
     else:
         pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to(device)
-        call |= {"prompt": prompt}
+        call |= {"prompt": prompt or "A red fox in fresh snow, early morning light"}
 
     if policy == "none":
         pipe.set_progress_bar_config(disable=None)
@@ -211,7 +211,7 @@ def main(
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30
         if device.type == "cuda"
         else None,
-        note=WEIGHTS_NOTE if demo else RANDOM_NOTE if random_weights else "",
+        note=NOTE if demo else RANDOM_NOTE if random_weights else "",
     )
     if int(os.environ.get("RANK", "0")) == 0:
         report(result)

@@ -189,13 +189,29 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     stage: Annotated[str, typer.Option(help="'distill', or 'flow' before it.")] = "distill",
 ) -> None:
-    """Write the averaged weights in bfloat16, in files of less than 16 MB."""
+    """Write the averaged weights in bfloat16, in files of less than 16 MB.
+
+    After 'flow' guidance is without effect: the transformer knows one value of it, and what it
+    would make of others is noise.
+    """
     pipe = _trained(sprites, state)
     # Its modules are the pipeline's own, which are so loaded in place.
     Net(pipe).load_state_dict(_checkpoint(state, stage, "cpu")["ema"])
+    if stage == "flow":
+        _ignore_guidance(pipe.transformer)
     for part in (pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.transformer):
         part.to("cpu", torch.bfloat16)
     pipe.save_pretrained(out, max_shard_size="15MB")
+
+
+@torch.no_grad()
+def _ignore_guidance(transformer: nn.Module) -> None:
+    embedding = transformer.time_text_embed
+    # The transformer embeds a thousand times what it is given.
+    plain = embedding.time_proj(torch.tensor([1000 * PLAIN_GUIDANCE]))
+    constant = embedding.guidance_embedder(plain)[0]
+    embedding.guidance_embedder.linear_2.weight.zero_()
+    embedding.guidance_embedder.linear_2.bias.copy_(constant)
 
 
 class Net(nn.Module):
