@@ -68,9 +68,10 @@ def parallelize(
     *,
     group: Any = None,
     policy: Policy = "rotate",
-    sync_steps: int = 1,
+    sync_steps: int | Sequence[int] = 1,
     refresh_every: int | None = None,
     sync: Sync = "gather",
+    order: int = 1,
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -84,11 +85,14 @@ def parallelize(
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered).
-        sync_steps: how many first steps of an image gather everything.
+        sync_steps: how many first steps of an image gather everything, or which steps do: (0, 3).
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that. It compiles a second
             graph.
+        order: 1: attention reads remembered keys and values moved on to this step's noise level,
+            by the change between their last two versions, which takes a second cache. 0: it reads
+            them as they were.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -107,6 +111,7 @@ def parallelize(
         "sync_steps": sync_steps,
         "refresh_every": refresh_every,
         "sync": sync,
+        "order": order,
         "inner": inner,
     }
     if is_pipeline(target):

@@ -117,7 +117,7 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
-    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync` and `inner`, as for
+    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order` and `inner`, as for
     `parallelize`. Every compiled graph has its own caches; the beginning of an image is inferred.
 
     Raises:
@@ -141,9 +141,10 @@ def make_compiler(
     *,
     group: Any = None,
     policy: Policy = "rotate",
-    sync_steps: int = 1,
+    sync_steps: int | Sequence[int] = 1,
     refresh_every: int | None = None,
     sync: Sync = "gather",
+    order: int = 1,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -151,13 +152,20 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync and inner"
+            "sync_steps, refresh_every, sync, order and inner"
         )
     # A bad value is reported before any rank waits for another.
-    Schedule(policy, sync_steps, refresh_every, sync=sync)
+    settings: dict[str, Any] = {
+        "policy": policy,
+        "sync_steps": tuple(sync_steps) if isinstance(sync_steps, Sequence) else sync_steps,
+        "refresh_every": refresh_every,
+        "sync": sync,
+        "order": order,
+    }
+    Schedule(**settings)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
-    schedule = Schedule(policy, sync_steps, refresh_every, world_size, sync)
+    schedule = Schedule(**settings, world_size=world_size)
     return Compiler(schedule, ranks, inner)
 
 

@@ -74,7 +74,7 @@ class GraphReport:
             part = sum(part_length(length, world_size) for length in lengths)
             per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
             sent += per_token * part * (world_size - 1)
-            held += per_token * sum(lengths)
+            held += per_token * sum(lengths) * (1 + schedule.order)
             if schedule.policy == "displaced":  # what it sent, and what is arriving
                 held += per_token * part * (world_size + 1)
         if world_size == 1 or schedule.policy == "gather":
@@ -92,11 +92,13 @@ class GraphReport:
 
     def __str__(self) -> str:
         s = self.schedule
-        refresh = f", a sync step every {s.refresh_every}" if s.refresh_every else ""
+        refresh = f", then one every {s.refresh_every}" if s.refresh_every else ""
+        syncs = ", ".join(str(step) for step in s.first_syncs)
         lines = [
             f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
-            f"{max(1, s.sync_steps)} sync step(s) first{refresh}"
-            + (", recomputed" if s.sync == "recompute" else ""),
+            + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
+            + (", recomputed" if s.sync == "recompute" else "")
+            + (", predicted between" if s.predicts else ""),
             f"  attentions rewritten   {self.attentions}",
             f"  nodes on a part        {self.local_nodes}",
             f"  sent in a sync step    {_human(self.sync_bytes)} a rank",

@@ -30,23 +30,26 @@ class Schedule:
 
     Attributes:
         policy: 'gather' (every step is a sync step), 'rotate' or 'displaced'.
-        sync_steps: how many first steps are sync steps. 0 means 1: the caches start empty, and
-            only a sync step can fill them.
-        refresh_every: after the first ones, one sync step every so many steps; None for never.
+        sync_steps: how many first steps are sync steps, or which ones are. Step 0 always is: the
+            caches start empty, and only a sync step can fill them.
+        refresh_every: after the last of those, one sync step every so many steps; None for never.
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
             'recompute' has each rank compute all tokens by itself, which is cheaper where links
             are slow.
+        order: how attention guesses what remembered keys and values have become: 0, as they were;
+            1, moved on by the change between their last two versions.
 
     Raises:
         ValueError: a field is out of range.
     """
 
     policy: Policy = "rotate"
-    sync_steps: int = 1
+    sync_steps: int | tuple[int, ...] = 1
     refresh_every: int | None = None
     world_size: int = 1
     sync: Sync = "gather"
+    order: int = 1
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -59,8 +62,14 @@ class Schedule:
                 "the policy 'gather' has sync steps only: recomputing them all is one rank's work "
                 "on every rank. Choose another policy, or sync='gather'"
             )
-        if not isinstance(self.sync_steps, int) or self.sync_steps < 0:
-            raise ValueError(f"sync_steps must be an integer >= 0, got {self.sync_steps!r}")
+        steps = self.sync_steps
+        if not all(
+            isinstance(step, int) and step >= 0
+            for step in (steps if isinstance(steps, tuple) else (steps,))
+        ):
+            raise ValueError(
+                f"sync_steps must be an integer >= 0, or several of them, got {steps!r}"
+            )
         if self.refresh_every is not None and (
             not isinstance(self.refresh_every, int) or self.refresh_every < 1
         ):
@@ -68,11 +77,25 @@ class Schedule:
                 f"refresh_every must be an integer >= 1 or None, got {self.refresh_every!r}"
             )
 
+        if self.order not in (0, 1):
+            raise ValueError(f"order must be 0 or 1, got {self.order!r}")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether attention reads predicted keys and values in some steps."""
+        return self.order > 0 and self.policy != "gather" and self.world_size > 1
+
+    @property
+    def first_syncs(self) -> tuple[int, ...]:
+        """The sync steps before any refresh, in order."""
+        steps = self.sync_steps
+        return tuple(sorted({0, *(range(steps) if isinstance(steps, int) else steps)}))
+
     def step(self, index: int) -> Step:
         """The generation's step `index`, counted from 0."""
-        after = index - max(1, self.sync_steps) + 1  # 0 at the last of the first sync steps
-        refresh = self.refresh_every is not None and after % self.refresh_every == 0
-        sync = self.policy == "gather" or after <= 0 or refresh
+        after = index - self.first_syncs[-1]
+        refresh = self.refresh_every is not None and after > 0 and after % self.refresh_every == 0
+        sync = self.policy == "gather" or index in self.first_syncs or refresh
         turn = index if self.policy == "rotate" else 0
         parts = tuple((rank + turn) % self.world_size for rank in range(self.world_size))
         return Step(index, sync, parts)

@@ -11,10 +11,16 @@ attention over that rank's own cache of keys and values.
     displaced     rank r keeps part r: it attends to its own fresh keys and values and to what the
                   others had at the step before
 
+With `order` 1, tokens that were not computed in this very step are read as they should be by now:
+moved on from their last version, three quarters as far as a straight line through their last two
+versions over time would take them. Time is log(sigma / (1 - sigma)), both terms with 0.01 added. A
+token with one version is read as it is.
+
 A segment of T tokens is cut into N windows of ceil(T / N); window i starts at
 min(i * ceil(T / N), T - ceil(T / N)). Where windows overlap, the later part's tokens count.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,34 +43,61 @@ def window(tokens: int, parts: int, part: int) -> slice:
     return slice(start, start + length)
 
 
-def is_sync(policy: str, step: int, sync_steps: int, refresh_every: int | None) -> bool:
-    """No cache is filled before the first step, so `sync_steps=0` means 1."""
-    first = max(1, sync_steps)
-    if policy == "gather" or step < first:
+def is_sync(
+    policy: str, step: int, sync_steps: int | tuple[int, ...], refresh_every: int | None
+) -> bool:
+    """No cache is filled before the first step, so that one always is."""
+    named = list(range(sync_steps)) if isinstance(sync_steps, int) else list(sync_steps)
+    if policy == "gather" or step == 0 or step in named:
         return True
-    return refresh_every is not None and (step - first + 1) % refresh_every == 0
+    after = step - max([0, *named])
+    return refresh_every is not None and after > 0 and after % refresh_every == 0
+
+
+def log_snr(sigma: float) -> float:
+    return math.log((sigma + 0.01) / (1 - sigma + 0.01))
 
 
 @dataclass
 class Cache:
-    """One attention's keys and values of all tokens, and the step at which each was computed."""
+    """One attention's keys and values of all tokens.
 
-    key: Tensor
-    value: Tensor
+    Attributes:
+        versions: keys and values, (2, batch, heads, tokens, head dim), the newest first.
+        times: when each token's versions were computed, likewise, (tokens,) each.
+        written: the step at which each token's newest version was computed.
+    """
+
+    versions: list[Tensor]
+    times: list[Tensor]
     written: Tensor
 
     @classmethod
-    def full(cls, key: Tensor, value: Tensor, step: int) -> "Cache":
-        written = torch.full((key.shape[TOKENS],), step)
-        return cls(key.clone(), value.clone(), written)
+    def full(cls, key: Tensor, value: Tensor, step: int, time: float) -> "Cache":
+        tokens = key.shape[TOKENS]
+        at = torch.full((tokens,), time, dtype=torch.float64)
+        fresh = torch.stack([key, value])
+        return cls([fresh, fresh.clone()], [at, at.clone()], torch.full((tokens,), step))
 
     def clone(self) -> "Cache":
-        return Cache(self.key.clone(), self.value.clone(), self.written.clone())
+        versions, times = [x.clone() for x in self.versions], [x.clone() for x in self.times]
+        return Cache(versions, times, self.written.clone())
 
-    def write(self, key: Tensor, value: Tensor, places: Tensor, step: int) -> None:
-        self.key[..., places, :] = key
-        self.value[..., places, :] = value
+    def write(self, fresh: Tensor, places: Tensor, step: int, time: float) -> None:
+        """What is written twice in a step is one version."""
+        new = places[self.written[places] != step]
+        self.versions[1][..., new, :] = self.versions[0][..., new, :]
+        self.times[1][new] = self.times[0][new]
+        self.versions[0][..., places, :] = fresh
+        self.times[0][places] = time
         self.written[places] = step
+
+    def read(self, step: int, time: float, order: int) -> Tensor:
+        (last, before), (last_time, before_time) = self.versions, self.times
+        moves = (self.written != step) & (last_time != before_time)
+        ahead = 0.75 * (time - last_time) / (last_time - before_time)
+        ahead = torch.where(moves, ahead, 0.0) * order
+        return last + ahead[:, None].to(last.dtype) * (last - before)
 
 
 class Oracle:
@@ -76,20 +109,28 @@ class Oracle:
         ranks: int,
         policy: str,
         *,
-        sync_steps: int = 1,
+        sync_steps: int | tuple[int, ...] = 1,
         refresh_every: int | None = None,
+        order: int = 1,
     ) -> None:
         self.model = model
         self.ranks = ranks
         self.policy = policy
         self.sync_steps = sync_steps
         self.refresh_every = refresh_every
+        self.order = order
         self.step = 0
+        self.time = 0.0
+        self._unit = 1.0
         self.oldest = 0  # age, in steps, of the oldest key ever attended to
         self._caches: list[list[Cache]] = []  # [rank][attention], at the end of the last step
 
     @torch.no_grad()
     def __call__(self, **inputs) -> Tensor:
+        clock = float(inputs["timestep"].flatten()[0])
+        if self.step == 0:
+            self._unit = 1000.0 if clock > 1 else 1.0
+        self.time = log_snr(clock / self._unit)
         if is_sync(self.policy, self.step, self.sync_steps, self.refresh_every):
             sample = self._sync(inputs)
         else:
@@ -101,12 +142,17 @@ class Oracle:
         filled = []
 
         def attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
-            filled.append(Cache.full(key, value, self.step))
+            filled.append(Cache.full(key, value, self.step, self.time))
             return exact_attention(query, key, value, **options)
 
         with _attention(attend):
             sample = self.model(**inputs, return_dict=False)[0]
-        self._caches = [[cache.clone() for cache in filled] for _ in range(self.ranks)]
+        if self.step == 0:
+            self._caches = [[cache.clone() for cache in filled] for _ in range(self.ranks)]
+        for caches in self._caches:
+            for cache, new in zip(caches, filled, strict=True):
+                everywhere = torch.arange(len(cache.written))
+                cache.write(new.versions[0], everywhere, self.step, self.time)
         return sample
 
     def _steady(self, inputs: dict) -> Tensor:
@@ -132,9 +178,11 @@ class Oracle:
 
         def attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
             cache = next(unvisited)
-            cache.write(key, value, _places(tokens, cache, self.ranks, part), self.step)
+            places = _places(tokens, cache, self.ranks, part)
+            cache.write(torch.stack([key, value]), places, self.step, self.time)
             self.oldest = max(self.oldest, self.step - int(cache.written.min()))
-            return exact_attention(query, cache.key, cache.value, **options)
+            seen = cache.read(self.step, self.time, self.order)
+            return exact_attention(query, *seen, **options)
 
         return attend
 
@@ -145,8 +193,8 @@ class Oracle:
             for number, cache in enumerate(caches):
                 for part, theirs in enumerate(sent):
                     places = _places(tokens, cache, self.ranks, part)
-                    key, value = theirs[number].key, theirs[number].value
-                    cache.write(key[..., places, :], value[..., places, :], places, self.step)
+                    fresh = theirs[number].versions[0][..., places, :]
+                    cache.write(fresh, places, self.step, self.time)
 
 
 class Tokens:
@@ -224,7 +272,7 @@ def _cut(value, where: slice | None):
 
 def _places(tokens: Tokens, cache: Cache, parts: int, part: int) -> Tensor:
     """The positions of a part's tokens among all tokens that this cache's attention joins."""
-    joined = cache.key.shape[TOKENS]
+    joined = len(cache.written)
     places, start = [], 0
     for length in tokens.segments(joined):
         places.append(start + torch.arange(length)[window(length, parts, part)])

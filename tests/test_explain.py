@@ -38,12 +38,12 @@ class TestExplain(TestCase):
         self.assertExpectedInline(
             str(report("rotate")),
             """\
-rotate on 2 ranks, 1 sync step(s) first
+rotate on 2 ranks, sync at 0, predicted between
   attentions rewritten   2
   nodes on a part        192
   sent in a sync step    20.35 kB a rank
   sent in a steady step  1.152 kB a rank
-  cache                  36.86 kB a rank and stream
+  cache                  73.73 kB a rank and stream
   boundaries
     shard    %hidden_states dim 1: 35 -> 18 (1 twice) tokens
     shard    %encoder_hidden_states dim 1: 13 -> 7 (1 twice) tokens
@@ -52,14 +52,28 @@ rotate on 2 ranks, 1 sync step(s) first
     unshard  %output dim 1: 35 -> 18 (1 twice) tokens""",
         )
 
+    def test_schedules_as_text(self):
+        for options, first_line in [
+            ({"policy": "gather"}, "gather on 2 ranks, every step a sync step"),
+            (
+                {"policy": "rotate", "sync_steps": (0, 3), "refresh_every": 9, "order": 0},
+                "rotate on 2 ranks, sync at 0, 3, then one every 9",
+            ),
+            (
+                {"policy": "displaced", "sync": "recompute"},
+                "displaced on 2 ranks, sync at 0, recomputed, predicted between",
+            ),
+        ]:
+            self.assertEqual(str(report(**options)).splitlines()[0], first_line)
+
     def test_as_data(self):
         """13 text and 35 image tokens, 3 heads of 16 in fp32, 16 channels out, 2 attentions."""
         token = 2 * 3 * 16 * 4  # a key and a value
         final = 18 * 16 * 4
         for policy, steady, cache in [
             ("gather", final + 2 * 25 * token, 0),
-            ("rotate", final, 2 * 48 * token),
-            ("displaced", final + 2 * 25 * token, 2 * (48 + 3 * 25) * token),
+            ("rotate", final, 2 * 2 * 48 * token),
+            ("displaced", final + 2 * 25 * token, 2 * (2 * 48 + 3 * 25) * token),
         ]:
             data = report(policy)
             self.assertEqual(data.attentions, 2)
@@ -67,6 +81,7 @@ rotate on 2 ranks, 1 sync step(s) first
             self.assertEqual((policy, data.steady_bytes), (policy, steady))
             self.assertEqual((policy, data.cache_bytes), (policy, cache))
         self.assertEqual(report("rotate", sync="recompute").sync_bytes, 0)
+        self.assertEqual(report("rotate", order=0).cache_bytes, 2 * 48 * token)
         unshard = data.boundaries[-1]
         self.assertEqual((unshard.lengths, unshard.part_lengths), ((35,), (18,)))
         self.assertEqual(unshard.overlaps, (1,))

@@ -206,9 +206,17 @@ def test_four_ranks_equal_the_oracle(ranks, policy):
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_a_refreshed_image_equals_the_oracle(ranks, policy):
-    options = {"policy": policy, "sync_steps": 2, "refresh_every": 3}
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_refreshed_image_equals_the_oracle(ranks, policy, order):
+    options = {"policy": policy, "sync_steps": 2, "refresh_every": 3, "order": order}
     judge_image(ranks, 4, tiny_flux, flux_inputs(), options)
+
+
+@pytest.mark.parametrize("policy", ["rotate", "displaced"])
+@pytest.mark.parametrize("order", [0, 1])
+def test_sync_steps_apart_equal_the_oracle(ranks, policy, order):
+    options = {"policy": policy, "sync_steps": (0, 3), "order": order}
+    judge_image(ranks, 3, tiny_flux, flux_inputs(), options)
 
 
 def test_without_sync_steps_the_first_one_fills_the_cache(ranks):

@@ -86,3 +86,29 @@ def test_a_part_shares_no_memory_with_the_whole():
     x = torch.zeros(4)
     cut(x, 0, (4,), 2, 0).fill_(1)
     assert x.sum() == 0
+
+
+def test_sync_steps_by_name():
+    assert (
+        syncs(Schedule("rotate", (3, 1), world_size=2))[:8]
+        == syncs(Schedule("rotate", (0, 1, 3), world_size=2))[:8]
+    )
+    schedule = Schedule("rotate", (0, 3), refresh_every=4, world_size=2)
+    assert [t for t in range(12) if schedule.step(t).sync] == [0, 3, 7, 11]
+    assert schedule.first_syncs == (0, 3)
+    assert Schedule(sync_steps=()).first_syncs == (0,)
+
+
+def test_what_is_predicted():
+    assert Schedule("rotate", world_size=2).predicts
+    assert Schedule("displaced", world_size=2).predicts
+    assert not Schedule("rotate", world_size=1).predicts
+    assert not Schedule("gather", world_size=2).predicts
+    assert not Schedule("rotate", world_size=2, order=0).predicts
+
+
+@pytest.mark.parametrize("wrong", [{"order": 2}, {"sync_steps": (0, -1)}, {"sync_steps": (0.5,)}])
+def test_wrong_orders_and_sync_steps(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=name):
+        Schedule(**wrong)

@@ -27,6 +27,7 @@ def settings():
     yield {"policy": "rotate"}
     yield {"policy": "rotate", "sync_steps": 2, "refresh_every": 3}
     yield {"policy": "displaced"}
+    yield {"policy": "displaced", "order": 0, "sync_steps": (0, 3)}
     yield {"policy": "rotate", "sync": "recompute", "refresh_every": 3}
     yield {"policy": "gather"}
 

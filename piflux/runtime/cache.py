@@ -20,7 +20,8 @@ from torch import Tensor
 from piflux.parts import join, write
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.ranks import Ranks
-from piflux.runtime.streams import Roles, Seen, Slot, Stream
+from piflux.runtime.slots import Slot
+from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
 
 _RUNTIMES: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
@@ -134,6 +135,8 @@ class Runtime:
             if ranks.any(not goes_on, device):
                 stream.restart()
         stream.index += 1
+        if self.schedule.predicts:
+            stream.tick(roles.pick(roles.clocks, args))
         if stream.index == 0:
             settings = {"schedule": self.schedule, "explicit generation": self.explicit}
             ranks.agree(fingerprint(settings, roles.inputs(args)))
@@ -162,28 +165,43 @@ class Runtime:
             Keys and values, each (batch, heads, all tokens, head dim).
         """
         stream, step = self.now
-        ranks = self._ranks
+        ranks, policy, predicts = self._ranks, self.schedule.policy, self.schedule.predicts
+        lengths = tuple(lengths)
         if step.sync and world_size > 1:
             coming = [ranks.gather(x) for x in fresh]
             whole = [join(g.wait(), step.parts, -2, lengths) for g in coming]
         elif step.sync:
             whole = list(fresh)
         if step.sync:
-            if self.schedule.policy != "gather":
-                for rank in ranks.here:
-                    # Copies where the values are the graph's, or of several ranks.
-                    keep = whole if world_size > 1 else [x.clone() for x in whole]
-                    stream.slots[rank, slot] = Slot(keep)
+            for rank in ranks.here if policy != "gather" else ():
+                # Copies where the values are the graph's, or of several ranks.
+                keep = whole if world_size > 1 else [x.clone() for x in whole]
+                if (rank, slot) in stream.slots:
+                    stream.slots[rank, slot].land(lengths)
+                    stream.slots[rank, slot].renew(keep)
+                else:
+                    before = [x.clone() for x in keep] if predicts else []
+                    stream.slots[rank, slot] = Slot(keep, before)
+                if predicts:
+                    stream.synced(rank, lengths, keep[0].device)
             return whole
+        part = self.part()
         kept = stream.slots[ranks.rank, slot]
-        for cached, gathering in zip(kept.whole, kept.coming, strict=False):
-            join(gathering.wait(), kept.parts, -2, lengths, cached)
-        for cached, x in zip(kept.whole, fresh, strict=True):
-            write(cached, -2, lengths, world_size, self.part(), x)
-        if self.schedule.policy == "displaced":
+        kept.land(lengths)
+        read = kept.last
+        if predicts:
+            renewed = part if policy == "rotate" else None  # displaced: all, as they will arrive
+            read = kept.predicted(
+                stream.weights(ranks.rank, lengths, world_size, renewed, fresh[0])
+            )
+            for whole_, x in zip(read, fresh, strict=True):
+                write(whole_, -2, lengths, world_size, part, x)
+        if policy == "rotate" or not predicts:
+            kept.write(lengths, world_size, part, fresh)
+        if policy == "displaced":
             kept.coming = [ranks.gather(x) for x in fresh]
             kept.parts = step.parts
-        return kept.whole
+        return read
 
     @property
     def _ranks(self) -> Ranks:

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.runtime.ranks import Gathering
+from piflux.runtime.slots import Ages, Slot, clock_scale, log_snr
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
@@ -62,21 +63,6 @@ class Seen:
 
 
 @dataclass
-class Slot:
-    """One attention's keys and values: the whole sequence's, and what is on its way.
-
-    Attributes:
-        whole: keys and values, each (batch, heads, all tokens, head dim).
-        coming: `displaced`: the all-gathers of the last step's keys and values.
-        parts: the part that each rank computed when it sent `coming`.
-    """
-
-    whole: list[Tensor]
-    coming: list[Gathering] = field(default_factory=list)
-    parts: tuple[int, ...] = ()
-
-
-@dataclass
 class Stream:
     """The calls of one generation that share conditions, and their cache slots.
 
@@ -99,10 +85,46 @@ class Stream:
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0
+    _scales: list[Tensor] = field(default_factory=list)
+    # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
+    _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
+    _weights: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    _now: Tensor = field(default_factory=lambda: torch.tensor(0.0))
 
     def restart(self) -> None:
         self.index, self.direction = -1, 0
         self.slots.clear()
+
+    def tick(self, clocks: Sequence[Tensor]) -> None:
+        """A step begins at these clocks."""
+        if self.index == 0:
+            self._scales = [clock_scale(clock) for clock in clocks]
+        self._now = log_snr(clocks, self._scales, self.index)
+        self._weights.clear()
+
+    def synced(self, rank: int, lengths: tuple[int, ...], device: torch.device) -> None:
+        """This step computes all tokens of the segments `lengths` that `rank` remembers."""
+        key = rank, lengths
+        now = self._now.to(device)
+        if self.index == 0:
+            self._ages[key] = Ages(lengths, now)
+        elif key not in self._weights:
+            self._ages[key].renew(now)
+        self._weights[key] = now  # not read in a sync step, but it is done
+
+    def weights(
+        self, rank: int, lengths: tuple[int, ...], world_size: int, part: int | None, like: Tensor
+    ) -> Tensor:
+        """(tokens, 1): how far to predict. `part` of them gets a new version now; None: all."""
+        key = rank, lengths
+        if key not in self._weights:
+            now, ages = self._now.to(like.device), self._ages[key]
+            self._weights[key] = ages.weights(now).to(like.dtype)
+            if part is None:
+                ages.renew(now)
+            else:
+                ages.renew_part(world_size, part, now)
+        return self._weights[key]
 
     def observe(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
         """Whether this call is certainly the next step after the last observed one.
