@@ -30,7 +30,7 @@ def show(
     model: Annotated[Path, typer.Argument(help="What `train.py export` wrote.")],
     sprites: Annotated[Path, typer.Argument(help="What `data.py build` wrote.")],
     out: Annotated[Path, typer.Argument(help="The folder for pictures and numbers.")],
-    guidance: float = 3.0,
+    guidance: float = 3.5,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
     count: Annotated[int, typer.Option(help="Prompts in the measured set.")] = 256,
 ) -> None:
@@ -107,7 +107,7 @@ def nearest(drawn: list[Tensor], colours: list[int], data: Dataset) -> list[int]
             scales = torch.full((len(every),), scale, device=every.device)
             for dx, dy in ((0, 0), (-0.03, 0), (0.03, 0), (0, -0.03), (0, 0.03)):
                 shift = torch.tensor([[dx, dy]], device=every.device).expand(len(every), 2)
-                known = _small(compose(every, paint, scales, shift, IMAGE_SIZE))
+                known = _small(compose(every, paint, scales, shift, IMAGE_SIZE // 2))
                 apart = torch.cdist(pictures[rows], known).cpu()
                 best[rows] = torch.minimum(best[rows], apart)
     return best.argmin(dim=1).tolist()

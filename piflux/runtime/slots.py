@@ -19,7 +19,7 @@ from piflux.runtime.ranks import Gathering
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
 # computed against remembered keys and values themselves.
-BELIEF = 0.75
+BELIEF = 0.6
 
 # The log-SNR is infinite at sigma 0 and 1. It ends where this much of the other is mixed in.
 SOFTENING = 0.01

