@@ -1,4 +1,4 @@
-"""`make demo`: one image on 1 and on 2 CPU ranks, side by side, with times and PSNR."""
+"""`make demo`: one image on 1 and on 2 CPU ranks, side by side, with times, PSNR and LPIPS."""
 
 import json
 import os
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from piflux.demo import PROMPTS
+from piflux.lpips import LPIPS
 
 OUT = Path("out")
 PROMPT = PROMPTS[0]
@@ -25,6 +27,7 @@ console = Console()
 
 def main() -> None:
     images, results = [], []
+    console.print(f"Prompt: {PROMPT}")
     for ranks in (1, 2):
         image, result = generate(ranks)
         images.append(image)
@@ -44,9 +47,11 @@ def main() -> None:
     ):
         before, after = seconds(one), seconds(two)
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}x")
-    psnr = peak_signal_noise_ratio(*(np.asarray(image) for image in images))
+    arrays = [np.array(image) for image in images]
+    psnr = peak_signal_noise_ratio(*arrays)
+    lpips = LPIPS()(*(torch.from_numpy(x).permute(2, 0, 1)[None] / 255 for x in arrays)).item()
     console.print(table)
-    console.print(f"PSNR of the image on 2 ranks against that on 1: {psnr:.2f} dB")
+    console.print(f"The image on 2 ranks against that on 1: PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}")
     console.print(one["note"])
     console.print(f"Saved {', '.join(str(path) for path in sorted(OUT.glob('demo-*.png')))}")
 

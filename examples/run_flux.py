@@ -47,7 +47,7 @@ class Result:
     torch: str
     ranks: int
     policy: str
-    sync_steps: int
+    sync_steps: tuple[int, ...] | int
     refresh_every: int | None
     sync: str
     compiled: bool
@@ -110,7 +110,9 @@ def main(
         Literal["gather", "rotate", "displaced", "none"],
         typer.Option(help="'none': one rank without piflux, to compare with."),
     ] = "rotate",
-    sync_steps: Annotated[int, typer.Option(min=0)] = 1,
+    sync_steps: Annotated[
+        str, typer.Option(help="Steps that gather everything, '0,3', or how many first ones.")
+    ] = "0,3",
     refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
     sync: Annotated[
         Literal["gather", "recompute"], typer.Option(help="How sync steps get keys and values.")
@@ -137,6 +139,7 @@ def main(
     compile_ = device.type == "cuda" if compile_ is None else compile_
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     check_arguments(model, random_weights, device, height, width, policy, ranks)
+    syncs = steps_of(sync_steps)
     say = console.print if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None
 
     call: dict[str, Any] = {
@@ -164,7 +167,7 @@ def main(
         pipe = piflux.parallelize(
             pipe,
             policy=policy,
-            sync_steps=sync_steps,
+            sync_steps=syncs,
             refresh_every=refresh_every,
             sync=sync,
             inner="inductor" if compile_ else "eager",
@@ -181,7 +184,7 @@ def main(
         ).images[0]
 
     for _ in range(warmups):
-        generate(min(steps, sync_steps + 2))  # one step of each kind, and one to spare
+        generate(min(steps, 3))  # one step of each kind, and one to spare
     clock = StepClock(device)
     synchronize(device)
     if device.type == "cuda":
@@ -198,7 +201,7 @@ def main(
         torch=torch.__version__,
         ranks=ranks,
         policy=policy,
-        sync_steps=sync_steps,
+        sync_steps=syncs,
         refresh_every=refresh_every,
         sync=sync,
         compiled=compile_,
@@ -241,6 +244,14 @@ def rank_device() -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def steps_of(text: str) -> int | tuple[int, ...]:
+    """'2' -> 2, the first two steps; '0,3' -> (0, 3)."""
+    words = text.split(",")
+    if not all(word.isdigit() for word in words):
+        raise typer.BadParameter(f"--sync-steps {text}: write 2, or steps as in 0,3")
+    return int(text) if len(words) == 1 else tuple(int(word) for word in words)
 
 
 def check_arguments(

@@ -16,7 +16,7 @@ from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
 from piflux.integrations.diffusers import is_pipeline, parallel_pipeline, transformers_of
 from piflux.report import Report
-from piflux.schedule import Policy, Sync
+from piflux.schedule import BEST_SYNC_STEPS, Policy, Sync
 
 Target = TypeVar("Target")
 
@@ -67,8 +67,8 @@ def parallelize(
     target: Target,
     *,
     group: Any = None,
-    policy: Policy = "rotate",
-    sync_steps: int | Sequence[int] = 1,
+    policy: Policy | str = "rotate",
+    sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
@@ -84,8 +84,9 @@ def parallelize(
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
-            'rotate' or 'displaced' (remembered).
-        sync_steps: how many first steps of an image gather everything, or which steps do: (0, 3).
+            'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
+            take the place of these, as `python -m piflux.quality --tune` writes it.
+        sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that. It compiles a second

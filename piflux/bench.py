@@ -351,17 +351,22 @@ def measure_floor(height: int, width: int) -> Floor:
     if not on_gpu:
         torch.set_num_threads(1)  # as a rank has
     linear, attention = flops(layers, width_, tokens)
-    x = torch.randn(tokens, width_, device=device, dtype=dtype)
-    w = torch.randn(4 * width_, width_, device=device, dtype=dtype)
     q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    product = _seconds(lambda: F.linear(x, w), on_gpu)
     attended = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
     return Floor(
         linear,
         attention,
-        2 * tokens * 4 * width_**2 / product / 1e12,
+        gemm_tflops(tokens, width_, torch.device(device), dtype),
         4 * tokens**2 * width_ / attended / 1e12,
     )
+
+
+def gemm_tflops(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of the matrix product of an MLP, (tokens, width) by (width, 4 width)."""
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    w = torch.randn(4 * width, width, device=device, dtype=dtype)
+    seconds = _seconds(lambda: F.linear(x, w), device.type == "cuda")
+    return 2 * tokens * 4 * width**2 / seconds / 1e12
 
 
 def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:

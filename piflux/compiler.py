@@ -24,7 +24,7 @@ from piflux.report import GraphReport
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.streams import Roles
-from piflux.schedule import Policy, Schedule, Sync
+from piflux.schedule import BEST_SYNC_STEPS, Policy, Schedule, Sync, read_settings
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
@@ -140,8 +140,8 @@ def backend(
 def make_compiler(
     *,
     group: Any = None,
-    policy: Policy = "rotate",
-    sync_steps: int | Sequence[int] = 1,
+    policy: Policy | str = "rotate",
+    sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
@@ -162,6 +162,8 @@ def make_compiler(
         "sync": sync,
         "order": order,
     }
+    if policy.endswith(".json"):
+        settings |= read_settings(policy)
     Schedule(**settings)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1

@@ -45,6 +45,13 @@ VARIANTS = (
 )
 """What is measured where nothing else is asked for."""
 
+CANDIDATES = tuple(
+    f"{policy} sync_steps={steps}"
+    for policy in ("rotate", "displaced")
+    for steps in ("1", "0,2", "0,3", "0,2,5", "3", "0,1,3,7", "6")
+)
+"""What tuning chooses from."""
+
 BEST_DB = 100.0
 """PSNR of equal pictures, which has no finite value."""
 
@@ -268,6 +275,50 @@ def modelled_cost(
     return (syncs * sync + (steps - syncs) * steady) / steps
 
 
+def tune(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    ranks: int,
+    *,
+    max_lpips: float | None = None,
+    max_cost_s: float | None = None,
+    **options: Any,
+) -> tuple[Variant, list[Row], Row]:
+    """The best schedule within a budget: chosen on half of the prompts, judged on the other.
+
+    Args:
+        pipe: as for `measure`, likewise `prompts`, `seeds` and `options`.
+        ranks: on how many ranks.
+        max_lpips: the cheapest schedule whose mean is at most that, if given;
+        max_cost_s: else that of the least LPIPS which costs at most so many seconds a step.
+
+    Returns:
+        The schedule, all of them on the first half, and the chosen one on the second.
+
+    Raises:
+        ValueError: fewer than two prompts, not one of the budgets, or nothing within it.
+    """
+    if (max_lpips is None) == (max_cost_s is None):
+        raise ValueError("tuning needs one budget: the LPIPS to reach, or the cost to stay below")
+    if len(prompts) < 2:
+        raise ValueError("tuning needs two prompts at least: one to choose by, one to judge by")
+    half = len(prompts) // 2
+    variants = [Variant.parse(text) for text in CANDIDATES]
+    _, rows, _ = measure(pipe, prompts[:half], seeds[:half], variants, [ranks], **options)
+    if max_lpips is not None:
+        good = [row for row in rows if statistics.mean(row.lpips) <= max_lpips]
+        best = min(good, key=lambda row: row.cost_s, default=None)
+    else:
+        good = [row for row in rows if row.cost_s <= (max_cost_s or 0)]
+        best = min(good, key=lambda row: statistics.mean(row.lpips), default=None)
+    if best is None:
+        raise ValueError(f"no schedule is within the budget; what there is:\n{markdown(rows)}")
+    chosen = variants[rows.index(best)]
+    _, (judged,), _ = measure(pipe, prompts[half:], seeds[half:], [chosen], [ranks], **options)
+    return chosen, rows, judged
+
+
 # --- what is written -------------------------------------------------------------------------
 
 
@@ -383,8 +434,15 @@ def quality(
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     out: Annotated[Path, typer.Option(help="A folder for what is written.")] = Path("out/quality"),
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
+    tune_: Annotated[
+        bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
+    ] = False,
+    max_lpips: Annotated[float | None, typer.Option(help="--tune: LPIPS to reach.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="--tune: modelled ms a step.")] = None,
 ) -> None:
     """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
+    if tune_ == (max_lpips is None and max_ms is None) or (tune_ and variant):
+        raise typer.BadParameter("--tune goes with --max-lpips or --max-ms, and without --variant")
     variants = []
     for text in variant or VARIANTS:
         try:
@@ -401,6 +459,11 @@ def quality(
 
     console = Console(stderr=json_)
     seeds = list(range(seed, seed + len(texts)))
+    inner = "inductor" if device == "cuda" else "eager"
+    if tune_:
+        options = {"link_gbs": link, "inner": inner, "batch": batch, **call}
+        _tune(console, pipe, texts, seeds, rank_counts, max_lpips, max_ms, out, options)
+        return
     rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
     with Progress(console=console) as progress:
         task = progress.add_task("1 rank", total=rounds)
@@ -411,7 +474,7 @@ def quality(
             variants,
             rank_counts,
             link_gbs=link,
-            inner="inductor" if device == "cuda" else "eager",
+            inner=inner,
             batch=batch,
             on_batch=lambda what: progress.update(task, advance=1, description=what),
             **call,
@@ -448,6 +511,43 @@ def quality(
         )
     console.print(table)
     console.print(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}")
+
+
+def _tune(
+    console: Console,
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    rank_counts: list[int],
+    max_lpips: float | None,
+    max_ms: float | None,
+    out: Path,
+    options: dict[str, Any],
+) -> None:
+    """A file of settings for each number of ranks."""
+    out.mkdir(parents=True, exist_ok=True)
+    for n in rank_counts:
+        halves = -(-(len(prompts) // 2) // options["batch"])
+        with Progress(console=console) as progress:
+            task = progress.add_task("1 rank", total=(1 + len(CANDIDATES)) * halves + 2)
+            try:
+                chosen, _, judged = tune(
+                    pipe,
+                    prompts,
+                    seeds,
+                    n,
+                    max_lpips=max_lpips,
+                    max_cost_s=None if max_ms is None else max_ms / 1000,
+                    on_batch=lambda what: progress.update(task, advance=1, description=what),  # noqa: B023
+                    **options,
+                )
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+        path = out / f"schedule-{n}.json"
+        path.write_text(json.dumps(chosen.options) + "\n")
+        console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
+        console.print(markdown([judged]), highlight=False)
+        console.print(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})")
 
 
 def _subject(

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 Policy = Literal["gather", "rotate", "displaced"]
 Sync = Literal["gather", "recompute"]
+
+# The first steps change keys and values most. Of two sync steps the second does most good where it
+# ends the first turn of four ranks, and gives prediction versions that are apart (README, Drift).
+BEST_SYNC_STEPS = (0, 3)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Schedule:
     """
 
     policy: Policy = "rotate"
-    sync_steps: int | tuple[int, ...] = 1
+    sync_steps: int | tuple[int, ...] = BEST_SYNC_STEPS
     refresh_every: int | None = None
     world_size: int = 1
     sync: Sync = "gather"
@@ -99,3 +105,26 @@ class Schedule:
         turn = index if self.policy == "rotate" else 0
         parts = tuple((rank + turn) % self.world_size for rank in range(self.world_size))
         return Step(index, sync, parts)
+
+
+SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order")
+"""What a schedule's file may hold."""
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """A schedule's settings from a file that `piflux.quality --tune` or an editor wrote.
+
+    Raises:
+        ValueError: there is no such file, or it holds no settings.
+    """
+    try:
+        settings = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"policy {str(path)!r}: not a file of settings: {error}") from None
+    if not isinstance(settings, dict) or not settings.keys() <= set(SETTINGS):
+        raise ValueError(
+            f"policy {str(path)!r}: a file of settings is a JSON object of {', '.join(SETTINGS)}"
+        )
+    if isinstance(settings.get("sync_steps"), list):
+        settings["sync_steps"] = tuple(settings["sync_steps"])
+    return settings

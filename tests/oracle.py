@@ -109,7 +109,7 @@ class Oracle:
         ranks: int,
         policy: str,
         *,
-        sync_steps: int | tuple[int, ...] = 1,
+        sync_steps: int | tuple[int, ...] = (0, 3),
         refresh_every: int | None = None,
         order: int = 1,
     ) -> None:

@@ -52,7 +52,7 @@ def test_one_rank_is_the_model(case, policy):
 def test_all_steps_in_sync_are_the_model(case, policy):
     assert difference(played(case, 3, "gather"), exact(*case)) == 0
     assert difference(played(case, 3, policy, sync_steps=STEPS), exact(*case)) == 0
-    assert difference(played(case, 3, policy, refresh_every=1), exact(*case)) == 0
+    assert difference(played(case, 3, policy, sync_steps=1, refresh_every=1), exact(*case)) == 0
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
@@ -68,9 +68,9 @@ def test_remembered_keys_differ_from_fresh_ones_but_not_by_much(case, policy):
 def test_a_refresh_uses_fresh_keys_only(case):
     """Run from the same latents, a refresh step is the exact computation again."""
     model, inputs = case
-    oracle = Oracle(model, 3, "rotate", refresh_every=4)
+    oracle = Oracle(model, 3, "rotate", sync_steps=1, refresh_every=4)
     latents = [inputs["hidden_states"], *denoise(oracle, inputs, STEPS)]
-    stale = Oracle(model, 3, "rotate", refresh_every=4)
+    stale = Oracle(model, 3, "rotate", sync_steps=1, refresh_every=4)
     with torch.no_grad():
         for step, image in enumerate(latents[:-1]):
             now = inputs | {"hidden_states": image}
@@ -82,7 +82,7 @@ def test_a_refresh_uses_fresh_keys_only(case):
 def test_rotation_forgets_within_a_round(case, parts):
     """No key is older than the N - 1 steps in which a rank computes all other parts."""
     model, inputs = case
-    oracle = Oracle(model, parts, "rotate")
+    oracle = Oracle(model, parts, "rotate", sync_steps=1)
     list(denoise(oracle, inputs, STEPS))
     assert oracle.oldest == parts - 1
 
@@ -121,4 +121,5 @@ def test_schedule():
     assert syncs(2) == [0, 1]
     assert syncs(1, 3) == [0, 3, 6, 9]
     assert syncs(2, 4) == [0, 1, 5, 9]
+    assert syncs((0, 3), 5) == syncs((3,), 5) == [0, 3, 8]
     assert [t for t in range(3) if is_sync("gather", t, 1, None)] == [0, 1, 2]

@@ -14,9 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+from piflux import quality as module_under_test
 from piflux.demo import PROMPTS, TEXT_TOKENS, demo_pipeline
-from piflux.lpips import WEIGHTS, LPIPS
-from piflux.quality import BEST_DB, Drawn, Variant, compare, draw, measure, quality
+from piflux.lpips import LPIPS, WEIGHTS
+from piflux.quality import BEST_DB, Drawn, Variant, compare, draw, measure, quality, tune
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -89,8 +90,8 @@ def test_weights_come_from_arrays_only():
         "AlexNet_0": {"Conv_0": {"kernel": np.ones((3, 2, 4, 5)), "bias": np.ones(5)}},
         "NetLinLayer_0": {"Conv_0": {"kernel": np.ones((1, 1, 5, 1))}},
     }
-    # Protocol 2 and numpy's old name, as the published file has them.
-    data = pickle.dumps(tree, protocol=2).replace(
+    # Protocol 3 and numpy's old name, as the published file has them.
+    data = pickle.dumps(tree, protocol=3).replace(
         b"numpy._core.multiarray", b"numpy.core.multiarray"
     )
     shapes = {name: tuple(x.shape) for name, x in module.read(data).items()}
@@ -220,9 +221,36 @@ def test_the_command(tmp_path):
     assert table[2].startswith("| 2 | rotate order=0 | ")
 
 
+def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(module_under_test, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
+    result = invoke(*arguments, "--max-lpips=1e-5")
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "schedule-2.json"
+    assert json.loads(path.read_text()) == {"policy": "gather"}
+    result = invoke(*arguments, "--max-ms=1e6")
+    assert json.loads(path.read_text()) == {"policy": "gather"}
+    result = invoke(*arguments, "--max-lpips=9")
+    assert json.loads(path.read_text()) == {"policy": "rotate", "sync_steps": 1}
+    result = invoke(*arguments, "--max-lpips=-1")
+    assert result.exit_code == 2
+    assert "no schedule is within the budget" in result.output
+
+
+def test_tuning_needs_one_budget_and_two_prompts():
+    with pytest.raises(ValueError, match="one budget"):
+        tune(None, PROMPTS, range(8), 2)
+    with pytest.raises(ValueError, match="one budget"):
+        tune(None, PROMPTS, range(8), 2, max_lpips=0.1, max_cost_s=1.0)
+    with pytest.raises(ValueError, match="two prompts"):
+        tune(None, PROMPTS[:1], [0], 2, max_lpips=0.1)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
+        (["--tune"], "--max-lpips or --max-ms"),
+        (["--max-lpips=1"], "--tune"),
         (["--variant=warp"], "unknown policy 'warp'"),
         (["--model=./no/such/folder"], "no such folder"),
         (["--prompts=./no/such/file"], "no such file"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import piflux
 from piflux.parts import cut, join, part_length, windows
 from piflux.schedule import Schedule
 
@@ -19,7 +20,7 @@ def test_gather_syncs_at_every_step_and_stays():
 
 def test_rotate_turns_by_one_part_a_step():
     schedule = Schedule("rotate", world_size=3)
-    assert syncs(schedule) == [0]
+    assert syncs(schedule) == [0, 3]
     assert [schedule.step(t).parts for t in range(4)] == [
         (0, 1, 2),
         (1, 2, 0),
@@ -112,3 +113,31 @@ def test_wrong_orders_and_sync_steps(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=name):
         Schedule(**wrong)
+
+
+def test_settings_from_a_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text('{"policy": "displaced", "sync_steps": [0, 2], "order": 0}')
+    model = piflux.parallelize(
+        torch.nn.Linear(1, 1), group=piflux.virtual_ranks(2), policy=str(path), sync_steps=9
+    )
+    schedule = model._piflux_compiler.runtime.schedule
+    assert schedule == Schedule("displaced", (0, 2), world_size=2, order=0)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (None, "not a file of settings"),
+        ("{", "not a file of settings"),
+        ("[1]", "JSON object of policy"),
+        ('{"ranks": 2}', "JSON object of policy"),
+        ('{"policy": "warp"}', "unknown policy 'warp'"),
+    ],
+)
+def test_wrong_files_of_settings(tmp_path, text, said):
+    path = tmp_path / "schedule.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        piflux.parallelize(torch.nn.Linear(1, 1), policy=str(path))

@@ -13,7 +13,7 @@ from torch import Tensor
 from piflux.runtime.agreement import check_agreement
 
 # Under its name of torch 2.13, or else of before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Gathering(Protocol):
@@ -97,7 +97,7 @@ class _Collective:
         # memory must stay untouched until the collective has read it.
         self.piece = piece.contiguous()
         self.buffer = self.piece.new_empty((group.size(), *self.piece.shape))
-        self.work = _all_gather(
+        self.work = all_gather(
             self.buffer.view(-1).view(torch.uint8),
             self.piece.view(-1).view(torch.uint8),
             group=group,
