@@ -15,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -137,21 +137,36 @@ class Row:
     cost_s: float
 
 
+def encode(
+    pipe: Any, prompts: Sequence[str], *, max_sequence_length: int = 512, batch: int = 8
+) -> dict[str, Tensor]:
+    """What the pipeline's call takes in place of prompts: a row a prompt, on its device."""
+    encoded = []
+    with torch.no_grad():
+        for start in range(0, len(prompts), batch):
+            some = list(prompts[start : start + batch])
+            encoded.append(
+                pipe.encode_prompt(some, None, max_sequence_length=max_sequence_length)[:2]
+            )
+    tokens, pooled = (torch.cat(texts) for texts in zip(*encoded, strict=True))
+    return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
+
+
 def draw(
     pipe: Any,
-    prompts: Sequence[str],
+    texts: Mapping[str, Tensor],
     seeds: Sequence[int],
     *,
     batch: int = 8,
     on_batch: Callable[[], None] = lambda: None,
     **call: Any,
 ) -> Drawn:
-    """One picture for each prompt and seed; `call` goes to the pipeline."""
+    """One picture for each row of `texts` (`encode`) and seed; `call` goes to the pipeline."""
     images: list[Tensor] = []
     latents: list[list[Tensor]] = []
     times: list[float] = []
-    for start in range(0, len(prompts), batch):
-        some = list(prompts[start : start + batch])
+    for start in range(0, len(seeds), batch):
+        some = seeds[start : start + batch]
         states: list[Tensor] = []
         clock = [time.perf_counter()]
 
@@ -161,8 +176,8 @@ def draw(
             return tensors
 
         drawn = pipe(
-            some,
-            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+            **{name: rows[start : start + batch] for name, rows in texts.items()},
+            generator=[torch.Generator().manual_seed(seed) for seed in some],
             output_type="pt",
             callback_on_step_end=keep,
             **call,
@@ -185,13 +200,14 @@ def measure(
     link_gbs: float = 25.0,
     inner: str = "eager",
     batch: int = 8,
+    max_sequence_length: int = 512,
     on_batch: Callable[[str], None] = lambda what: None,
     **call: Any,
 ) -> tuple[Drawn, list[Row], list[Drawn]]:
     """What one rank draws, and every variant's numbers and pictures against it.
 
     Args:
-        pipe: a diffusers pipeline that takes `max_sequence_length`, `generator` and callbacks.
+        pipe: a diffusers pipeline that encodes prompts and takes embeddings as FLUX's does.
         prompts: one a picture.
         seeds: of the starting noise, one a picture.
         variants: what to measure.
@@ -199,11 +215,13 @@ def measure(
         link_gbs: GB/s that a rank sends, for the modelled cost.
         inner: the backend that compiles the graphs.
         batch: pictures drawn at once.
+        max_sequence_length: tokens of a prompt. Each is encoded once, whatever the variants.
         on_batch: told what was drawn, after each batch.
         call: further arguments of the pipeline's call.
     """
     judge = LPIPS()
-    one = draw(pipe, prompts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
+    texts = encode(pipe, prompts, max_sequence_length=max_sequence_length, batch=batch)
+    one = draw(pipe, texts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
     rows, drawn = [], []
     for n in ranks:
         for variant in variants:
@@ -213,7 +231,7 @@ def measure(
             )
             got = draw(
                 parallel,
-                prompts,
+                texts,
                 seeds,
                 batch=batch,
                 on_batch=lambda what=what: on_batch(what),  # type: ignore[misc]

@@ -17,7 +17,17 @@ from typer.testing import CliRunner
 from piflux import quality as module_under_test
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
 from piflux.lpips import LPIPS, WEIGHTS
-from piflux.quality import BEST_DB, Drawn, Variant, compare, draw, measure, quality, tune
+from piflux.quality import (
+    BEST_DB,
+    Drawn,
+    Variant,
+    compare,
+    draw,
+    encode,
+    measure,
+    quality,
+    tune,
+)
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -296,12 +306,23 @@ def test_drift_does_not_grow():
 
 
 def test_the_same_pictures_again():
-    """Seeds are the pictures', whatever the batch."""
+    """Seeds are the pictures', whatever the batch, and those of the pipeline's own call."""
     pipe = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 2, "max_sequence_length": TEXT_TOKENS, "height": 64, "width": 64}
-    together = draw(pipe, PROMPTS[:3], [5, 6, 7], **call)
-    apart = draw(pipe, PROMPTS[:3], [5, 6, 7], batch=2, **call)
+    call = {"num_inference_steps": 2, "height": 64, "width": 64}
+    together, apart = (
+        draw(
+            pipe,
+            encode(pipe, PROMPTS[:3], max_sequence_length=TEXT_TOKENS, batch=batch),
+            [5, 6, 7],
+            batch=batch,
+            **call,
+        )
+        for batch in (8, 2)
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    call |= {"generator": generators, "max_sequence_length": TEXT_TOKENS, "output_type": "pt"}
+    assert torch.equal(together.images, pipe(list(PROMPTS[:3]), **call).images.clamp(0, 1))
     assert (together.images - apart.images).abs().max() < 1e-4
     assert len(apart.latents) == 2
     assert apart.latents[0].shape == together.latents[0].shape
