@@ -29,6 +29,16 @@ from piflux.quality import (
     tune,
 )
 
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a core or two that others use as well, threads that wait for each other cost tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ------------------------------------------------------------------------------------------ LPIPS
 
 
@@ -173,7 +183,7 @@ def test_policies_from_exact_to_drifting():
     pipe.set_progress_bar_config(disable=True)
     variants = [
         Variant.parse(text)
-        for text in ("gather", "rotate sync_steps=9", "rotate", "rotate order=0")
+        for text in ("gather", "rotate sync_steps=5", "rotate", "rotate order=0")
     ]
     told = []
     one, rows, drawn = measure(
@@ -183,16 +193,16 @@ def test_policies_from_exact_to_drifting():
         variants,
         [2],
         on_batch=told.append,
-        height=128,
-        width=128,
-        num_inference_steps=9,
+        height=64,
+        width=64,
+        num_inference_steps=5,
         max_sequence_length=TEXT_TOKENS,
     )
-    assert one.images.shape == drawn[0].images.shape == (2, 3, 128, 128)
+    assert one.images.shape == drawn[0].images.shape == (2, 3, 64, 64)
     gather, synced, rotate, unpredicted = rows
     assert min(gather.psnr + synced.psnr) > 80
     assert max(rotate.psnr) < 80
-    assert all(len(row.drift) == 9 for row in rows)
+    assert all(len(row.drift) == 5 for row in rows)
     assert rotate.drift[0] < 1e-5 < rotate.drift[1]
     assert unpredicted.drift[-1] > rotate.drift[-1]
     assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
