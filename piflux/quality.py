@@ -487,34 +487,58 @@ def contact_sheet(
 
 
 def plot_drift(rows: Sequence[Row], path: Path) -> None:
-    """The latents' relative distance over the steps."""
+    """The latents' relative distance over the steps, a panel for each number of ranks."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in rows:
-        axes.plot(range(1, len(row.drift) + 1), row.drift, label=f"{row.variant}, {row.ranks}")
-    axes.set_yscale("symlog", linthresh=1e-3)  # exact steps are at 0
-    axes.set(xlabel="step", ylabel="distance of latents / their norm", ylim=(0, None))
-    axes.legend(fontsize=7)
+    counts, colours = sorted({row.ranks for row in rows}), _colours(rows)
+    figure, panels = plt.subplots(
+        1,
+        len(counts),
+        figsize=(1 + 5 * len(counts), 4.5),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, n in zip(panels[0], counts, strict=True):
+        for row in rows:
+            if row.ranks == n:
+                steps = range(1, len(row.drift) + 1)
+                axes.plot(steps, row.drift, color=colours[row.variant], label=row.variant)
+        axes.set_yscale("symlog", linthresh=1e-3)  # exact steps are at 0
+        axes.set(xlabel="step", title=f"{n} ranks")
+        axes.legend(fontsize=8)
+    # Of all panels at once, when every line is drawn.
+    panels[0][0].set(ylabel="distance of latents / their norm", ylim=(0, None))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
-    """LPIPS against the cost, a share of one rank's step."""
+    """LPIPS against the cost, a share of one rank's step; colours are variants, marks are ranks."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for n in sorted({row.ranks for row in rows}):
-        some = [x for x in summary(rows) if x["ranks"] == n]
-        points = [(x["cost"], max(x["lpips"], 1e-6)) for x in some]
-        axes.scatter(*zip(*points, strict=True), label=f"{n} ranks")
-        for point, x in zip(points, some, strict=True):
-            axes.annotate(
-                x["variant"], point, fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
+    counts, colours = sorted({row.ranks for row in rows}), _colours(rows)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for x in summary(rows):
+        place = counts.index(x["ranks"])
+        axes.plot(
+            x["cost"],
+            max(x["lpips"], 1e-6),
+            linestyle="",
+            marker="osD^vP*X"[place % 8],
+            color=colours[x["variant"]],
+            label=f"{x['variant']}, {x['ranks']} ranks",
+        )
     axes.set(xlabel="a step's time over one rank's", ylabel="LPIPS to one rank", yscale="log")
-    axes.legend()
+    axes.margins(x=0.1)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, Any]:
+    """One for each variant, the same on any number of ranks."""
+    palette = _pyplot().get_cmap("tab20").colors
+    variants = dict.fromkeys(row.variant for row in rows)
+    return {name: palette[i % len(palette)] for i, name in enumerate(variants)}
 
 
 def _pyplot() -> Any:
