@@ -15,9 +15,10 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,6 +118,32 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Seconds of a variant's steps, for one picture.
+
+    Attributes:
+        one_s: one rank's step.
+        sync_s: a sync step.
+        steady_s: any other step.
+        mean_s: a step, mean over an image.
+    """
+
+    one_s: float
+    sync_s: float
+    steady_s: float
+    mean_s: float
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, steps: int, one_s: float, sync_s: float, steady_s: float
+    ) -> Cost:
+        """Of an image of so many steps."""
+        syncs = sum(schedule.step(index).sync for index in range(steps))
+        mean_s = (syncs * sync_s + (steps - syncs) * steady_s) / steps
+        return cls(one_s, sync_s, steady_s, mean_s)
+
+
+@dataclass(frozen=True)
 class Row:
     """One variant on so many ranks, against one rank; a number a picture.
 
@@ -125,7 +152,7 @@ class Row:
         ssim: structural similarity of grey values (Wang et al. 2004).
         lpips: AlexNet's (Zhang et al. 2018).
         drift: for each step, the latents' distance over their norm, mean over pictures.
-        cost_s: modelled seconds a step, mean over an image; see `modelled_cost`.
+        cost: by `modelled_cost`, or `measured_cost`.
     """
 
     variant: str
@@ -134,24 +161,44 @@ class Row:
     ssim: list[float]
     lpips: list[float]
     drift: list[float]
-    cost_s: float
+    cost: Cost
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds a step, mean over an image."""
+        return self.cost.mean_s
+
+
+def encode(
+    pipe: Any, prompts: Sequence[str], *, max_sequence_length: int = 512, batch: int = 8
+) -> dict[str, Tensor]:
+    """What the pipeline's call takes in place of prompts: a row a prompt, on its device."""
+    encoded = []
+    with torch.no_grad():
+        for start in range(0, len(prompts), batch):
+            some = list(prompts[start : start + batch])
+            encoded.append(
+                pipe.encode_prompt(some, None, max_sequence_length=max_sequence_length)[:2]
+            )
+    tokens, pooled = (torch.cat(texts) for texts in zip(*encoded, strict=True))
+    return {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
 
 
 def draw(
     pipe: Any,
-    prompts: Sequence[str],
+    texts: Mapping[str, Tensor],
     seeds: Sequence[int],
     *,
     batch: int = 8,
     on_batch: Callable[[], None] = lambda: None,
     **call: Any,
 ) -> Drawn:
-    """One picture for each prompt and seed; `call` goes to the pipeline."""
+    """One picture for each row of `texts` (`encode`) and seed; `call` goes to the pipeline."""
     images: list[Tensor] = []
     latents: list[list[Tensor]] = []
     times: list[float] = []
-    for start in range(0, len(prompts), batch):
-        some = list(prompts[start : start + batch])
+    for start in range(0, len(seeds), batch):
+        some = seeds[start : start + batch]
         states: list[Tensor] = []
         clock = [time.perf_counter()]
 
@@ -161,8 +208,8 @@ def draw(
             return tensors
 
         drawn = pipe(
-            some,
-            generator=[torch.Generator().manual_seed(s) for s in seeds[start : start + batch]],
+            **{name: rows[start : start + batch] for name, rows in texts.items()},
+            generator=[torch.Generator().manual_seed(seed) for seed in some],
             output_type="pt",
             callback_on_step_end=keep,
             **call,
@@ -183,27 +230,32 @@ def measure(
     ranks: Sequence[int],
     *,
     link_gbs: float = 25.0,
+    bench: Mapping[str, Any] | None = None,
     inner: str = "eager",
     batch: int = 8,
+    max_sequence_length: int = 512,
     on_batch: Callable[[str], None] = lambda what: None,
     **call: Any,
 ) -> tuple[Drawn, list[Row], list[Drawn]]:
     """What one rank draws, and every variant's numbers and pictures against it.
 
     Args:
-        pipe: a diffusers pipeline that takes `max_sequence_length`, `generator` and callbacks.
+        pipe: a diffusers pipeline that encodes prompts and takes embeddings as FLUX's does.
         prompts: one a picture.
         seeds: of the starting noise, one a picture.
         variants: what to measure.
         ranks: on how many ranks each.
         link_gbs: GB/s that a rank sends, for the modelled cost.
+        bench: what `piflux.bench` wrote, for measured cost instead.
         inner: the backend that compiles the graphs.
         batch: pictures drawn at once.
+        max_sequence_length: tokens of a prompt. Each is encoded once, whatever the variants.
         on_batch: told what was drawn, after each batch.
         call: further arguments of the pipeline's call.
     """
     judge = LPIPS()
-    one = draw(pipe, prompts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
+    texts = encode(pipe, prompts, max_sequence_length=max_sequence_length, batch=batch)
+    one = draw(pipe, texts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
     rows, drawn = [], []
     for n in ranks:
         for variant in variants:
@@ -213,24 +265,24 @@ def measure(
             )
             got = draw(
                 parallel,
-                prompts,
+                texts,
                 seeds,
                 batch=batch,
                 on_batch=lambda what=what: on_batch(what),  # type: ignore[misc]
                 **call,
             )
-            report = piflux.explain(parallel).graphs[0]
-            cost = modelled_cost(
-                report, len(one.latents), one.step_s, link_gbs, min(batch, len(prompts))
+            report, steps = piflux.explain(parallel).graphs[0], len(one.latents)
+            cost = (
+                modelled_cost(report, steps, one.step_s, link_gbs, min(batch, len(prompts)))
+                if bench is None
+                else measured_cost(bench, report.schedule, steps)
             )
             rows.append(compare(variant.name, n, one, got, judge, cost))
             drawn.append(got)
     return one, rows, drawn
 
 
-def compare(
-    name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost_s: float = math.nan
-) -> Row:
+def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost: Cost) -> Row:
     """`other`'s pictures against `one`'s, each against its own."""
     error = (one.images - other.images).square().flatten(1).mean(dim=1)
     psnr = (-10 * error.log10()).clamp(max=BEST_DB)
@@ -245,13 +297,13 @@ def compare(
         ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
         for a, b in zip(one.latents, other.latents, strict=True)
     ]
-    return Row(name, ranks, psnr.tolist(), ssim, lpips.tolist(), drift, cost_s)
+    return Row(name, ranks, psnr.tolist(), ssim, lpips.tolist(), drift, cost)
 
 
 def modelled_cost(
     report: GraphReport, steps: int, step_s: float, link_gbs: float, batch: int = 1
-) -> float:
-    """Seconds a step, mean over an image of `steps`, from one rank's `step_s`.
+) -> Cost:
+    """From one rank's `step_s`, for an image of `steps`.
 
     Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
     a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
@@ -271,8 +323,39 @@ def modelled_cost(
     sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
     sent = report.steady_bytes / second
     steady = max(local, sent) if schedule.policy == "displaced" else local + sent
-    syncs = sum(schedule.step(index).sync for index in range(steps))
-    return (syncs * sync + (steps - syncs) * steady) / steps
+    return Cost.of(schedule, steps, step_s, sync, steady)
+
+
+def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> Cost:
+    """From what `piflux.bench` measured, with its model, size and machine, for an image of `steps`.
+
+    One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
+    recomputed one is one rank's; any other step is the median of the row named like the policy.
+
+    Args:
+        bench: the record, as `bench.json` has it.
+        schedule: the variant's, with its ranks.
+        steps: denoise steps of an image.
+
+    Raises:
+        ValueError: a row is missing or failed.
+    """
+    medians = {
+        (row["row"], row["ranks"]): statistics.median(row["step_ms"]) / 1000
+        for row in bench["rows"]
+        if row["error"] is None
+    }
+    alone = [median for (_, ranks), median in medians.items() if ranks == 1]
+    recompute = schedule.sync == "recompute"
+    needed = {(schedule.policy, schedule.world_size)}
+    needed |= set() if recompute else {("gather", schedule.world_size)}
+    missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]
+    if not alone:
+        missing.append("any row on one rank")
+    if missing:
+        raise ValueError(f"the benchmark did not measure {', '.join(missing)}")
+    sync = min(alone) if recompute else medians["gather", schedule.world_size]
+    return Cost.of(schedule, steps, min(alone), sync, medians[schedule.policy, schedule.world_size])
 
 
 def tune(
@@ -323,31 +406,61 @@ def tune(
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Means, and the worst picture by PSNR."""
-    return [
-        {
-            "variant": row.variant,
-            "ranks": row.ranks,
-            "psnr": statistics.mean(row.psnr),
-            "worst_psnr": min(row.psnr),
-            "ssim": statistics.mean(row.ssim),
-            "lpips": statistics.mean(row.lpips),
-            "drift": row.drift[-1],
-            "cost_s": row.cost_s,
+    """Mean, median and worst over pictures, and what is gained over the first row of as many ranks.
+
+    Pictures differ more than variants do, so the gain is paired: the mean difference in PSNR (dB)
+    of the same picture, and that mean's standard error (None for one picture).
+    """
+    first: dict[int, Row] = {}
+    found = []
+    for row in rows:
+        base = first.setdefault(row.ranks, row)
+        gains = [a - b for a, b in zip(row.psnr, base.psnr, strict=True)]
+        scores = {
+            f"{which}{name}": of(values)
+            for name, values, worst in (
+                ("psnr", row.psnr, min),
+                ("ssim", row.ssim, min),
+                ("lpips", row.lpips, max),
+            )
+            for which, of in (
+                ("", statistics.mean),
+                ("median_", statistics.median),
+                ("worst_", worst),
+            )
         }
-        for row in rows
-    ]
+        found.append(
+            {"variant": row.variant, "ranks": row.ranks}
+            | scores
+            | {
+                "gain_over": base.variant,
+                "gain_db": statistics.mean(gains),
+                "gain_db_error": (
+                    statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
+                ),
+                "drift": row.drift[-1],
+                "cost_s": row.cost_s,
+                "cost": row.cost_s / row.cost.one_s,
+            }
+        )
+    return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
+    """A line a row; the cost is a share of one rank's step: of a sync step, of others, mean."""
     lines = [
-        "| ranks | variant | PSNR, dB | worst | SSIM | LPIPS | modelled ms a step |",
-        "|---|---|---|---|---|---|---|",
+        "| ranks | variant | PSNR, dB: mean | median | worst | gained | SSIM | LPIPS "
+        "| cost: sync | steady | mean |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for x in summary(rows):
+    for row, x in zip(rows, summary(rows), strict=True):
+        error = "" if x["gain_db_error"] is None else f" ± {x['gain_db_error']:.2f}"
+        gained = "" if x["gain_over"] == row.variant else f"{x['gain_db']:+.2f}{error}"
+        sync, steady = row.cost.sync_s / row.cost.one_s, row.cost.steady_s / row.cost.one_s
         lines.append(
-            f"| {x['ranks']} | {x['variant']} | {x['psnr']:.2f} | {x['worst_psnr']:.2f} "
-            f"| {x['ssim']:.4f} | {x['lpips']:.4f} | {1000 * x['cost_s']:.3g} |"
+            f"| {row.ranks} | {row.variant} | {x['psnr']:.2f} | {x['median_psnr']:.2f} "
+            f"| {x['worst_psnr']:.2f} | {gained} | {x['ssim']:.4f} | {x['lpips']:.4f} "
+            f"| {sync:.3f} | {steady:.3f} | {x['cost']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -374,33 +487,58 @@ def contact_sheet(
 
 
 def plot_drift(rows: Sequence[Row], path: Path) -> None:
-    """The latents' relative distance over the steps."""
+    """The latents' relative distance over the steps, a panel for each number of ranks."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in rows:
-        axes.plot(range(1, len(row.drift) + 1), row.drift, label=f"{row.variant}, {row.ranks}")
-    axes.set(xlabel="step", ylabel="distance of latents / their norm", yscale="log")
-    axes.legend(fontsize=7)
+    counts, colours = sorted({row.ranks for row in rows}), _colours(rows)
+    figure, panels = plt.subplots(
+        1,
+        len(counts),
+        figsize=(1 + 5 * len(counts), 4.5),
+        layout="constrained",
+        sharey=True,
+        squeeze=False,
+    )
+    for axes, n in zip(panels[0], counts, strict=True):
+        for row in rows:
+            if row.ranks == n:
+                steps = range(1, len(row.drift) + 1)
+                axes.plot(steps, row.drift, color=colours[row.variant], label=row.variant)
+        axes.set_yscale("symlog", linthresh=1e-3)  # exact steps are at 0
+        axes.set(xlabel="step", title=f"{n} ranks")
+        axes.legend(fontsize=8)
+    # Of all panels at once, when every line is drawn.
+    panels[0][0].set(ylabel="distance of latents / their norm", ylim=(0, None))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
 def plot_frontier(rows: Sequence[Row], path: Path) -> None:
-    """LPIPS against the modelled cost."""
+    """LPIPS against the cost, a share of one rank's step; colours are variants, marks are ranks."""
     plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for n in sorted({row.ranks for row in rows}):
-        some = [x for x in summary(rows) if x["ranks"] == n]
-        points = [(1000 * x["cost_s"], max(x["lpips"], 1e-6)) for x in some]
-        axes.scatter(*zip(*points, strict=True), label=f"{n} ranks")
-        for point, x in zip(points, some, strict=True):
-            axes.annotate(
-                x["variant"], point, fontsize=6, xytext=(3, 3), textcoords="offset points"
-            )
-    axes.set(xlabel="modelled milliseconds a step", ylabel="LPIPS to one rank", yscale="log")
-    axes.legend()
+    counts, colours = sorted({row.ranks for row in rows}), _colours(rows)
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for x in summary(rows):
+        place = counts.index(x["ranks"])
+        axes.plot(
+            x["cost"],
+            max(x["lpips"], 1e-6),
+            linestyle="",
+            marker="osD^vP*X"[place % 8],
+            color=colours[x["variant"]],
+            label=f"{x['variant']}, {x['ranks']} ranks",
+        )
+    axes.set(xlabel="a step's time over one rank's", ylabel="LPIPS to one rank", yscale="log")
+    axes.margins(x=0.1)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _colours(rows: Sequence[Row]) -> dict[str, Any]:
+    """One for each variant, the same on any number of ranks."""
+    palette = _pyplot().get_cmap("tab20").colors
+    variants = dict.fromkeys(row.variant for row in rows)
+    return {name: palette[i % len(palette)] for i, name in enumerate(variants)}
 
 
 def _pyplot() -> Any:
@@ -428,9 +566,14 @@ def quality(
     count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
     seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
     steps: Annotated[int, typer.Option(min=1)] = 28,
-    size: Annotated[int | None, typer.Option(help="Pixels a side. Demo: 256, else 1024.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side. Default: 1024; demo: as trained.")
+    ] = None,
     guidance: Annotated[float, typer.Option()] = 3.5,
     link: Annotated[float, typer.Option(help="GB/s a rank sends, for the modelled cost.")] = 25.0,
+    bench: Annotated[
+        Path | None, typer.Option(help="A bench.json, for measured cost instead.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
     out: Annotated[Path, typer.Option(help="A folder for what is written.")] = Path("out/quality"),
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
@@ -449,19 +592,22 @@ def quality(
             variants.append(Variant.parse(text))
         except ValueError as error:
             raise typer.BadParameter(f"--variant {error}") from None
+    rank_counts = ranks or [2, 4]
+    timed = None if bench is None else _timed(bench, variants, rank_counts, steps)
     pipe, texts, call, side = _subject(model, prompts, size, guidance)
     texts = texts[:count]
     call |= {"num_inference_steps": steps, "height": side, "width": side}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
-    rank_counts = ranks or [2, 4]
 
     console = Console(stderr=json_)
     seeds = list(range(seed, seed + len(texts)))
     inner = "inductor" if device == "cuda" else "eager"
     if tune_:
-        options = {"link_gbs": link, "inner": inner, "batch": batch, **call}
+        options = {"link_gbs": link, "bench": timed, "inner": inner, "batch": batch, **call}
         _tune(console, pipe, texts, seeds, rank_counts, max_lpips, max_ms, out, options)
         return
     rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
@@ -474,6 +620,7 @@ def quality(
             variants,
             rank_counts,
             link_gbs=link,
+            bench=timed,
             inner=inner,
             batch=batch,
             on_batch=lambda what: progress.update(task, advance=1, description=what),
@@ -482,13 +629,18 @@ def quality(
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "piflux.quality", *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread",
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+        },
         "model": model,
         "steps": steps,
         "size": side,
         "guidance": guidance,
-        "link_gbs": link,
+        "link_gbs": None if bench else link,
+        "bench": timed and {key: timed[key] for key in ("date", "hardware", "link")},
         "one_rank_step_s": one.step_s,
         "prompts": texts,
         "seeds": seeds,
@@ -504,10 +656,13 @@ def quality(
     if json_:
         print(json.dumps(record))
         return
-    table = Table("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", title=f"{model}, {steps} steps")
+    columns = ("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", "cost")
+    table = Table(*columns, title=f"{model}, {steps} steps; cost: of one rank's step")
     for x in summary(rows):
         table.add_row(
-            str(x["ranks"]), x["variant"], *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips"))
+            str(x["ranks"]),
+            x["variant"],
+            *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips", "cost")),
         )
     console.print(table)
     console.print(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}")
@@ -548,6 +703,23 @@ def _tune(
         console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
         console.print(markdown([judged]), highlight=False)
         console.print(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})")
+
+
+def _timed(
+    bench: Path, variants: Sequence[Variant], rank_counts: Sequence[int], steps: int
+) -> dict[str, Any]:
+    """The record in `bench`, known to have what every variant's cost needs."""
+    if not bench.is_file():
+        raise typer.BadParameter(f"--bench {bench}: no such file")
+    try:
+        record = json.loads(bench.read_text())
+        for n, variant in itertools.product(rank_counts, variants):
+            measured_cost(record, Schedule(**variant.options, world_size=n), steps)
+    except ValueError as error:
+        raise typer.BadParameter(f"--bench {bench}: {error}") from None
+    except (KeyError, TypeError):
+        raise typer.BadParameter(f"--bench {bench}: not what piflux.bench writes") from None
+    return record
 
 
 def _subject(

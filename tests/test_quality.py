@@ -17,7 +17,35 @@ from typer.testing import CliRunner
 from piflux import quality as module_under_test
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
 from piflux.lpips import LPIPS, WEIGHTS
-from piflux.quality import BEST_DB, Drawn, Variant, compare, draw, measure, quality, tune
+from piflux.quality import (
+    BEST_DB,
+    Cost,
+    Drawn,
+    Row,
+    Variant,
+    compare,
+    draw,
+    encode,
+    markdown,
+    measure,
+    measured_cost,
+    modelled_cost,
+    quality,
+    summary,
+    tune,
+)
+from piflux.report import BoundaryReport, GraphReport
+from piflux.schedule import Schedule
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """On a core or two that others use as well, threads that wait for each other cost tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -139,9 +167,12 @@ def test_wrong_variants(text, said):
 # -------------------------------------------------------------------------------------- measuring
 
 
+COST = Cost(1.0, 0.7, 0.5, 0.6)
+
+
 def test_rows_compare_each_picture_with_its_own():
     one = Drawn(pictures(), [torch.ones(2, 4, 3), torch.ones(2, 4, 3)], 1.0)
-    same = compare("same", 2, one, one, LPIPS())
+    same = compare("same", 2, one, one, LPIPS(), COST)
     assert same.psnr == [BEST_DB] * 2
     assert same.ssim == pytest.approx([1.0] * 2)
     assert same.lpips == [0.0] * 2
@@ -149,12 +180,80 @@ def test_rows_compare_each_picture_with_its_own():
     darker = one.images.clone()
     darker[1] = (darker[1] - 0.1).clamp(0, 1)
     other = Drawn(darker, [torch.ones(2, 4, 3), 1.5 * torch.ones(2, 4, 3)], 1.0)
-    row = compare("darker", 2, one, other, LPIPS())
+    row = compare("darker", 2, one, other, LPIPS(), COST)
     assert row.psnr[0] == BEST_DB
     assert row.psnr[1] == pytest.approx(20, abs=1)
     assert row.ssim[1] < 1
     assert row.lpips[1] > 0
     assert row.drift == pytest.approx([0.0, 0.5])
+
+
+def test_summaries_pair_pictures():
+    base = Row("base", 2, [30.0, 20.0, 25.0], [0.9, 0.8, 0.7], [0.1, 0.3, 0.2], [0.1], COST)
+    better = Row("better", 2, [31.0, 22.0, 28.0], [0.9] * 3, [0.1, 0.2, 0.0], [0.0], COST)
+    more = Row("more", 4, [10.0], [0.5], [0.5], [0.5], COST)
+    first, second, third = summary([base, better, more])
+    assert [first[k] for k in ("psnr", "median_psnr", "worst_psnr")] == [25.0, 25.0, 20.0]
+    assert [first[k] for k in ("lpips", "median_lpips", "worst_lpips")] == pytest.approx(
+        [0.2, 0.2, 0.3]
+    )
+    assert first["worst_ssim"] == 0.7
+    # Gains of 1, 2 and 3 dB: their mean is far surer than pictures, 10 dB apart, would say.
+    assert second["gain_over"] == "base"
+    assert second["gain_db"] == pytest.approx(2.0)
+    assert second["gain_db_error"] == pytest.approx(1 / 3**0.5)
+    assert (third["gain_over"], third["gain_db"], third["gain_db_error"]) == ("more", 0.0, None)
+    assert third["cost"] == pytest.approx(0.6)
+    lines = markdown([base, better, more]).splitlines()
+    assert lines[2].startswith("| 2 | base | 25.00 | 25.00 | 20.00 |  | 0.8000 | 0.2000 |")
+    assert "| +2.00 ± 0.58 |" in lines[3]
+    assert lines[3].endswith("| 0.700 | 0.500 | 0.600 |")
+
+
+def report(policy="rotate", sync="gather", sync_bytes=0, steady_bytes=0):
+    """Of two ranks: 31 tokens in parts of 16."""
+    cut = BoundaryReport("shard", "x", 1, (31,), (16,), (1,), 0)
+    join = BoundaryReport("unshard", "y", 1, (31,), (16,), (1,), steady_bytes)
+    schedule = Schedule(policy, 2, None, 2, sync)
+    return GraphReport(schedule, 1, 1, (cut, join), sync_bytes, steady_bytes, 0)
+
+
+def test_cost_is_shared_computing_and_what_travels():
+    local = 31.0 * 16 / 31  # seconds of one rank's 31
+    cost = modelled_cost(report(sync_bytes=8 * 10**9, steady_bytes=10**9), 10, 31.0, 1.0)
+    assert cost == Cost(31.0, local + 8, local + 1, pytest.approx(local + (2 * 8 + 8 * 1) / 10))
+    # Two pictures' bytes at once.
+    cost = modelled_cost(report(sync_bytes=8 * 10**9), 10, 31.0, 1.0, batch=2)
+    assert cost.sync_s == local + 4
+    # Behind computing, as far as it reaches.
+    for sent, steady in ((10, local), (20, 20.0)):
+        travelling = report("displaced", sync_bytes=1, steady_bytes=sent * 10**9)
+        assert modelled_cost(travelling, 10, 31.0, 1.0).steady_s == steady
+    assert modelled_cost(report(sync="recompute"), 10, 31.0, 1.0).sync_s == 31.0
+
+
+def timed(*rows):
+    return {"rows": [{"row": r, "ranks": n, "step_ms": ms, "error": e} for r, n, ms, e in rows]}
+
+
+def test_measured_cost_is_of_the_rows_of_the_policy():
+    record = timed(
+        ("eager", 1, [176.0], None),
+        ("compiled", 1, [130.0, 140.0, 132.0], None),
+        ("gather", 2, [80.0], None),
+        ("rotate", 2, [90.0, 72.0, 73.0], None),
+        ("displaced", 2, [], "out of memory"),
+    )
+    cost = measured_cost(record, Schedule("rotate", 1, None, 2), 4)
+    assert cost == Cost(0.132, 0.08, 0.073, pytest.approx((0.08 + 3 * 0.073) / 4))
+    assert measured_cost(record, Schedule("rotate", 1, None, 2, "recompute"), 4).sync_s == 0.132
+    assert measured_cost(record, Schedule("gather", 1, None, 2), 4).mean_s == 0.08
+    with pytest.raises(ValueError, match=r"did not measure 'displaced' on 2 ranks$"):
+        measured_cost(record, Schedule("displaced", 1, None, 2), 4)
+    with pytest.raises(ValueError, match=r"'gather' on 4 ranks, 'rotate' on 4 ranks$"):
+        measured_cost(record, Schedule("rotate", 1, None, 4), 4)
+    with pytest.raises(ValueError, match="any row on one rank"):
+        measured_cost(timed(("gather", 2, [80.0], None)), Schedule("gather", 1, None, 2), 4)
 
 
 def test_policies_from_exact_to_drifting():
@@ -163,7 +262,7 @@ def test_policies_from_exact_to_drifting():
     pipe.set_progress_bar_config(disable=True)
     variants = [
         Variant.parse(text)
-        for text in ("gather", "rotate sync_steps=9", "rotate", "rotate order=0")
+        for text in ("gather", "rotate sync_steps=5", "rotate", "rotate order=0")
     ]
     told = []
     one, rows, drawn = measure(
@@ -173,16 +272,16 @@ def test_policies_from_exact_to_drifting():
         variants,
         [2],
         on_batch=told.append,
-        height=128,
-        width=128,
-        num_inference_steps=9,
+        height=64,
+        width=64,
+        num_inference_steps=5,
         max_sequence_length=TEXT_TOKENS,
     )
-    assert one.images.shape == drawn[0].images.shape == (2, 3, 128, 128)
+    assert one.images.shape == drawn[0].images.shape == (2, 3, 64, 64)
     gather, synced, rotate, unpredicted = rows
     assert min(gather.psnr + synced.psnr) > 80
     assert max(rotate.psnr) < 80
-    assert all(len(row.drift) == 9 for row in rows)
+    assert all(len(row.drift) == 5 for row in rows)
     assert rotate.drift[0] < 1e-5 < rotate.drift[1]
     assert unpredicted.drift[-1] > rotate.drift[-1]
     assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
@@ -194,6 +293,35 @@ def invoke(*arguments):
     app = typer.Typer(add_completion=False)
     app.command()(quality)
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_measured_cost_in_the_command(tmp_path):
+    bench = tmp_path / "bench.json"
+    arguments = ["--json", "--count=1", "--variant=gather", "--ranks=2", "--steps=2", "--size=64"]
+    arguments += [f"--out={tmp_path}", f"--bench={bench}"]
+    for content, said in (
+        ("{", "Expecting property name"),
+        ("{}", "not what piflux.bench writes"),
+        (json.dumps(timed(("eager", 1, [20.0], None))), "did not measure 'gather' on 2 ranks"),
+    ):
+        bench.write_text(content)
+        result = invoke(*arguments)
+        assert result.exit_code == 2
+        assert said in " ".join(result.output.replace("│", " ").split())
+    record = timed(("eager", 1, [20.0], None), ("gather", 2, [12.0], None))
+    record |= {"date": "2026-11-23", "hardware": "here", "link": "nvlink"}
+    bench.write_text(json.dumps(record))
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    written = json.loads(result.stdout)
+    assert written["bench"] == {"date": "2026-11-23", "hardware": "here", "link": "nvlink"}
+    assert written["link_gbs"] is None
+    assert written["rows"][0]["cost"] == {
+        "one_s": 0.02,
+        "sync_s": 0.012,
+        "steady_s": 0.012,
+        "mean_s": 0.012,
+    }
 
 
 def test_the_command(tmp_path):
@@ -254,6 +382,7 @@ def test_tuning_needs_one_budget_and_two_prompts():
         (["--variant=warp"], "unknown policy 'warp'"),
         (["--model=./no/such/folder"], "no such folder"),
         (["--prompts=./no/such/file"], "no such file"),
+        (["--bench=./no/such/file"], "no such file"),
         (["--size=100"], "multiple of 16"),
         (["--size=48"], "multiple of 16 from 64"),
         (["--count=0"], "--count"),
@@ -296,12 +425,23 @@ def test_drift_does_not_grow():
 
 
 def test_the_same_pictures_again():
-    """Seeds are the pictures', whatever the batch."""
+    """Seeds are the pictures', whatever the batch, and those of the pipeline's own call."""
     pipe = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
-    call = {"num_inference_steps": 2, "max_sequence_length": TEXT_TOKENS, "height": 64, "width": 64}
-    together = draw(pipe, PROMPTS[:3], [5, 6, 7], **call)
-    apart = draw(pipe, PROMPTS[:3], [5, 6, 7], batch=2, **call)
+    call = {"num_inference_steps": 2, "height": 64, "width": 64}
+    together, apart = (
+        draw(
+            pipe,
+            encode(pipe, PROMPTS[:3], max_sequence_length=TEXT_TOKENS, batch=batch),
+            [5, 6, 7],
+            batch=batch,
+            **call,
+        )
+        for batch in (8, 2)
+    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    call |= {"generator": generators, "max_sequence_length": TEXT_TOKENS, "output_type": "pt"}
+    assert torch.equal(together.images, pipe(list(PROMPTS[:3]), **call).images.clamp(0, 1))
     assert (together.images - apart.images).abs().max() < 1e-4
     assert len(apart.latents) == 2
     assert apart.latents[0].shape == together.latents[0].shape
