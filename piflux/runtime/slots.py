@@ -21,6 +21,10 @@ from piflux.runtime.ranks import Gathering
 # computed against remembered keys and values themselves.
 BELIEF = 0.6
 
+# Versions that are next to each other in time say little of what comes: a scheduler that visits a
+# noise level twice must not be taken for one that leaps. Regular schedules stay far below.
+FARTHEST = 3.0
+
 # The log-SNR is infinite at sigma 0 and 1. It ends where this much of the other is mixed in.
 SOFTENING = 0.01
 
@@ -70,7 +74,7 @@ class Ages:
     def weights(self, now: Tensor) -> Tensor:
         """(tokens, 1): how far to go on from the last version, in lengths of the way to it."""
         gap = self.before - self.last
-        ahead = BELIEF * (self.last - now) / gap
+        ahead = (BELIEF * (self.last - now) / gap).clamp(-FARTHEST, FARTHEST)
         return torch.where(gap == 0, 0.0, ahead)[:, None]
 
     def renew(self, now: Tensor) -> None:
