@@ -37,12 +37,12 @@ from piflux.report import GraphReport
 from piflux.schedule import Schedule
 
 VARIANTS = (
+    "rotate sync_steps=1 order=0",
+    "rotate sync_steps=1",
     "rotate order=0",
     "rotate",
-    "rotate sync_steps=0,3",
-    "displaced order=0",
+    "displaced sync_steps=1 order=0",
     "displaced",
-    "displaced sync_steps=0,3",
 )
 """What is measured where nothing else is asked for."""
 

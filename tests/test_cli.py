@@ -88,6 +88,7 @@ def test_two_ranks_draw_several_prompts(tmp_path):
 
 
 @on_cpu
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("what", ["interrupted", "a rank is killed"])
 def test_no_process_is_left(tmp_path, what):
     out = tmp_path / "never.png"
@@ -96,20 +97,20 @@ def test_no_process_is_left(tmp_path, what):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 150
+        deadline = time.monotonic() + 300
         busy = set()
         while len(busy) < 2:  # both ranks compute
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.5)
             started = ranks_of(process.pid)
-            busy = {pid for pid in started if cpu_seconds(pid) > 12}
+            busy = {pid for pid in started if cpu_seconds(pid) > 10}
         start = time.monotonic()
         if what == "interrupted":
             process.send_signal(signal.SIGINT)
         else:
             os.kill(max(busy), signal.SIGKILL)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         took = time.monotonic() - start
     finally:
         process.kill()
