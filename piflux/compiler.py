@@ -14,12 +14,14 @@ from torch._dynamo.exc import InvalidBackend
 from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
+from piflux.passes.outline import outline
 from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
 from piflux.passes.rules import op_name
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
+from piflux.pieces import compile_pieces
 from piflux.report import GraphReport
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import Ranks, VirtualRanks
@@ -71,7 +73,7 @@ class Compiler:
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
         self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
         roles = _roles(gm, ctx.plan)
-        compiled = self.inner(gm, list(example_inputs))
+        compiled = self._compile(gm, ctx, example_inputs)
         return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled, whole)
 
     def _whole(
@@ -82,8 +84,19 @@ class Compiler:
         if ranks is None or not (recompute or isinstance(ranks, VirtualRanks)):
             return None
         uncut = copy.deepcopy(gm)
-        run_passes(uncut, Context(1, self.runtime.name), (layout, rewrite_attention))
-        return self.inner(uncut, list(example_inputs))
+        ctx = Context(1, self.runtime.name)
+        run_passes(uncut, ctx, (layout, rewrite_attention))
+        return self._compile(uncut, ctx, example_inputs)
+
+    def _compile(
+        self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
+        if self.inner is not lookup_backend("eager"):
+            run_passes(gm, ctx, (outline,))
+            if any(gm.children()):
+                return compile_pieces(gm, self.inner)
+        return self.inner(gm, list(example_inputs))
 
 
 class _PerCall:

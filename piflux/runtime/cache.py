@@ -48,6 +48,7 @@ class Runtime:
         self.explicit = False
         self.streams: list[Stream] = []
         self.calls = 0
+        self.first_slot = 0
         self._now: tuple[Stream, Step] | None = None
         _RUNTIMES[self.name] = self
 
@@ -100,6 +101,7 @@ class Runtime:
             stream = self._stream(graph, roles.pick(roles.conditions, args))
             self._advance(stream, roles, args)
             self._now = stream, self.schedule.step(stream.index)
+            self.first_slot = 0
             yield self._now[1]
         except BaseException:
             # Part of the slots are of this step, part of the last: none can be trusted. The
@@ -156,7 +158,7 @@ class Runtime:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
         Args:
-            slot: which attention of the graph.
+            slot: which attention, counted from `first_slot`.
             fresh: keys and values of this rank's part, each (batch, heads, part tokens, head dim).
             lengths: the full length of each segment.
             world_size: into how many parts the graph was cut; 1 if `fresh` is of all tokens.
@@ -167,6 +169,7 @@ class Runtime:
         stream, step = self.now
         ranks, policy, predicts = self._ranks, self.schedule.policy, self.schedule.predicts
         lengths = tuple(lengths)
+        slot += self.first_slot
         if step.sync and world_size > 1:
             coming = [ranks.gather(x) for x in fresh]
             whole = [join(g.wait(), step.parts, -2, lengths) for g in coming]

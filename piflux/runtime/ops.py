@@ -117,3 +117,12 @@ def _tokens_before_heads(x: Tensor) -> Tensor:
     Which kernel runs decides the layout of its output, so a fake that promises one needs this.
     """
     return x.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def slots_from(runtime: str, first: int) -> None:
+    """From here on attentions number their cache slots from `first`.
+
+    Attentions of repeated blocks are one piece of code, in which the slot is the block's first one
+    and up; a call of the piece is preceded by this.
+    """
+    Runtime.named(runtime).first_slot = first
