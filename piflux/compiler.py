@@ -21,7 +21,7 @@ from piflux.passes.rewrite_attention import rewrite_attention
 from piflux.passes.rules import op_name
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
-from piflux.pieces import compile_pieces
+from piflux.pieces import Inner, compile_pieces
 from piflux.report import GraphReport
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import Ranks, VirtualRanks
@@ -57,7 +57,7 @@ class Compiler:
             "torch.compile"
         )
         try:
-            self.inner = lookup_backend(inner)
+            self.inner: Inner = lookup_backend(inner)
         except InvalidBackend as error:
             raise ValueError(unknown) from error
         if not callable(self.inner) or self.inner is backend:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -10,7 +10,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from piflux.passes.plan import known
 
-Inner = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
+Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._sympy.functions import Max
 
 from piflux.passes.plan import Context, example_size, expr, known, tensors
 from piflux.passes.rules import is_attention, mutates
@@ -237,9 +238,19 @@ def _described(value: Any) -> Any:
         return tuple(map(_described, value))
     if not isinstance(value, Tensor):
         return str(value)
-    if is_traceable_wrapper_subclass(value):
+    if _wraps(value):
         return id(value)  # what it wraps would have to be compared as well
-    return value.dtype, str(value.device), *map(str, (*value.shape, *value.stride()))
+    return value.dtype, str(value.device), *map(_stated, (*value.shape, *value.stride()))
+
+
+def _wraps(value: object) -> bool:
+    return is_traceable_wrapper_subclass(value)
+
+
+def _stated(size: int | torch.SymInt) -> str:
+    """A size or stride as text. Some strides say that a size is at least 1, as all sizes are."""
+    at_least_one = {m: Max(*(x for x in m.args if x != 1)) for m in expr(size).atoms(Max)}
+    return str(expr(size).xreplace(at_least_one))
 
 
 def _call(
