@@ -80,6 +80,8 @@ def _call(node: fx.Node) -> str:
     name = op_name(node) or describe_op(node).removesuffix(".default")
     if node.op == "call_method":
         return f"{arguments[0]}.{name}({', '.join(arguments[1:])})"
+    if node.op == "call_module":
+        name = str(node.target)
     return f"{name}({', '.join(arguments)})"
 
 

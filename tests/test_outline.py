@@ -1,0 +1,274 @@
+"""Repeated blocks become calls of one module, which the inner compiler sees once."""
+
+# ruff: noqa: E501 (snapshots)
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from graphs import capture, text, transformed
+from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from test_numerics import EXACT, needs_compiler, sample
+from test_virtual_ranks import image, settings
+from torch import nn
+from torch._dynamo.utils import counters
+
+import piflux
+from piflux.compiler import PASSES
+from piflux.passes.outline import outline
+
+
+def attend(x):
+    q = x[:, None]
+    return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+class Blocks(nn.Module):
+    """`block(x, weight, number)` for each of `depth` weights."""
+
+    def __init__(self, block, depth=3):
+        super().__init__()
+        self.block = block
+        self.weights = nn.ParameterList(torch.eye(4) + i for i in range(depth))
+
+    def forward(self, x):
+        x = x * 2
+        for number, weight in enumerate(self.weights):
+            x = self.block(x, weight, number)
+        return x + 1
+
+
+def plain(x, weight, number):
+    return x + attend(F.linear(x, weight))
+
+
+def outlined(block, world_size=1, depth=3, **options):
+    """The number of blocks outlined, and the graph afterwards."""
+    gm = capture(Blocks(block, depth), torch.randn(1, 6, 4), **options)
+    ctx = transformed(gm, world_size, PASSES if world_size > 1 else ())
+    before = text(gm)
+    count = outline(gm, ctx)
+    gm.graph.lint()
+    if not count:
+        assert text(gm) == before and not list(gm.children())
+    return count, gm
+
+
+class TestOutline(TestCase):
+    def test_static(self):
+        count, gm = outlined(plain, world_size=2)
+        self.assertEqual(count, 3)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+x: (1, 6, 4)
+piece_0: (1, 3, 4) = piece_0(x)
+x: (1, 3, 4) = getitem(piece_0, 0)
+slots_from: None = piflux.runtime.ops.slots_from('piflux', 0)
+piece_1: (1, 3, 4) = piece_1(x, weights.0)
+x_1: (1, 3, 4) = getitem(piece_1, 0)
+slots_from_1: None = piflux.runtime.ops.slots_from('piflux', 1)
+piece_2: (1, 3, 4) = piece_1(x_1, weights.1)
+x_2: (1, 3, 4) = getitem(piece_2, 0)
+slots_from_2: None = piflux.runtime.ops.slots_from('piflux', 2)
+piece_3: (1, 3, 4) = piece_1(x_2, weights.2)
+x_3: (1, 3, 4) = getitem(piece_3, 0)
+piece_4: (1, 6, 4) = piece_2(x_3)
+add_3_whole: (1, 6, 4) = getitem(piece_4, 0)
+return (add_3_whole,)
+""",
+        )
+        self.assertExpectedInline(
+            text(gm.piece_1),
+            """\
+x: (1, 3, 4)
+linear: (1, 3, 4) = linear(x, weights.0)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [6], 0, 2, 'piflux')
+getitem_1: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+x_1: (1, 3, 4) = add(x, getitem_1)
+return (x_1,)
+""",
+        )
+
+    def test_dynamic(self):
+        count, gm = outlined(plain, world_size=2, dynamic=True)
+        self.assertEqual(count, 3)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+s27: s27
+x: (1, s27, 4)
+piece_0: (1, ((s27 + 1)//2), 4) = piece_0(s27, x)
+x: (1, ((s27 + 1)//2), 4) = getitem(piece_0, 0)
+slots_from: None = piflux.runtime.ops.slots_from('piflux', 0)
+piece_1: (1, ((s27 + 1)//2), 4) = piece_1(s27, x, weights.0)
+x_1: (1, ((s27 + 1)//2), 4) = getitem(piece_1, 0)
+slots_from_1: None = piflux.runtime.ops.slots_from('piflux', 1)
+piece_2: (1, ((s27 + 1)//2), 4) = piece_1(s27, x_1, weights.1)
+x_2: (1, ((s27 + 1)//2), 4) = getitem(piece_2, 0)
+slots_from_2: None = piflux.runtime.ops.slots_from('piflux', 2)
+piece_3: (1, ((s27 + 1)//2), 4) = piece_1(s27, x_2, weights.2)
+x_3: (1, ((s27 + 1)//2), 4) = getitem(piece_3, 0)
+piece_4: (1, s27, 4) = piece_2(s27, x_3)
+add_3_whole: (1, s27, 4) = getitem(piece_4, 0)
+return (add_3_whole,)
+""",
+        )
+        self.assertExpectedInline(
+            text(gm.piece_1),
+            """\
+s27: s27
+x: (1, ((s27 + 1)//2), 4)
+linear: (1, ((s27 + 1)//2), 4) = linear(x, weights.0)
+q: (1, 1, ((s27 + 1)//2), 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, ((s27 + 1)//2), 4) = piflux.cached_sdpa(q, q, q, None, None, False, [s27], 0, 2, 'piflux')
+getitem_1: (1, ((s27 + 1)//2), 4) = getitem(scaled_dot_product_attention, (:, 0))
+x_1: (1, ((s27 + 1)//2), 4) = add(x, getitem_1)
+return (x_1,)
+""",
+        )
+
+
+# --------------------------------------------------------------------------------- what is no match
+
+
+def test_without_repetition_nothing_changes():
+    assert outlined(plain, depth=1)[0] == 0
+
+
+def wired(x, weight, number):
+    """The same ops in the same order, but the first block subtracts the other way."""
+    y = F.linear(x, weight)
+    a = attend(y)
+    return y - a if number else a - y
+
+
+def scaled(x, weight, number):
+    return x + attend(F.linear(x, weight)) * (1 + number)
+
+
+@pytest.mark.parametrize("block, count", [(wired, 2), (scaled, 0)])
+def test_only_equal_blocks_share_a_module(block, count):
+    """Of three wired blocks two are equal; no two are of the scaled ones."""
+    assert outlined(block)[0] == count
+
+
+def in_place(x, weight, number):
+    return plain(x, weight, number).mul_(2)
+
+
+def random(x, weight, number):
+    return plain(x, weight, number) + torch.rand_like(x)
+
+
+def in_a_mode(x, weight, number):
+    with torch.autocast("cpu", enabled=False):
+        return plain(x, weight, number)
+
+
+@pytest.mark.parametrize("block", [in_place, random, in_a_mode])
+def test_what_does_more_than_compute_stays(block):
+    assert outlined(block)[0] == 0
+
+
+# ------------------------------------------------------------------------------------------- counts
+
+
+class Inner:
+    """An inner compiler that runs graphs as they are, and counts those it was given."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, gm, example_inputs):
+        self.calls += 1
+        return gm.forward
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_calls_of_the_inner_compiler_do_not_grow_with_depth(world_size):
+    """Embedders, double blocks, what joins, single blocks, the last of them with the head."""
+    group = None if world_size == 1 else piflux.virtual_ranks(world_size)
+    graphs = world_size  # on virtual ranks a part and the whole
+    for double, single in ((2, 3), (4, 8)):
+        inner = Inner()
+        parallel = piflux.parallelize(
+            tiny_flux(double=double, single=single), group=group, inner=inner
+        )
+        sample(parallel)(**flux_inputs())
+        assert inner.calls == 5 * graphs
+
+
+def test_another_size_needs_no_other_pieces():
+    inner = Inner()
+    compiled = torch.compile(
+        tiny_flux(double=3, single=3),
+        backend=piflux.backend,
+        options={"inner": inner},
+        dynamic=True,
+        fullgraph=True,
+    )
+    counters.clear()
+    for size in ({}, {"image_hw": (4, 6), "text": 14}):
+        inputs = flux_inputs(**size)
+        with torch.no_grad():
+            want = sample(tiny_flux(double=3, single=3))(**inputs)
+            assert torch.equal(sample(compiled)(**inputs), want)
+    assert inner.calls == 5
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ----------------------------------------------------------------------------------------- numerics
+
+
+def drawn(model, inputs, inner, world_size):
+    return [
+        image(
+            piflux.parallelize(
+                model, group=piflux.virtual_ranks(world_size), inner=inner, **options
+            ),
+            inputs,
+        )
+        for options in settings()
+    ]
+
+
+@pytest.mark.parametrize(
+    "model, inputs",
+    [
+        (tiny_flux(double=3, single=3), flux_inputs()),
+        (tiny_sd3(layers=4), sd3_inputs()),
+    ],
+)
+def test_pieces_compute_the_very_same(model, inputs):
+    """Each policy, in sync and other steps, with a cache for each of three ranks."""
+    inner = Inner()
+    got = drawn(model, inputs, inner, 3)
+    for a, b in zip(got, drawn(model, inputs, "eager", 3), strict=True):
+        assert torch.equal(a, b)
+    assert inner.calls > 2 * len(got)  # parts and wholes in pieces
+
+
+@needs_compiler
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_inductor(world_size):
+    model, inputs = tiny_flux(double=2, single=3), flux_inputs()
+    group = None if world_size == 1 else piflux.virtual_ranks(world_size)
+    want = image(piflux.parallelize(model, group=group, inner="eager"), inputs)
+    got = image(piflux.parallelize(model, group=group), inputs)
+    assert (got - want).abs().max() <= 5 * EXACT
+    assert not torch.equal(got, want)  # inductor did compile
+
+
+@needs_compiler
+def test_inductor_at_another_size():
+    model = tiny_flux(double=2, single=3)
+    compiled = torch.compile(model, backend=piflux.backend, dynamic=True, fullgraph=True)
+    counters.clear()
+    for size in ({}, {"image_hw": (4, 6), "text": 14}):
+        inputs = flux_inputs(**size)
+        with torch.no_grad():
+            want = sample(model)(**inputs)
+            assert (sample(compiled)(**inputs) - want).abs().max() <= 10 * EXACT
+    assert counters["stats"]["unique_graphs"] == 1
