@@ -46,11 +46,11 @@ def outlined(block, world_size=1, depth=3, **options):
     """The number of blocks outlined, and the graph afterwards."""
     gm = capture(Blocks(block, depth), torch.randn(1, 6, 4), **options)
     ctx = transformed(gm, world_size, PASSES if world_size > 1 else ())
-    before = text(gm)
+    before = str(gm.graph)
     count = outline(gm, ctx)
     gm.graph.lint()
     if not count:
-        assert text(gm) == before and not list(gm.children())
+        assert str(gm.graph) == before and not list(gm.children())
     return count, gm
 
 

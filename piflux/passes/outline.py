@@ -249,6 +249,8 @@ def _wraps(value: object) -> bool:
 
 def _stated(size: int | torch.SymInt) -> str:
     """A size or stride as text. Some strides say that a size is at least 1, as all sizes are."""
+    if isinstance(size, int):
+        return str(size)
     at_least_one = {m: Max(*(x for x in m.args if x != 1)) for m in expr(size).atoms(Max)}
     return str(expr(size).xreplace(at_least_one))
 
