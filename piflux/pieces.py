@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
-from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
 from piflux.passes.plan import known
 
@@ -14,13 +16,43 @@ Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:
-    """Compile each piece of an outlined graph once. Returns the graph as a callable."""
+    """Compile each piece of an outlined graph once. Returns the graph as a callable.
+
+    Raises:
+        Exception: whatever `inner` raises.
+    """
+    values = map(known, gm.graph.find_nodes(op="placeholder"))
+    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     for name, piece in list(gm.named_children()):
         assert isinstance(piece, fx.GraphModule)
-        fakes = [known(n) for n in piece.graph.find_nodes(op="placeholder")]
+        fakes = [_settled(known(n)) for n in piece.graph.find_nodes(op="placeholder")]
         # Captured values belong to another fake mode than the one that Dynamo hands to backends.
-        with tracing(TracingContext(detect_fake_mode(fakes))):
+        with tracing(TracingContext(mode)):
             compiled = inner(piece, fakes)
         delattr(gm, name)
         setattr(gm, name, compiled)
     return gm.forward
+
+
+def _settled(value: Any) -> Any:
+    """The value with its sizes as they are known by now.
+
+    A symbol that turned out to be a number in mid-capture still stands in older shapes.
+    """
+    if not isinstance(value, FakeTensor) or all(map(_is_settled, (*value.shape, *value.stride()))):
+        return value
+    shape, stride = map(_settle, value.shape), map(_settle, value.stride())
+    with value.fake_mode:
+        return torch.empty_strided(
+            tuple(shape), tuple(stride), dtype=value.dtype, device=value.device
+        )
+
+
+def _is_settled(size: int | torch.SymInt) -> bool:
+    return isinstance(size, int) or size.node.expr == size.node._expr
+
+
+def _settle(size: int | torch.SymInt) -> int | torch.SymInt:
+    if isinstance(size, int):
+        return size
+    return size.node.shape_env.create_symintnode(size.node.expr, hint=size.node.hint)
