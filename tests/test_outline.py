@@ -175,6 +175,10 @@ def test_what_does_more_than_compute_stays(block):
 # ------------------------------------------------------------------------------------------- counts
 
 
+# Of a FLUX: embedders, a double block, what joins, a single block, and the last one with the head.
+PIECES = 5
+
+
 class Inner:
     """An inner compiler that runs graphs as they are, and counts those it was given."""
 
@@ -188,7 +192,6 @@ class Inner:
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_calls_of_the_inner_compiler_do_not_grow_with_depth(world_size):
-    """Embedders, double blocks, what joins, single blocks, the last of them with the head."""
     group = None if world_size == 1 else piflux.virtual_ranks(world_size)
     graphs = world_size  # on virtual ranks a part and the whole
     for double, single in ((2, 3), (4, 8)):
@@ -197,7 +200,7 @@ def test_calls_of_the_inner_compiler_do_not_grow_with_depth(world_size):
             tiny_flux(double=double, single=single), group=group, inner=inner
         )
         sample(parallel)(**flux_inputs())
-        assert inner.calls == 5 * graphs
+        assert inner.calls == PIECES * graphs
 
 
 def test_another_size_needs_no_other_pieces():
@@ -215,39 +218,32 @@ def test_another_size_needs_no_other_pieces():
         with torch.no_grad():
             want = sample(tiny_flux(double=3, single=3))(**inputs)
             assert torch.equal(sample(compiled)(**inputs), want)
-    assert inner.calls == 5
+    assert inner.calls == PIECES
     assert counters["stats"]["unique_graphs"] == 1
 
 
 # ----------------------------------------------------------------------------------------- numerics
 
 
-def drawn(model, inputs, inner, world_size):
-    return [
-        image(
-            piflux.parallelize(
-                model, group=piflux.virtual_ranks(world_size), inner=inner, **options
-            ),
-            inputs,
-        )
-        for options in settings()
-    ]
+def drawn(model, inputs, inner, options):
+    group = piflux.virtual_ranks(3)
+    return image(piflux.parallelize(model, group=group, inner=inner, **options), inputs)
 
 
-@pytest.mark.parametrize(
-    "model, inputs",
-    [
-        (tiny_flux(double=3, single=3), flux_inputs()),
-        (tiny_sd3(layers=4), sd3_inputs()),
-    ],
-)
-def test_pieces_compute_the_very_same(model, inputs):
-    """Each policy, in sync and other steps, with a cache for each of three ranks."""
-    inner = Inner()
-    got = drawn(model, inputs, inner, 3)
-    for a, b in zip(got, drawn(model, inputs, "eager", 3), strict=True):
-        assert torch.equal(a, b)
-    assert inner.calls > 2 * len(got)  # parts and wholes in pieces
+@pytest.mark.parametrize("options", settings())
+def test_pieces_compute_the_very_same(options):
+    """In sync and other steps, with a cache for each of three ranks."""
+    model, inputs, inner = tiny_flux(double=2, single=3), flux_inputs(), Inner()
+    got = drawn(model, inputs, inner, options)
+    assert torch.equal(got, drawn(model, inputs, "eager", options))
+    assert inner.calls == 2 * PIECES
+
+
+def test_pieces_of_another_model():
+    model, inputs, inner = tiny_sd3(layers=4), sd3_inputs(), Inner()
+    got = drawn(model, inputs, inner, {"policy": "displaced"})
+    assert torch.equal(got, drawn(model, inputs, "eager", {"policy": "displaced"}))
+    assert inner.calls > 2
 
 
 @needs_compiler
@@ -266,7 +262,8 @@ def test_inductor_at_another_size():
     model = tiny_flux(double=2, single=3)
     compiled = torch.compile(model, backend=piflux.backend, dynamic=True, fullgraph=True)
     counters.clear()
-    for size in ({}, {"image_hw": (4, 6), "text": 14}):
+    # 16 image tokens are as many as channels: the symbol turns out to be a number in mid-capture.
+    for size in ({"image_hw": (4, 4)}, {"image_hw": (4, 4), "text": 14}):
         inputs = flux_inputs(**size)
         with torch.no_grad():
             want = sample(model)(**inputs)
