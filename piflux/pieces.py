@@ -37,8 +37,11 @@ def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:
 def _settled(value: Any) -> Any:
     """The value with its sizes as they are known by now.
 
-    A symbol that turned out to be a number in mid-capture still stands in older shapes.
+    A symbol that turned out in mid-capture to be a number, or the same as another, still stands in
+    older values.
     """
+    if isinstance(value, torch.SymInt):
+        return _settle(value)
     if not isinstance(value, FakeTensor) or all(map(_is_settled, (*value.shape, *value.stride()))):
         return value
     shape, stride = map(_settle, value.shape), map(_settle, value.stride())
