@@ -219,10 +219,11 @@ def main(
     )
     table = Table(title=f"{double} + {single} blocks, {model.heads} x {model.head_dim}, {hardware}")
     table.add_column("")
-    for name in Result.__dataclass_fields__:
+    for name in rows:
         table.add_column(name, justify="right")
-    for name, result in rows.items():
-        table.add_row(name, *(f"{value:.4g}" for value in asdict(result).values()))
+    for field in Result.__dataclass_fields__:
+        values = (asdict(result)[field] for result in rows.values())
+        table.add_row(field, *(f"{value:.4g}" for value in values))
     Console().print(table)
     if output is not None:
         report = {

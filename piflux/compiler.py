@@ -34,6 +34,7 @@ PASSES = (
     shard,  # sizes are read off the whole example values, so before they change
     propagate,  # last: every example value becomes that of a part
 )
+# `outline` comes after, once the report and the roles have been read off single nodes.
 
 
 class Compiler:

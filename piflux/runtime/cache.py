@@ -3,8 +3,8 @@
 The cache is not an argument of the graph. `cached_sdpa` is declared free of side effects and finds
 its slot through the runtime's name, as functional collectives find their process group. So AOT
 autograd needs no auto_functionalized copies of some gigabytes of keys and values, and one graph
-serves sync and steady steps. It is safe because a slot is touched by one node of one graph, and
-that node's output is always used.
+serves sync and steady steps. It is safe because a slot is touched by one node of one graph, or
+by one call of a piece that repeated blocks share, and its output is always used.
 """
 
 from __future__ import annotations
@@ -39,6 +39,9 @@ class Runtime:
         schedule: which part each rank computes at which step.
         ranks: who shares the work; None for one rank alone.
         name: how graph nodes name this runtime; chosen if None.
+
+    Attributes:
+        first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
     """
 
     def __init__(self, schedule: Schedule, ranks: Ranks | None, name: str | None = None) -> None:
