@@ -172,6 +172,28 @@ def test_what_does_more_than_compute_stays(block):
     assert outlined(block)[0] == 0
 
 
+class Sized(Blocks):
+    """Every block reads a size that was taken before the first."""
+
+    def forward(self, x):
+        x = x * 2
+        size = x.shape
+        for number, weight in enumerate(self.weights):
+            x = self.block(x, weight, number).reshape(size)
+        return x + 1
+
+
+def test_blocks_that_share_a_tuple_stay():
+    model, x = Sized(plain), torch.randn(1, 6, 4)
+    gm = capture(model, x, dynamic=True)
+    assert outline(gm, transformed(gm, 1, ())) == 0
+    compiled = torch.compile(
+        model, backend=piflux.backend, options={"inner": "aot_eager"}, dynamic=True, fullgraph=True
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+
+
 # ------------------------------------------------------------------------------------------- counts
 
 

@@ -54,8 +54,9 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
         a_1 = piece_0_1[0]
         return (a_1,)
 
-    A graph without repetition stays as it is, and so does one that does more than compute: that
-    writes in place, draws random numbers or switches a mode such as autocast.
+    A graph without repetition stays as it is, and so do one whose blocks share a tuple, such as a
+    tensor's size taken before them, and one that does more than compute: that writes in place,
+    draws random numbers or switches a mode such as autocast.
     """
     sources = [n for n in gm.graph.nodes if n.op in _SOURCES]
     nodes = [n for n in gm.graph.nodes if n.op not in (*_SOURCES, "output")]
@@ -105,7 +106,7 @@ class _Stretch:
         self.nodes = nodes
         self.inputs = inputs
         inside = {node: i for i, node in enumerate(nodes)}
-        self.outputs = {i for n, i in inside.items() if not n.users.keys() <= inside.keys()}
+        self.outputs = {i for n, i in inside.items() if not _readers(n) <= inside.keys()}
         self.slot = next((_slot(n) for n in nodes if n.target is _CACHED), None)
         names = {n: f"node {i}" for n, i in inside.items()}
         names |= {n: f"input {i}" for i, n in enumerate(inputs)}
@@ -155,6 +156,11 @@ def _number(node: fx.Node) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """The users that remain: numbers are written where they are used."""
+    return {user for user in node.users if _number(user) is None}
+
+
 def _or_number(node: fx.Node, otherwise: Callable[[fx.Node], Any]) -> Any:
     number = _number(node)
     return otherwise(node) if number is None else number
@@ -165,7 +171,7 @@ def _parts(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
     cuts = [0]
     like = [(_written(n, _slot(n), lambda _: "node"), _described(known(n))) for n in nodes]
     order = {node: i for i, node in enumerate(nodes)}
-    last = [max((order.get(user, len(nodes)) for user in n.users), default=-1) for n in nodes]
+    last = [max((order.get(user, len(nodes)) for user in _readers(n)), default=-1) for n in nodes]
     attentions = [i for i, n in enumerate(nodes) if is_attention(n) or n.target is _CACHED]
     for number, here in enumerate(attentions):
         for there in attentions[number + 1 : number + 1 + ATTENTIONS_A_BLOCK]:
@@ -204,7 +210,8 @@ def _inputs(
     free = {symbol for size in sizes for symbol in expr(size).free_symbols}
     if not free <= symbols.keys():
         return None
-    if any(isinstance(known(n), (torch.SymFloat, torch.SymBool)) for n in outside):
+    # What inner compilers take no arguments of, or return.
+    if any(isinstance(known(n), (torch.SymFloat, torch.SymBool, tuple, list)) for n in outside):
         return None
     # A module's sizes are derived from single symbols, which shapes alone need not show.
     return list(dict.fromkeys([*(symbols[s] for s in sorted(free, key=str)), *outside]))
@@ -269,7 +276,7 @@ def _call(
     results = [stretch.nodes[i] for i in sorted(piece.outputs)]
     call.meta["example_value"] = tuple(known(n) for n in results)
     for i, node in enumerate(results):
-        if node.users:
+        if _readers(node):
             made[node] = graph.create_node(
                 "call_function", operator.getitem, (call, i), name=node.name
             )
