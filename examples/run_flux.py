@@ -20,6 +20,7 @@ from rich.table import Table
 
 import piflux
 from piflux.bench import FLUX_DEV, random_flux
+from piflux.clock import StepClock, synchronize
 from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_pipeline
 
 RANDOM_NOTE = (
@@ -59,34 +60,6 @@ class Result:
     total_s: float
     peak_memory_gib: float | None
     note: str
-
-
-class StepClock:
-    """Times denoise steps as a pipeline's `callback_on_step_end`.
-
-    On a GPU a step's end is an event in the stream, read when all is done, so that timing
-    makes the host wait for nothing.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.ends: list[Any] = []
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.ends.append(event)
-        else:
-            self.ends.append(time.perf_counter())
-        return tensors
-
-    def step_ms(self) -> list[float]:
-        """Milliseconds between the ends of consecutive steps; on a GPU, after a synchronise."""
-        pairs = zip(self.ends[:-1], self.ends[1:], strict=True)
-        if self.on_gpu:
-            return [start.elapsed_time(end) for start, end in pairs]
-        return [(end - start) * 1000 for start, end in pairs]
 
 
 def main(
@@ -185,13 +158,13 @@ def main(
 
     for _ in range(warmups):
         generate(min(steps, 3))  # one step of each kind, and one to spare
-    clock = StepClock(device)
-    synchronize(device)
+    clock = StepClock(device.type == "cuda")
+    synchronize(device.type == "cuda")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     image = generate(steps, clock)
-    synchronize(device)
+    synchronize(device.type == "cuda")
     total_s = time.perf_counter() - start
 
     step_ms = clock.step_ms()
@@ -309,11 +282,6 @@ def random_embeddings(device: torch.device) -> dict[str, torch.Tensor]:
         name: torch.randn(shape, generator=generator).to(device, torch.bfloat16)
         for name, shape in shapes.items()
     }
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def report(result: Result) -> None:

@@ -31,6 +31,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from piflux.clock import between, mark, median_seconds, synchronize
+
 FLUX_DEV: dict[str, Any] = {
     "in_channels": 64,
     "num_layers": 19,
@@ -211,7 +213,7 @@ def measure(settings: Settings) -> Result:
         start = time.perf_counter()
         with generation():
             _image(call, inputs, 2)
-        _synchronize(on_gpu)
+        synchronize(on_gpu)
         result.first_call_s = time.perf_counter() - start
         with generation():
             _image(call, inputs, settings.steps)
@@ -289,29 +291,12 @@ def _image(call: Model, inputs: dict[str, Tensor], steps: int) -> list[float]:
     latents = inputs["hidden_states"]
     sigmas = torch.linspace(1, 0, steps + 1).tolist()
     timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
-    marks = [_mark(latents.is_cuda)]
+    marks = [mark(latents.is_cuda)]
     for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
         step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
         latents = latents + (then - now) * call(**step, return_dict=False)[0]
-        marks.append(_mark(latents.is_cuda))
-    _synchronize(latents.is_cuda)
-    if latents.is_cuda:
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return [(b - a) * 1000 for a, b in itertools.pairwise(marks)]
-
-
-def _mark(on_gpu: bool) -> Any:
-    """A moment: an event in the GPU's stream, read when all is done, else the host's clock."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _synchronize(on_gpu: bool) -> None:
-    if on_gpu:
-        torch.cuda.synchronize()
+        marks.append(mark(latents.is_cuda))
+    return between(marks)
 
 
 # --- the floor -----------------------------------------------------------------------------------
@@ -352,7 +337,7 @@ def measure_floor(height: int, width: int) -> Floor:
         torch.set_num_threads(1)  # as a rank has
     linear, attention = flops(layers, width_, tokens)
     q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    attended = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
+    attended = median_seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
     return Floor(
         linear,
         attention,
@@ -365,7 +350,7 @@ def gemm_tflops(tokens: int, width: int, device: torch.device, dtype: torch.dtyp
     """The rate of the matrix product of an MLP, (tokens, width) by (width, 4 width)."""
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    seconds = _seconds(lambda: F.linear(x, w), device.type == "cuda")
+    seconds = median_seconds(lambda: F.linear(x, w), device.type == "cuda")
     return 2 * tokens * 4 * width**2 / seconds / 1e12
 
 
@@ -376,19 +361,6 @@ def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:
     projections and an MLP of 4 widths; a single block with 3, the same MLP and 5 widths out.
     """
     return 2 * 12 * width**2 * tokens * layers, 4 * tokens**2 * width * layers
-
-
-def _seconds(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Median of 20 runs after 3."""
-    times = []
-    for i in range(23):
-        start = _mark(on_gpu)
-        run()
-        end = _mark(on_gpu)
-        _synchronize(on_gpu)
-        if i >= 3:
-            times.append(start.elapsed_time(end) / 1000 if on_gpu else end - start)
-    return statistics.median(times)
 
 
 # --- the command ---------------------------------------------------------------------------------
