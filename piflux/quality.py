@@ -32,8 +32,8 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 import piflux
+from piflux.cost import Cost, measured_cost, modelled_cost
 from piflux.lpips import LPIPS
-from piflux.report import GraphReport
 from piflux.schedule import Schedule
 
 VARIANTS = (
@@ -118,32 +118,6 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of a variant's steps, for one picture.
-
-    Attributes:
-        one_s: one rank's step.
-        sync_s: a sync step.
-        steady_s: any other step.
-        mean_s: a step, mean over an image.
-    """
-
-    one_s: float
-    sync_s: float
-    steady_s: float
-    mean_s: float
-
-    @classmethod
-    def of(
-        cls, schedule: Schedule, steps: int, one_s: float, sync_s: float, steady_s: float
-    ) -> Cost:
-        """Of an image of so many steps."""
-        syncs = sum(schedule.step(index).sync for index in range(steps))
-        mean_s = (syncs * sync_s + (steps - syncs) * steady_s) / steps
-        return cls(one_s, sync_s, steady_s, mean_s)
-
-
-@dataclass(frozen=True)
 class Row:
     """One variant on so many ranks, against one rank; a number a picture.
 
@@ -162,11 +136,6 @@ class Row:
     lpips: list[float]
     drift: list[float]
     cost: Cost
-
-    @property
-    def cost_s(self) -> float:
-        """Seconds a step, mean over an image."""
-        return self.cost.mean_s
 
 
 def encode(
@@ -300,64 +269,6 @@ def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost:
     return Row(name, ranks, psnr.tolist(), ssim, lpips.tolist(), drift, cost)
 
 
-def modelled_cost(
-    report: GraphReport, steps: int, step_s: float, link_gbs: float, batch: int = 1
-) -> Cost:
-    """From one rank's `step_s`, for an image of `steps`.
-
-    Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
-    a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
-    sync step takes one rank's time. The time of launching work is not modelled.
-
-    Args:
-        report: of the variant, compiled for `batch` pictures.
-        steps: denoise steps of an image.
-        step_s: seconds a step of one picture on one rank.
-        link_gbs: GB/s that a rank sends.
-        batch: pictures that the report's bytes are for.
-    """
-    schedule = report.schedule
-    lengths = [b for b in report.boundaries if b.verb == "shard"]
-    share = sum(sum(b.part_lengths) for b in lengths) / sum(sum(b.lengths) for b in lengths)
-    local, second = share * step_s, 1e9 * link_gbs * batch
-    sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
-    sent = report.steady_bytes / second
-    steady = max(local, sent) if schedule.policy == "displaced" else local + sent
-    return Cost.of(schedule, steps, step_s, sync, steady)
-
-
-def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> Cost:
-    """From what `piflux.bench` measured, with its model, size and machine, for an image of `steps`.
-
-    One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
-    recomputed one is one rank's; any other step is the median of the row named like the policy.
-
-    Args:
-        bench: the record, as `bench.json` has it.
-        schedule: the variant's, with its ranks.
-        steps: denoise steps of an image.
-
-    Raises:
-        ValueError: a row is missing or failed.
-    """
-    medians = {
-        (row["row"], row["ranks"]): statistics.median(row["step_ms"]) / 1000
-        for row in bench["rows"]
-        if row["error"] is None
-    }
-    alone = [median for (_, ranks), median in medians.items() if ranks == 1]
-    recompute = schedule.sync == "recompute"
-    needed = {(schedule.policy, schedule.world_size)}
-    needed |= set() if recompute else {("gather", schedule.world_size)}
-    missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]
-    if not alone:
-        missing.append("any row on one rank")
-    if missing:
-        raise ValueError(f"the benchmark did not measure {', '.join(missing)}")
-    sync = min(alone) if recompute else medians["gather", schedule.world_size]
-    return Cost.of(schedule, steps, min(alone), sync, medians[schedule.policy, schedule.world_size])
-
-
 def tune(
     pipe: Any,
     prompts: Sequence[str],
@@ -391,9 +302,9 @@ def tune(
     _, rows, _ = measure(pipe, prompts[:half], seeds[:half], variants, [ranks], **options)
     if max_lpips is not None:
         good = [row for row in rows if statistics.mean(row.lpips) <= max_lpips]
-        best = min(good, key=lambda row: row.cost_s, default=None)
+        best = min(good, key=lambda row: row.cost.mean_s, default=None)
     else:
-        good = [row for row in rows if row.cost_s <= (max_cost_s or 0)]
+        good = [row for row in rows if row.cost.mean_s <= (max_cost_s or 0)]
         best = min(good, key=lambda row: statistics.mean(row.lpips), default=None)
     if best is None:
         raise ValueError(f"no schedule is within the budget; what there is:\n{markdown(rows)}")
@@ -439,8 +350,8 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
                     statistics.stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else None
                 ),
                 "drift": row.drift[-1],
-                "cost_s": row.cost_s,
-                "cost": row.cost_s / row.cost.one_s,
+                "cost_s": row.cost.mean_s,
+                "cost": row.cost.mean_s / row.cost.one_s,
             }
         )
     return found
