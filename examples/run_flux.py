@@ -14,7 +14,6 @@ import torch.distributed as dist
 import transformers
 import typer
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,8 @@ import piflux
 from piflux.bench import FLUX_DEV, random_flux
 from piflux.clock import StepClock, synchronize
 from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.generate import show
+from piflux.launch import own_device
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -104,7 +105,10 @@ def main(
 ) -> None:
     """Make one image with FLUX on every rank that torchrun started, and time it."""
     transformers.logging.set_verbosity_error()
-    device = rank_device()
+    try:
+        device = own_device()
+    except piflux.PifluxError as error:
+        raise typer.BadParameter(str(error)) from None
     demo = model == "demo" or (device.type == "cpu" and not random_weights)
     default_size = IMAGE_SIZE if demo else 1024
     height = default_size if height is None else height
@@ -199,24 +203,9 @@ def main(
             image.save(output)
             console.print(f"Saved {output}")
             if print_output:
-                draw(image)
+                show(image, console)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def rank_device() -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there is no CUDA."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"rank {local_rank} of this host has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; lower --nproc_per_node"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def steps_of(text: str) -> int | tuple[int, ...]:
@@ -298,13 +287,6 @@ def report(result: Result) -> None:
     console.print(table)
     if result.note:
         console.print(result.note)
-
-
-def draw(image: Image.Image) -> None:
-    # Asks the terminal what it can draw as soon as it is imported.
-    from textual_image.renderable import Image as TerminalImage
-
-    console.print(TerminalImage(image, width=min(console.width, 80)))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,16 +15,51 @@ from typing import Annotated, Any, NoReturn
 import torch
 import torch.distributed as dist
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 import piflux
+from piflux.__main__ import INTERRUPTED
 from piflux.bench import bench
-from piflux.generate import Failed, Job, launch, launched, load, run, show
+from piflux.errors import PifluxError
+from piflux.generate import Request, load, numbered, show
+from piflux.generate import generate as make_pictures
+from piflux.launch import is_first, is_joined, join, launch
 from piflux.quality import quality
 from piflux.schedule import Schedule, read_settings
 
+
+class Commands(TyperGroup):
+    """What can go wrong in any command becomes one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        def interrupt(*_: Any) -> NoReturn:
+            raise KeyboardInterrupt
+
+        # torchrun ends its ranks itself: there the default, which no collective can hold up.
+        before = None if is_joined() else signal.signal(signal.SIGTERM, interrupt)
+        try:
+            return super().invoke(ctx)
+        except PifluxError as error:
+            _say(f"Error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _say(message: str) -> None:
+    if is_first():
+        print(message, file=sys.stderr)
+
+
 app = typer.Typer(
+    cls=Commands,
     name="piflux",
     help="Diffusion transformers split over ranks by rewriting their graphs.",
     add_completion=False,
@@ -86,44 +122,38 @@ def generate(
         raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
     if not os.access(out.parent, os.W_OK):
         raise typer.BadParameter(f"--out {out}: the folder {out.parent} can't be written to")
-    outputs = [out]
-    if len(texts) > 1:
-        outputs = [out.with_stem(f"{out.stem}-{i}") for i in range(len(texts))]
+    request = Request(
+        model=model,
+        prompts=tuple(texts),
+        paths=numbered(out, len(texts)),
+        settings=settings,
+        steps=steps,
+        size=(width, height),
+        seed=seed,
+        guidance=guidance,
+    )
     console = Console(stderr=json_)
-    if not torch.cuda.is_available() and _is_first():
+    if not torch.cuda.is_available() and is_first():
         console.print(f"No CUDA device: {count} rank(s) on the CPU.")
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            model,
-            texts,
-            [str(path) for path in outputs],
-            settings,
-            steps,
-            height,
-            width,
-            seed,
-            guidance,
-            str(Path(folder) / "record.json"),
-            json_,
-        )
-        try:
-            record = run(job, count)
-        except Failed as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-    if not record:  # another rank's to tell
+    if is_joined() or count == 1:
+        made = make_pictures(request)
+    else:
+        made = launch(make_pictures, count, request)
+    if made is None:  # another rank's to tell
         return
     if json_:
-        print(json.dumps(record))
-        return
-    if record["step_s"] is not None:
-        console.print(f"{record['step_s']:.3f} s a step (median) on {record['ranks']} rank(s)")
-    for path in outputs:
-        console.print(f"Saved {path}", soft_wrap=True)
+        print(json.dumps(asdict(made)))
+    elif made.reason:
+        console.print(f"policy {made.settings['policy']}: {made.reason}", soft_wrap=True)
+    for picture in made.pictures:
+        if not json_:
+            pace = "" if picture.step_s is None else f", {picture.step_s:.3f} s a step (median)"
+            console.print(
+                f"Saved {picture.path}: {picture.total_s:.1f} s{pace} on {made.ranks} rank(s)",
+                soft_wrap=True,
+            )
         if show_:
-            show(path)
+            show(Image.open(picture.path), console)
 
 
 @app.command()
@@ -142,20 +172,13 @@ def explain(
     width, height = _size(size, model)
     settings = _settings(policy, sync_steps, refresh_every)
     _check_model(model)
-    try:
-        pipe, call = load(model, torch.device("cpu"))
-    except Failed as error:
-        _fail(str(error))
+    pipe, call = load(model, torch.device("cpu"))
     pipe = piflux.parallelize(
         pipe, group=piflux.virtual_ranks(ranks), inner=_compiled_only, **settings
     )
     pipe.set_progress_bar_config(disable=True)
-    try:
+    with contextlib.suppress(_Compiled):
         pipe("", height=height, width=width, num_inference_steps=1, **call)
-    except _Compiled:
-        pass
-    except piflux.PifluxError as error:
-        _fail(str(error))
     report = piflux.explain(pipe)
     if json_:
         print(json.dumps([asdict(graph) for graph in report.graphs]))
@@ -187,11 +210,7 @@ def doctor(
     count = _ranks(ranks)
     device = torch.device("cuda" if gpus else "cpu")
     if count > 1:
-        try:
-            link = _link(count)
-        except Failed as error:
-            _fail(str(error))
-        found["advice"] = advice(link, count, device)
+        found["advice"] = advice(launch(_measure, count), count, device)
     if json_:
         print(json.dumps(found))
         return
@@ -217,29 +236,13 @@ def doctor(
         console.print("One rank: nothing to share, nothing to send.")
 
 
-def _link(ranks: int) -> float:
-    """GB/s between ranks launched for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "gbs"
-        launch(_measure, (str(path),), ranks)
-        return float(path.read_text())
-
-
-def _measure(path: str) -> None:
+def _measure() -> float:
+    """GB/s between the ranks that were launched for it."""
     from piflux.doctor import measure_link
-    from piflux.groups import resolve_group
-    from piflux.runtime.ranks import ProcessRanks
 
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    ranks = resolve_group(None)
-    assert isinstance(ranks, ProcessRanks), "launched with torchrun's environment"
-    gbs = measure_link(ranks.group, device)
-    if ranks.rank == 0:
-        Path(path).write_text(str(gbs))
-    dist.destroy_process_group()
+    device = join()
+    assert dist.group.WORLD is not None, "launched with torchrun's environment"
+    return measure_link(dist.group.WORLD, device)
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -260,8 +263,9 @@ def _prompts(prompt: str | None, prompts: Path | None) -> list[str]:
 
 
 def _ranks(ranks: int | None) -> int:
-    there, gpus = launched(), torch.cuda.device_count()
-    if there is not None:
+    gpus = torch.cuda.device_count()
+    if is_joined():
+        there = int(os.environ["WORLD_SIZE"])
         if ranks not in (None, there):
             raise typer.BadParameter(f"--ranks {ranks}: torchrun started {there}")
         return there
@@ -315,13 +319,3 @@ def _check_model(model: str) -> None:
             f"--model {model}: no pipeline there: it has no model_index.json, which "
             "save_pretrained writes"
         )
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(message: str) -> NoReturn:
-    if _is_first():
-        print(f"Error: {message}", file=sys.stderr)
-    raise typer.Exit(1)

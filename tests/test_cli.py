@@ -7,26 +7,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from piflux import generate as generating
+from piflux import cli
 from piflux.bench import FLUX_DEV
-from piflux.cli import app
 from piflux.doctor import choose_policy, step_times
+from piflux.errors import CannotSave, RankFailed
+from piflux.generate import numbered
+from piflux.launch import launch
 
 COMMAND = [sys.executable, "-m", "piflux"]
 SMALL = ["--steps=3", "--size=64x64"]
+SECONDS_TO_END = 5  # after a signal
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 def invoke(*arguments, **environment):
     env = {"COLUMNS": "200", "NO_COLOR": "1", "RANK": None, "WORLD_SIZE": None, **environment}
-    result = CliRunner().invoke(app, [str(x) for x in arguments], env=env)
+    result = CliRunner().invoke(cli.app, [str(x) for x in arguments], env=env)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -34,23 +39,6 @@ def invoke(*arguments, **environment):
 
 def words(result):
     return " ".join(result.output.replace("│", " ").split())
-
-
-def ranks_of(pid):
-    """The processes that `pid` started, their children and so on."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    parents = dict(tuple(map(int, line.split())) for line in listed.stdout.splitlines())
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -81,63 +69,15 @@ def test_two_ranks_draw_several_prompts(tmp_path):
     assert record["ranks"] == 2
     assert record["settings"]["policy"] in ("gather", "displaced", "rotate")
     assert "of a step's computing" in record["reason"]
-    assert record["step_s"] > 0
-    names = [Path(path).name for path in record["images"]]
-    assert names == ["x-0.png", "x-1.png"]
+    assert all(picture["total_s"] > picture["step_s"] > 0 for picture in record["pictures"])
+    names = [Path(picture["path"]).name for picture in record["pictures"]]
+    assert names == ["x-1.png", "x-2.png"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
 
-@on_cpu
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", ["interrupted", "a rank is killed"])
-def test_no_process_is_left(tmp_path, what):
-    out = tmp_path / "never.png"
-    command = [*COMMAND, "generate", "camera", "--ranks=2", "--steps=2000", f"--out={out}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 300
-        busy = set()
-        while len(busy) < 2:  # both ranks compute
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-            started = ranks_of(process.pid)
-            busy = {pid for pid in started if cpu_seconds(pid) > 10}
-        start = time.monotonic()
-        if what == "interrupted":
-            process.send_signal(signal.SIGINT)
-        else:
-            os.kill(max(busy), signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-        took = time.monotonic() - start
-    finally:
-        process.kill()
-    while any(alive(pid) for pid in started):  # Python's resource tracker ends after its owner
-        assert time.monotonic() - start < took + 5 * LOADED
-        time.sleep(0.1)
-    assert not out.exists()
-    assert "Traceback" not in errors
-    if what == "interrupted":
-        assert process.returncode == 130
-        assert "interrupted" in errors
-        assert took < 5 * LOADED
-    else:
-        assert process.returncode == 1
-        assert "failed" in errors and "SIGKILL" in errors
-
-
-LOADED = 3  # CI's cores are shared
-TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(pid):
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except FileNotFoundError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS
+def test_numbers():
+    assert numbered(Path("a/b.png"), 1) == (Path("a/b.png"),)
+    assert numbered(Path("a/b.png"), 10)[::9] == (Path("a/b-01.png"), Path("a/b-10.png"))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -152,12 +92,32 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_fails_is_quoted():
-    with pytest.raises(generating.Failed, match=r"rank [01] failed: ValueError: on purpose"):
-        generating.launch(_fails, (), 2)
+    said = r"^rank [01] failed: ValueError: on purpose \(test_cli.py:\d+, in _fails\); under torch"
+    with pytest.raises(RankFailed, match=said):
+        launch(_fails, 2)
 
 
 def _fails():
     raise ValueError("on purpose")
+
+
+def test_a_rank_that_says_what_to_do_is_quoted_alone():
+    with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
+        launch(_says, 2)
+
+
+def _says():
+    raise CannotSave("the folder is full: empty it")
+
+
+def test_one_rank_is_interrupted(monkeypatch, tmp_path):
+    """By SIGTERM, which raises where Python is."""
+    monkeypatch.setattr(cli, "make_pictures", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    result = invoke("generate", "a cat", "--ranks=1", f"--out={tmp_path / 'p.png'}")
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
@@ -266,3 +226,114 @@ def test_without_its_packages_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("pip install 'piflux[demo]'")
+
+
+# --------------------------------------------------------- several ranks, in processes of their own
+
+DRAWS_NOTHING = Path(__file__).parent / "command.py"
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Python in a session of its own, as from a terminal, its output in `folder`/log."""
+    log = (folder / "log").open("w")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def start_gathering(folder: Path) -> subprocess.Popen:
+    """Two ranks in one collective after the other, for as long as they may."""
+    options = ("generate", "x", "--ranks=2", f"--out={folder / 'p.png'}")
+    return start(folder, str(DRAWS_NOTHING), "gather", *options)
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+def gathered(folder: Path) -> Callable[[], bool]:
+    return lambda: len(list(folder.glob("gathered-*"))) == 2
+
+
+def family_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in family_of(process) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def lives(process: psutil.Process) -> bool:
+    """A zombie does not: some hosts leave orphans unburied."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ended(process: subprocess.Popen, family: list[psutil.Process], folder: Path) -> str:
+    """Wait until all are gone, in time; the command's output."""
+    start = time.monotonic()
+    process.wait(60)
+    while any(map(lives, family)) and time.monotonic() - start < SECONDS_TO_END:
+        time.sleep(0.05)
+    took = time.monotonic() - start
+    left = [child for child in family if lives(child)]
+    for child in left:
+        child.kill()
+    log = (folder / "log").read_text()
+    assert not left, log
+    assert took < SECONDS_TO_END, log
+    assert "Traceback" not in log
+    return log
+
+
+def test_sigterm_while_ranks_gather(tmp_path: Path) -> None:
+    process = start_gathering(tmp_path)
+    wait_for(gathered(tmp_path), process, tmp_path)
+    family = family_of(process)
+    assert len(ranks_of(process)) == 2
+    process.terminate()
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
+def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
+    """A terminal sends it to the ranks as well, which are importing."""
+    process = start_gathering(tmp_path)
+    wait_for(lambda: len(ranks_of(process)) > 0, process, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    family = family_of(process)
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    process = start_gathering(tmp_path)
+    wait_for(gathered(tmp_path), process, tmp_path)
+    family = family_of(process)
+    ranks_of(process)[1].kill()
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 1, log
+    assert "was killed by SIGKILL; the others were ended" in log
+
+
+def test_ranks_that_torchrun_started(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    options = ("generate", "x", "--ranks=2", f"--out={tmp_path / 'p.png'}", "--json")
+    process = start(tmp_path, *torchrun, str(DRAWS_NOTHING), "meet", *options)
+    process.wait(120)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    (line,) = [line for line in log.splitlines() if line.startswith("{")]
+    made = json.loads(line)
+    assert made["ranks"] == 2
+    assert made["pictures"][0]["step_s"] == 1  # threads, as torchrun has them
+    assert gathered(tmp_path)()
