@@ -24,14 +24,14 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from piflux.clock import between, mark, median_seconds, synchronize
+from piflux.clock import between, mark, synchronize
+from piflux.doctor import measure_rates
 
 FLUX_DEV: dict[str, Any] = {
     "in_channels": 64,
@@ -336,22 +336,7 @@ def measure_floor(height: int, width: int) -> Floor:
     if not on_gpu:
         torch.set_num_threads(1)  # as a rank has
     linear, attention = flops(layers, width_, tokens)
-    q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    attended = median_seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
-    return Floor(
-        linear,
-        attention,
-        gemm_tflops(tokens, width_, torch.device(device), dtype),
-        4 * tokens**2 * width_ / attended / 1e12,
-    )
-
-
-def gemm_tflops(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of the matrix product of an MLP, (tokens, width) by (width, 4 width)."""
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    seconds = median_seconds(lambda: F.linear(x, w), device.type == "cuda")
-    return 2 * tokens * 4 * width**2 / seconds / 1e12
+    return Floor(linear, attention, *measure_rates(tokens, heads, head_dim, dtype, device))
 
 
 def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,20 +12,22 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import typer
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-import piflux
 from piflux.__main__ import INTERRUPTED
-from piflux.bench import bench
+from piflux.bench import FLUX_DEV, bench
+from piflux.cost import Rates, choose, modelled_cost
+from piflux.demo import MODEL
+from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
 from piflux.errors import PifluxError
-from piflux.generate import Request, load, numbered, show
+from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
-from piflux.launch import is_first, is_joined, join, launch
+from piflux.launch import cores, is_first, is_joined, launch
+from piflux.preview import preview
 from piflux.quality import quality
 from piflux.schedule import Schedule, read_settings
 
@@ -116,6 +117,8 @@ def generate(
     if settings["inner"] not in ("inductor", "eager"):
         raise typer.BadParameter(f"--inner {inner}: 'inductor' or 'eager'")
     _check_model(model)
+    if policy == "auto":
+        _config(model)  # known to be one whose steps can be counted
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}: pictures are written as .png")
     if not out.parent.is_dir():
@@ -163,38 +166,74 @@ def explain(
     policy: PolicyOption = "rotate",
     sync_steps: SyncSteps = "0,3",
     refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
+    link: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a rank sends: predicts a step.")
+    ] = None,
+    linear_tflops: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Of a rank's matrix products. Default: measured here."),
+    ] = None,
+    attention_tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Likewise of its attention.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """What the compiler does to a model, without running a step of it."""
+    """What the compiler does to a FLUX: no weights are read, and no step runs.
+
+    With --link it predicts the time of a step, and which policy 'auto' would choose: arithmetic at
+    the rates, shared evenly; what is gathered within a step adds to it, what 'displaced' sends
+    hides behind it. Norms, pointwise ops and launching are left out: a lower bound.
+    """
     if policy == "auto":
         raise typer.BadParameter("--policy auto is chosen on the ranks: name one, or ask doctor")
     width, height = _size(size, model)
     settings = _settings(policy, sync_steps, refresh_every)
-    _check_model(model)
-    pipe, call = load(model, torch.device("cpu"))
-    pipe = piflux.parallelize(
-        pipe, group=piflux.virtual_ranks(ranks), inner=_compiled_only, **settings
+    config = _config(model)
+    tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
+    foreseen = preview(
+        config,
+        Schedule(**settings, world_size=ranks),
+        width=width,
+        height=height,
+        text_tokens=tokens,
+        dtype=dtype,
     )
-    pipe.set_progress_bar_config(disable=True)
-    with contextlib.suppress(_Compiled):
-        pipe("", height=height, width=width, num_inference_steps=1, **call)
-    report = piflux.explain(pipe)
+    rates = cost = choice = None
+    if link is not None:
+        if linear_tflops is None or attention_tflops is None:
+            measured = measure_rates(
+                -(-(width * height // 256 + tokens) // ranks),
+                config["num_attention_heads"],
+                config["attention_head_dim"],
+                dtype,
+                "cuda" if torch.cuda.is_available() else "cpu",
+            )
+            linear_tflops = linear_tflops or measured[0]
+            attention_tflops = attention_tflops or measured[1]
+        rates = Rates(linear_tflops, attention_tflops, link)
+        alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
+        cost = modelled_cost(foreseen.report, steps, alone, link)
+        choice = choose(foreseen.layers, rates) if ranks > 1 else None
     if json_:
-        print(json.dumps([asdict(graph) for graph in report.graphs]))
-    else:
-        print(report)
-
-
-class _Compiled(Exception):
-    """The compiler has done its work; nothing of the model needs to run."""
-
-
-def _compiled_only(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-    def stop(*args: Any) -> NoReturn:
-        raise _Compiled
-
-    return stop
+        record: dict[str, Any] = {
+            "model": model,
+            "size": [width, height],
+            "report": asdict(foreseen.report),
+        }
+        for name, found in (("rates", rates), ("predicted", cost), ("choice", choice)):
+            record[name] = None if found is None else asdict(found)
+        print(json.dumps(record))
+        return
+    print(foreseen.report)
+    if cost is not None:
+        print(
+            f"predicted: {1000 * cost.mean_s:.4g} ms a step (a sync step {1000 * cost.sync_s:.4g}, "
+            f"any other {1000 * cost.steady_s:.4g}), one rank alone {1000 * cost.one_s:.4g}"
+        )
+    if choice is not None:
+        print(f"--policy auto: {choice.policy}; {choice.reason}")
 
 
 @app.command()
@@ -202,47 +241,63 @@ def doctor(
     ranks: Ranks = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
 ) -> None:
-    """GPUs, versions, the link's measured bandwidth, and which policy suits this machine."""
-    from piflux.doctor import advice, machine
+    """What this host has, how fast links and kernels are, and the policy that suits them.
 
-    found = machine()
-    gpus = len(found["gpus"])
-    count = _ranks(ranks)
-    device = torch.device("cuda" if gpus else "cpu")
+    The policy is for FLUX.1-dev at 1024 x 1024 where there are GPUs, else for the demo's model.
+    """
+    gpus, count = devices(), _ranks(ranks)
+    name = "FLUX.1-dev" if gpus else "demo"
+    width, height = _size(None, name)
+    found: Examined | None = None
     if count > 1:
-        found["advice"] = advice(launch(_measure, count), count, device)
+        options = {
+            "width": width,
+            "height": height,
+            "text_tokens": text_tokens(name),
+            "dtype": torch.bfloat16 if gpus else torch.float32,
+        }
+        config = FLUX_DEV if gpus else _config("demo")
+        found = examine(config, options) if is_joined() else launch(examine, count, config, options)
+    if not is_first():
+        return
     if json_:
-        print(json.dumps(found))
+        record = {
+            "devices": [asdict(gpu) for gpu in gpus],
+            "cores": cores(),
+            "memory_gib": memory_gib(),
+            "versions": versions(),
+            "ranks": count,
+            **(asdict(found) if found else {"links": [], "rates": None, "choice": None}),
+        }
+        print(json.dumps(record))
         return
     console = Console()
-    table = Table(show_header=False)
-    for name, value in found.items():
-        if name not in ("advice", "peer_access", "gpus"):
-            table.add_row(name, "not installed" if value is None else str(value))
-    for index, name in enumerate(found["gpus"]):
-        reach = [str(j) for j, ok in enumerate(found["peer_access"][index]) if ok and j != index]
-        table.add_row(f"GPU {index}", f"{name}; peers: {', '.join(reach) or 'none'}")
+    table = Table("", "", show_header=False)
+    for index, gpu in enumerate(gpus):
+        table.add_row(
+            f"GPU {index}", f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
+        )
     if not gpus:
         table.add_row("GPUs", "none: ranks run on the CPU, over gloo")
+    table.add_row("host", f"{cores()} cores, {memory_gib():.1f} GiB")
+    table.add_row("versions", ", ".join(f"{package} {x}" for package, x in versions().items()))
+    if found is not None:
+        for one in found.links:
+            peer = {None: "", True: ", peer access", False: ", no peer access"}[one.peer_access]
+            table.add_row(f"link {one.ranks[0]}-{one.ranks[1]}", f"{one.gbs:.3g} GB/s{peer}")
+        rates = found.rates
+        table.add_row("all-gather of all", f"{rates.link_gbs:.3g} GB/s a rank")
+        table.add_row("matrix products", f"{rates.linear_tflops:.3g} TFLOP/s")
+        table.add_row("attention", f"{rates.attention_tflops:.3g} TFLOP/s")
     console.print(table)
-    if "advice" in found:
-        told = found["advice"]
-        console.print(
-            f"{told['ranks']} ranks send {told['link_gbs']:.2f} GB/s each and multiply at "
-            f"{told['gemm_tflops']:.2f} TFLOP/s. For FLUX.1-dev at 1024 x 1024 the policy here is "
-            f"[bold]{told['policy']}[/bold]: {told['reason']}."
-        )
-    else:
+    if found is None:
         console.print("One rank: nothing to share, nothing to send.")
-
-
-def _measure() -> float:
-    """GB/s between the ranks that were launched for it."""
-    from piflux.doctor import measure_link
-
-    device = join()
-    assert dist.group.WORLD is not None, "launched with torchrun's environment"
-    return measure_link(dist.group.WORLD, device)
+    else:
+        console.print(
+            f"For {name} at {width} x {height} on {count} ranks, --policy auto is "
+            f"[bold]{found.choice.policy}[/bold]: {found.choice.reason}.",
+            soft_wrap=True,
+        )
 
 
 # --- arguments -----------------------------------------------------------------------------------
@@ -307,6 +362,27 @@ def _settings(policy: str, sync_steps: str, refresh_every: int | None) -> dict[s
     except ValueError as error:
         raise typer.BadParameter(f"--policy: {error}") from None
     return settings
+
+
+def _config(model: str) -> dict[str, Any]:
+    """Of the pipeline's transformer, which must be FLUX's."""
+    _check_model(model)
+    folder = MODEL if model == "demo" else Path(model)
+    path = folder / "transformer" / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        kind = config["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise typer.BadParameter(
+            f"--model {model}: {path} is not the config of a transformer, which save_pretrained "
+            "writes"
+        ) from None
+    if kind != "FluxTransformer2DModel":
+        raise typer.BadParameter(
+            f"--model {model}: its transformer is a {kind}, and only FLUX's inputs are known "
+            "without a call. Name a --policy, and ask piflux.explain(pipe) after one"
+        )
+    return config
 
 
 def _check_model(model: str) -> None:

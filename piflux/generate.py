@@ -21,8 +21,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import piflux
 from piflux.clock import StepClock, synchronize
+from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.doctor import decide
 from piflux.errors import CannotLoad, CannotSave
 from piflux.launch import is_first, join
+from piflux.schedule import Policy
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def generate(request: Request) -> Made | None:
     pipe, call = load(request.model, device)
     settings, reason = dict(request.settings), None
     if settings["policy"] == "auto":
-        settings["policy"], reason = _chosen(pipe, request)
+        settings["policy"], reason = _chosen(pipe.transformer, device, ranks, request)
     pipe = piflux.parallelize(pipe, **settings)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
@@ -130,6 +133,11 @@ def generate(request: Request) -> Made | None:
     return Made(request.model, name, ranks, settings, reason, tuple(pictures))
 
 
+def text_tokens(model: str) -> int:
+    """Of a prompt, padding included: what the pipelines of FLUX pass to its transformer."""
+    return TEXT_TOKENS if model == "demo" else 512
+
+
 def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline on `device`, and what its call needs beside what a user says.
 
@@ -137,8 +145,6 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
         CannotLoad: the folder holds no pipeline that can be loaded.
     """
     from diffusers import DiffusionPipeline
-
-    from piflux.demo import TEXT_TOKENS, demo_pipeline
 
     _quiet()
     if model == "demo":
@@ -162,16 +168,21 @@ def _quiet() -> None:
         library.utils.logging.disable_progress_bar()
 
 
-def _chosen(pipe: Any, request: Request) -> tuple[str, str]:
-    from piflux.doctor import choose_here
-    from piflux.groups import resolve_group
-    from piflux.runtime.ranks import ProcessRanks
-
-    ranks = resolve_group(None)
-    if not isinstance(ranks, ProcessRanks) or ranks.size == 1:
-        return "gather", "one rank has nothing to gather"
-    tokens = request.size[0] * request.size[1] // 256 + 512
-    return choose_here(dict(pipe.transformer.config), tokens, ranks.group)
+def _chosen(
+    transformer: Any, device: torch.device, ranks: int, request: Request
+) -> tuple[Policy, str]:
+    """The policy that suits a FLUX on these ranks, and why; the same on all of them."""
+    if ranks == 1:
+        return "gather", "one rank has all keys and values"
+    _, choice = decide(
+        transformer.config,
+        device,
+        width=request.size[0],
+        height=request.size[1],
+        text_tokens=text_tokens(request.model),
+        dtype=transformer.dtype,
+    )
+    return choice.policy, choice.reason
 
 
 @contextlib.contextmanager

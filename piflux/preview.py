@@ -77,12 +77,12 @@ def preview(
         nn.Module.to(model, dtype)  # the model's own warns of parts that FLUX doesn't have
         inputs = _inputs(config, width, height, text_tokens, dtype)
 
-    def step() -> Any:
-        return model(**inputs, return_dict=False)
+    def step(**kwargs: Any) -> Any:
+        return model(**kwargs, return_dict=False)
 
     try:
         with torch.no_grad():
-            torch.compile(step, backend=keep, fullgraph=True, dynamic=False)()
+            torch.compile(step, backend=keep, fullgraph=True, dynamic=False)(**inputs)
     finally:
         # Dynamo would keep the graph for good, and count it as one of the next preview's.
         torch._dynamo.eval_frame.reset_code(step.__code__)

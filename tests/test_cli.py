@@ -14,11 +14,12 @@ import psutil
 import pytest
 import torch
 from PIL import Image
+from test_cost import CONFIG
 from typer.testing import CliRunner
 
 from piflux import cli
-from piflux.bench import FLUX_DEV
-from piflux.doctor import choose_policy, step_times
+from piflux.cost import Choice, Rates
+from piflux.doctor import Examined, Link, examine
 from piflux.errors import CannotSave, RankFailed
 from piflux.generate import numbered
 from piflux.launch import launch
@@ -68,7 +69,7 @@ def test_two_ranks_draw_several_prompts(tmp_path):
     record = json.loads(done.stdout)
     assert record["ranks"] == 2
     assert record["settings"]["policy"] in ("gather", "displaced", "rotate")
-    assert "of a step's computing" in record["reason"]
+    assert "keys and values travel" in record["reason"]
     assert all(picture["total_s"] > picture["step_s"] > 0 for picture in record["pictures"])
     names = [Path(picture["path"]).name for picture in record["pictures"]]
     assert names == ["x-1.png", "x-2.png"]
@@ -178,14 +179,53 @@ def test_more_ranks_than_gpus(monkeypatch):
 # ------------------------------------------------------------------------------ explain and doctor
 
 
-def test_explain_runs_no_step():
-    result = invoke("explain", "--ranks=4", "--policy=displaced", "--json", "--size=64x64")
+@pytest.fixture
+def small(monkeypatch):
+    """Three blocks in place of the demo's ten."""
+    monkeypatch.setattr(cli, "_config", lambda model: CONFIG)
+
+
+@pytest.mark.usefixtures("small")
+def test_explain_as_data():
+    rates = ("--link=2", "--linear-tflops=1", "--attention-tflops=0.5")
+    result = invoke("explain", "--ranks=4", "--size=64x64", "--policy=displaced", "--json", *rates)
     assert result.exit_code == 0, result.output
-    (graph,) = json.loads(result.stdout)
-    assert graph["schedule"]["policy"] == "displaced"
-    assert graph["schedule"]["world_size"] == 4
-    assert graph["attentions"] == 10
-    assert "attentions rewritten   10" in invoke("explain", "--size=64x64").output
+    record = json.loads(result.stdout)
+    report = record["report"]
+    assert (report["schedule"]["policy"], report["schedule"]["world_size"]) == ("displaced", 4)
+    assert report["attentions"] == 3
+    assert report["sync_bytes"] == report["steady_bytes"] > 0
+    shards = [b for b in report["boundaries"] if b["verb"] == "shard"]
+    assert [16] in [b["lengths"] for b in shards] and [4] in [b["part_lengths"] for b in shards]
+    assert record["rates"] == {"linear_tflops": 1.0, "attention_tflops": 0.5, "link_gbs": 2.0}
+    waited = record["predicted"]["sync_s"] - record["predicted"]["steady_s"]
+    assert 0 < waited <= report["sync_bytes"] / 2e9
+    assert record["choice"]["policy"] in ("gather", "displaced", "rotate")
+
+
+def test_explain_as_text():
+    result = invoke("explain", "--size=64x64")
+    assert result.exit_code == 0, result.output
+    assert "rotate on 2 ranks, sync at 0, 3, predicted between" in result.output
+    assert "attentions rewritten   10" in result.output
+    assert "shard %hidden_states dim 1: 16 -> 8 tokens" in words(result)
+    assert "predicted: " not in result.output  # no link, no time
+
+
+@pytest.mark.usefixtures("small")
+def test_explain_of_a_schedule_in_a_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"policy": "displaced", "sync_steps": [0, 2], "order": 0}))
+    result = invoke("explain", "--size=64x64", f"--policy={path}")
+    assert "displaced on 2 ranks, sync at 0, 2\n" in result.output
+
+
+@pytest.mark.usefixtures("small")
+def test_explain_of_too_few_tokens():
+    result = invoke("explain", "--ranks=8", "--size=32x32")
+    assert result.exit_code == 1
+    assert "Error: " in result.output and "node: %" in result.output
+    assert "Traceback" not in result.output
 
 
 def test_explain_wants_a_policy():
@@ -194,31 +234,56 @@ def test_explain_wants_a_policy():
     assert "ask doctor" in words(result)
 
 
+@pytest.mark.parametrize("command", ["explain", "generate x --policy=auto"])
+def test_only_flux_is_known_without_a_call(tmp_path, command):
+    (tmp_path / "model_index.json").write_text("{}")
+    result = invoke(*command.split(), f"--model={tmp_path}")
+    assert result.exit_code == 2
+    assert "config.json is not the config of a transformer" in words(result)
+    (tmp_path / "transformer").mkdir()
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    result = invoke(*command.split(), f"--model={tmp_path}")
+    assert result.exit_code == 2
+    assert "its transformer is a SD3Transformer2DModel, and only FLUX's" in words(result)
+
+
+FOUND = Examined(
+    (Link((0, 1), None, 1.5),),
+    Rates(0.1, 0.2, 1.25),
+    Choice("displaced", "because", 0.01, 0.03),
+)
+
+
 @on_cpu
-def test_doctor():
+def test_doctor(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "launch", lambda *arguments: asked.append(arguments) or FOUND)
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["torch"] == torch.__version__
-    assert found["gpus"] == []
-    assert found["advice"]["link_gbs"] > 0
-    assert found["advice"]["policy"] in ("gather", "displaced", "rotate")
+    record = json.loads(result.stdout)
+    assert record["links"] == [{"ranks": [0, 1], "peer_access": None, "gbs": 1.5}]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["choice"]["policy"] == "displaced"
+    assert record["devices"] == [] and record["cores"] >= 1 and record["memory_gib"] > 0.1
+    assert asked[0][:2] == (examine, 2)
+    result = invoke("doctor")
+    assert "link 0-1 1.5 GB/s" in words(result)
+    assert "on 2 ranks, --policy auto is displaced: because." in words(result)
+    assert "nothing to share" in invoke("doctor", "--ranks=1").output
 
 
-def test_the_policy_is_the_freshest_that_hides():
-    for sent_s, policy in [(0.04, "gather"), (0.3, "displaced"), (0.9, "rotate")]:
-        chosen, reason = choose_policy(sent_s, 1.0)
-        assert chosen == policy
-        assert f"{sent_s:.1%}" in reason
+def test_ranks_examine_alike(ranks):
+    """Links, kernels and choice, measured by two real ranks: one answer for both."""
+    one, other = ranks(2, examine_small)
+    assert one == other
+    (link,) = one.links
+    assert link.ranks == (0, 1) and link.peer_access is None and 0 < link.gbs < 1000
+    assert one.choice.reason.startswith("keys and values travel")
 
 
-def test_times_of_flux_dev_on_two_gpus():
-    """28 MB a layer and rank; 74.4 TFLOP a step."""
-    sent_s, compute_s = step_times(FLUX_DEV, 4608, 2, 656.0, 200.0, 2)
-    assert sent_s == pytest.approx(57 * 28.3e6 / 200e9, rel=0.01)
-    assert compute_s == pytest.approx(74.4e12 / 2 / 656e12, rel=0.01)
-    assert choose_policy(sent_s, compute_s)[0] == "displaced"
-    assert choose_policy(10 * sent_s, compute_s)[0] == "rotate"
+def examine_small(rank, group):
+    return examine(CONFIG, {"width": 64, "height": 64, "text_tokens": 6, "dtype": torch.float32})
 
 
 def test_without_its_packages_the_command_says_what_to_install():
