@@ -30,6 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from piflux import options
 from piflux.clock import between, mark, synchronize
 from piflux.doctor import measure_rates
 
@@ -438,13 +439,9 @@ def bench(
 ) -> None:
     """Time the denoise loop of FLUX.1-dev's architecture with random weights, row by row."""
     on_gpu = torch.cuda.is_available()
-    available = torch.cuda.device_count() if on_gpu else None
-    ranks = (available or 2) if ranks is None else ranks
-    for name, size in (("--height", height), ("--width", width)):
-        if size <= 0 or size % 16:
-            raise typer.BadParameter(f"{name} must be a positive multiple of 16, got {size}")
-    if available is not None and ranks > available:
-        raise typer.BadParameter(f"--ranks {ranks}: there are {available} GPUs here")
+    ranks = options.ranks(ranks)
+    options.check_side("--height", height)
+    options.check_side("--width", width)
     names = row or [name for name in ROWS if on_gpu or not ROWS[name].needs_gpu]
     for name in names:
         if name not in ROWS:

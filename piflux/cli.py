@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from dataclasses import asdict
@@ -18,18 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from piflux import options
 from piflux.__main__ import INTERRUPTED
 from piflux.bench import FLUX_DEV, bench
 from piflux.cost import Rates, choose, modelled_cost
-from piflux.demo import MODEL
 from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
 from piflux.errors import PifluxError
 from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
 from piflux.launch import cores, is_first, is_joined, launch
+from piflux.options import ModelOption, RefreshOption, SyncStepsOption
 from piflux.preview import preview
 from piflux.quality import quality
-from piflux.schedule import Schedule, read_settings
+from piflux.schedule import Schedule
 
 
 class Commands(TyperGroup):
@@ -70,15 +70,11 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(quality)
 
-Model = Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")]
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="Default: the GPUs here, else 2; torchrun's under it.")
 ]
 PolicyOption = Annotated[
     str, typer.Option(help="gather, rotate, displaced, auto, or a file from quality --tune.")
-]
-SyncSteps = Annotated[
-    str, typer.Option(help="Steps that gather everything, '0,3', or how many first ones.")
 ]
 Size = Annotated[
     str | None,
@@ -90,11 +86,11 @@ Size = Annotated[
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file instead, one a line.")] = None,
-    model: Model = "demo",
+    model: ModelOption = "demo",
     ranks: Ranks = None,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncSteps = "0,3",
-    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync_steps: SyncStepsOption = "0,3",
+    refresh_every: RefreshOption = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -109,16 +105,17 @@ def generate(
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
 ) -> None:
     """Draw pictures on several ranks, launched here or by torchrun."""
-    texts = _prompts(prompt, prompts)
-    count = _ranks(ranks)
-    width, height = _size(size, model)
-    settings = _settings(policy, sync_steps, refresh_every)
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give a prompt, or a file of them with --prompts")
+    texts = options.prompts(prompts) if prompts is not None else [str(prompt)]
+    count = options.ranks(ranks)
+    settings = options.settings(policy, sync_steps, refresh_every)
     settings["inner"] = inner or ("inductor" if torch.cuda.is_available() else "eager")
     if settings["inner"] not in ("inductor", "eager"):
         raise typer.BadParameter(f"--inner {inner}: 'inductor' or 'eager'")
-    _check_model(model)
+    options.check_model(model)
     if policy == "auto":
-        _config(model)  # known to be one whose steps can be counted
+        options.flux_config(model)  # known to be one whose steps can be counted
     if out.suffix.lower() != ".png":
         raise typer.BadParameter(f"--out {out}: pictures are written as .png")
     if not out.parent.is_dir():
@@ -131,7 +128,7 @@ def generate(
         paths=numbered(out, len(texts)),
         settings=settings,
         steps=steps,
-        size=(width, height),
+        size=options.size(size, model),
         seed=seed,
         guidance=guidance,
     )
@@ -161,11 +158,11 @@ def generate(
 
 @app.command()
 def explain(
-    model: Model = "demo",
+    model: ModelOption = "demo",
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncSteps = "0,3",
-    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync_steps: SyncStepsOption = "0,3",
+    refresh_every: RefreshOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
     link: Annotated[
@@ -188,9 +185,9 @@ def explain(
     """
     if policy == "auto":
         raise typer.BadParameter("--policy auto is chosen on the ranks: name one, or ask doctor")
-    width, height = _size(size, model)
-    settings = _settings(policy, sync_steps, refresh_every)
-    config = _config(model)
+    width, height = options.size(size, model)
+    settings = options.settings(policy, sync_steps, refresh_every)
+    config = options.flux_config(model)
     tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
     foreseen = preview(
         config,
@@ -245,19 +242,19 @@ def doctor(
 
     The policy is for FLUX.1-dev at 1024 x 1024 where there are GPUs, else for the demo's model.
     """
-    gpus, count = devices(), _ranks(ranks)
+    gpus, count = devices(), options.ranks(ranks)
     name = "FLUX.1-dev" if gpus else "demo"
-    width, height = _size(None, name)
+    width, height = options.size(None, name)
     found: Examined | None = None
     if count > 1:
-        options = {
+        asked = {
             "width": width,
             "height": height,
             "text_tokens": text_tokens(name),
             "dtype": torch.bfloat16 if gpus else torch.float32,
         }
-        config = FLUX_DEV if gpus else _config("demo")
-        found = examine(config, options) if is_joined() else launch(examine, count, config, options)
+        config = FLUX_DEV if gpus else options.flux_config("demo")
+        found = examine(config, asked) if is_joined() else launch(examine, count, config, asked)
     if not is_first():
         return
     if json_:
@@ -297,101 +294,4 @@ def doctor(
             f"For {name} at {width} x {height} on {count} ranks, --policy auto is "
             f"[bold]{found.choice.policy}[/bold]: {found.choice.reason}.",
             soft_wrap=True,
-        )
-
-
-# --- arguments -----------------------------------------------------------------------------------
-
-
-def _prompts(prompt: str | None, prompts: Path | None) -> list[str]:
-    if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give a prompt, or a file of them with --prompts")
-    if prompts is None:
-        assert prompt is not None
-        return [prompt]
-    if not prompts.is_file():
-        raise typer.BadParameter(f"--prompts {prompts}: no such file")
-    texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    if not texts:
-        raise typer.BadParameter(f"--prompts {prompts}: no prompt in it")
-    return texts
-
-
-def _ranks(ranks: int | None) -> int:
-    gpus = torch.cuda.device_count()
-    if is_joined():
-        there = int(os.environ["WORLD_SIZE"])
-        if ranks not in (None, there):
-            raise typer.BadParameter(f"--ranks {ranks}: torchrun started {there}")
-        return there
-    count = ranks or gpus or 2
-    if gpus and count > gpus:
-        raise typer.BadParameter(f"--ranks {count}: there are {gpus} GPUs here")
-    return count
-
-
-def _size(size: str | None, model: str) -> tuple[int, int]:
-    from piflux.demo import IMAGE_SIZE
-
-    default = IMAGE_SIZE if model == "demo" else 1024
-    if size is None:
-        return default, default
-    found = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not found:
-        raise typer.BadParameter(f"--size {size}: write width x height, as in 1024x768")
-    width, height = (int(text) for text in found.groups())
-    if not width or not height or width % 16 or height % 16:
-        raise typer.BadParameter(f"--size {size}: both must be multiples of 16")
-    return width, height
-
-
-def _settings(policy: str, sync_steps: str, refresh_every: int | None) -> dict[str, Any]:
-    words = sync_steps.split(",")
-    if not all(word.isdigit() for word in words):
-        raise typer.BadParameter(f"--sync-steps {sync_steps}: write 2, or steps as in 0,3")
-    steps = int(sync_steps) if len(words) == 1 else tuple(int(word) for word in words)
-    settings: dict[str, Any] = {
-        "policy": policy,
-        "sync_steps": steps,
-        "refresh_every": refresh_every,
-    }
-    try:
-        if policy.endswith(".json"):
-            settings |= read_settings(policy)
-        Schedule(**(settings | ({"policy": "rotate"} if policy == "auto" else {})))
-    except ValueError as error:
-        raise typer.BadParameter(f"--policy: {error}") from None
-    return settings
-
-
-def _config(model: str) -> dict[str, Any]:
-    """Of the pipeline's transformer, which must be FLUX's."""
-    _check_model(model)
-    folder = MODEL if model == "demo" else Path(model)
-    path = folder / "transformer" / "config.json"
-    try:
-        config = json.loads(path.read_text())
-        kind = config["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise typer.BadParameter(
-            f"--model {model}: {path} is not the config of a transformer, which save_pretrained "
-            "writes"
-        ) from None
-    if kind != "FluxTransformer2DModel":
-        raise typer.BadParameter(
-            f"--model {model}: its transformer is a {kind}, and only FLUX's inputs are known "
-            "without a call. Name a --policy, and ask piflux.explain(pipe) after one"
-        )
-    return config
-
-
-def _check_model(model: str) -> None:
-    if model == "demo":
-        return
-    if not Path(model).is_dir():
-        raise typer.BadParameter(f"--model {model}: no such folder")
-    if not (Path(model) / "model_index.json").is_file():
-        raise typer.BadParameter(
-            f"--model {model}: no pipeline there: it has no model_index.json, which "
-            "save_pretrained writes"
         )

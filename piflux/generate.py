@@ -141,17 +141,25 @@ def text_tokens(model: str) -> int:
 def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline on `device`, and what its call needs beside what a user says.
 
+    Args:
+        model: 'demo', a folder, or a hub id.
+        device: on a GPU it is loaded in bfloat16, elsewhere in float32.
+
     Raises:
         CannotLoad: the folder holds no pipeline that can be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
     _quiet()
     if model == "demo":
         return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
+    # Before it had its new name, the new one was taken for an unknown argument and left aside.
+    name = "dtype" if version >= (0, 40) else "torch_dtype"
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device), {}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
+        return pipe.to(device), {}
     except Exception as error:  # whatever diffusers trips over in a broken folder
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         said = lines[-1] if lines else "it said nothing"

@@ -33,7 +33,11 @@ from torch import Tensor
 
 import piflux
 from piflux.cost import Cost, measured_cost, modelled_cost
+from piflux.demo import PROMPTS
+from piflux.generate import load
 from piflux.lpips import LPIPS
+from piflux.options import ModelOption, check_model, check_side, default_side, setting
+from piflux.options import prompts as prompts_of
 from piflux.schedule import Schedule
 
 VARIANTS = (
@@ -86,20 +90,12 @@ class Variant:
                     f"{text!r}: {word!r} is no setting; write setting=value with one of "
                     f"{', '.join(sorted(known))}"
                 )
-            options[name] = _value(value)
+            options[name] = setting(value)
         try:
             Schedule(**options)
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
         return cls(" ".join([policy, *words]), options)
-
-
-def _value(text: str) -> Any:
-    """'3' -> 3, '0,3' -> (0, 3), 'recompute' -> 'recompute'."""
-    values = tuple(
-        int(word) if word.lstrip("-").isdigit() else word for word in text.split(",") if word
-    )
-    return values if "," in text else values[0] if values else text
 
 
 @dataclass(frozen=True)
@@ -465,7 +461,7 @@ def _pyplot() -> Any:
 
 
 def quality(
-    model: Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")] = "demo",
+    model: ModelOption = "demo",
     variant: Annotated[
         list[str] | None,
         typer.Option(help="Repeatable: 'rotate sync_steps=0,3 order=0'. Default: several."),
@@ -505,14 +501,17 @@ def quality(
             raise typer.BadParameter(f"--variant {error}") from None
     rank_counts = ranks or [2, 4]
     timed = None if bench is None else _timed(bench, variants, rank_counts, steps)
-    pipe, texts, call, side = _subject(model, prompts, size, guidance)
-    texts = texts[:count]
-    call |= {"num_inference_steps": steps, "height": side, "width": side}
+    check_model(model)
+    side = default_side(model) if size is None else size
+    check_side("--size", side, least=64)  # LPIPS sees nothing smaller
+    texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
-    pipe = pipe.to(device)
+    pipe, call = load(model, torch.device(device))
     pipe.set_progress_bar_config(disable=True)
+    call |= {"num_inference_steps": steps, "height": side, "width": side}
+    call["guidance_scale"] = guidance
 
     console = Console(stderr=json_)
     seeds = list(range(seed, seed + len(texts)))
@@ -631,32 +630,6 @@ def _timed(
     except (KeyError, TypeError):
         raise typer.BadParameter(f"--bench {bench}: not what piflux.bench writes") from None
     return record
-
-
-def _subject(
-    model: str, prompts: Path | None, size: int | None, guidance: float
-) -> tuple[Any, list[str], dict[str, Any], int]:
-    """The pipeline, what it is to draw, arguments for its call, and pixels a side."""
-    if prompts is not None and not prompts.is_file():
-        raise typer.BadParameter(f"--prompts {prompts}: no such file")
-    if model != "demo" and not Path(model).is_dir():
-        raise typer.BadParameter(f"--model {model}: no such folder")
-    from diffusers import FluxPipeline
-
-    from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
-
-    side = size if size is not None else IMAGE_SIZE if model == "demo" else 1024
-    if side < 64 or side % 16:
-        raise typer.BadParameter(f"--size must be a multiple of 16 from 64 on, got {side}")
-    call: dict[str, Any] = {"guidance_scale": guidance}
-    texts = list(PROMPTS)
-    if prompts is not None:
-        texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-        if not texts:
-            raise typer.BadParameter(f"--prompts {prompts}: no prompt in it")
-    if model == "demo":
-        return demo_pipeline(), texts, call | {"max_sequence_length": TEXT_TOKENS}, side
-    return FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16), texts, call, side
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from PIL import Image
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
-from piflux import cli
+from piflux import cli, options
 from piflux.cost import Choice, Rates
 from piflux.doctor import Examined, Link, examine
 from piflux.errors import CannotSave, RankFailed
@@ -130,13 +130,14 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["--prompts=/dev/null"], "no such file"),
         (["x", "--model=./no/such/folder"], "no such folder"),
         (["x", "--model=tests"], "no model_index.json"),
-        (["x", "--size=100x64"], "multiples of 16"),
-        (["x", "--size=0x64"], "multiples of 16"),
+        (["x", "--size=100x64"], "--size must be a multiple of 16 from 16 on, got 100"),
+        (["x", "--size=64x0"], "multiple of 16 from 16 on, got 0"),
         (["x", "--size=big"], "write width x height"),
         (["x", "--ranks=0"], "--ranks"),
         (["x", "--policy=warp"], "unknown policy 'warp'"),
         (["x", "--policy=no.json"], "not a file of settings"),
-        (["x", "--sync-steps=-1"], "--sync-steps"),
+        (["x", "--sync-steps=-1"], "sync_steps must be an integer >= 0, or several of them"),
+        (["x", "--sync-steps=0,two"], "got (0, 'two')"),
         (["x", "--steps=0"], "--steps"),
         (["x", "--inner=magic"], "'inductor' or 'eager'"),
         (["x", "--out=./no/folder/x.png"], "there is no folder"),
@@ -182,7 +183,7 @@ def test_more_ranks_than_gpus(monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Three blocks in place of the demo's ten."""
-    monkeypatch.setattr(cli, "_config", lambda model: CONFIG)
+    monkeypatch.setattr(options, "flux_config", lambda model: CONFIG)
 
 
 @pytest.mark.usefixtures("small")
