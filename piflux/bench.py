@@ -1,4 +1,4 @@
-"""`python -m piflux.bench`: milliseconds a denoise step, piflux beside one GPU and beside peers.
+"""`piflux bench`: milliseconds a denoise step, piflux beside one GPU and beside peers.
 
 Every row runs in processes and a process group of its own, one row after the other, and all rows of
 a call share weights, inputs and link, so their ratios mean something where absolute times drift.
@@ -63,7 +63,6 @@ LINKS = {
 """NCCL's environment for each link: as it is, as without peer access, as between hosts."""
 
 ROW_TIMEOUT_S = 1800
-WORKER = "worker"
 
 Model = Callable[..., Any]
 Generation = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -360,7 +359,7 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
         out = Path(folder) / "result.json"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={settings.ranks}", "-m", "piflux.bench", WORKER),
+            *(f"--nproc_per_node={settings.ranks}", "-m", "piflux.bench"),
             *(json.dumps(asdict(settings)), str(out)),
         ]
         environment = os.environ | LINKS[link] | {"OMP_NUM_THREADS": "1"}
@@ -468,7 +467,7 @@ def bench(
     chart(results, floor, title, out / "bench.png")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "piflux.bench", *sys.argv[1:]]),
+        "command": shlex.join(["piflux", *sys.argv[1:]]),
         "hardware": where,
         "link": link,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
@@ -506,7 +505,4 @@ def worker(settings: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [WORKER]:
-        worker(*sys.argv[2:])
-    else:
-        typer.run(bench)
+    worker(*sys.argv[1:])

@@ -156,7 +156,7 @@ def modelled_cost(
 
 
 def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> Cost:
-    """From what `piflux.bench` measured, with its model, size and machine, for an image of `steps`.
+    """From what `piflux bench` measured, with its model, size and machine, for an image of `steps`.
 
     One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
     recomputed one is one rank's; any other step is the median of the row named like the policy.

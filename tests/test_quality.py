@@ -1,4 +1,4 @@
-"""LPIPS, and what `piflux.quality` measures and writes."""
+"""LPIPS, and what `piflux quality` measures and writes."""
 
 import importlib.util
 import json
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
-from piflux import quality as module_under_test
+from piflux import drift
+from piflux.charts import markdown
 from piflux.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
-from piflux.lpips import LPIPS, WEIGHTS
-from piflux.quality import (
+from piflux.drift import (
     BEST_DB,
     Drawn,
     Row,
@@ -27,12 +27,12 @@ from piflux.quality import (
     compare,
     draw,
     encode,
-    markdown,
     measure,
-    quality,
     summary,
     tune,
 )
+from piflux.lpips import LPIPS, WEIGHTS
+from piflux.quality import quality
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -252,7 +252,7 @@ def test_measured_cost_in_the_command(tmp_path):
     arguments += [f"--out={tmp_path}", f"--bench={bench}"]
     for content, said in (
         ("{", "Expecting property name"),
-        ("{}", "not what piflux.bench writes"),
+        ("{}", "not what piflux bench writes"),
         (json.dumps(timed(("eager", 1, [20.0], None))), "did not measure 'gather' on 2 ranks"),
     ):
         bench.write_text(content)
@@ -301,7 +301,7 @@ def test_the_command(tmp_path):
 
 
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(module_under_test, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
