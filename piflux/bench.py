@@ -363,15 +363,20 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
             *(json.dumps(asdict(settings)), str(out)),
         ]
         environment = os.environ | LINKS[link] | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=ROW_TIMEOUT_S
-            )
+            printed, errors = process.communicate(timeout=ROW_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return Result(settings.row, settings.ranks, error=f"no end after {ROW_TIMEOUT_S} s")
-        if done.returncode != 0 or not out.exists():
-            log.write_text(done.stdout + done.stderr)
-            return Result(settings.row, settings.ranks, error=f"{_error(done.stderr)} ({log})")
+        finally:
+            # Killed, torchrun would leave its ranks behind; asked to end, it ends them.
+            process.terminate()
+            process.communicate()
+        if process.returncode != 0 or not out.exists():
+            log.write_text(printed + errors)
+            return Result(settings.row, settings.ranks, error=f"{_error(errors)} ({log})")
         return Result(**json.loads(out.read_text()))
 
 

@@ -381,6 +381,23 @@ def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
     assert log.count("interrupted") == 1
 
 
+def test_a_benchmark_is_interrupted(tmp_path: Path) -> None:
+    """torchrun and its ranks, which the command started, end with it."""
+    options = ("--row=rotate", "--steps=9999", "--height=64", "--width=64", f"--out={tmp_path}")
+    process = start(tmp_path, "-m", "piflux", "bench", *options)
+
+    def started() -> bool:
+        commands = [" ".join(child.cmdline()) for child in family_of(process)]
+        return sum("piflux.bench" in command for command in commands) >= 3
+
+    wait_for(started, process, tmp_path)
+    family = family_of(process)
+    process.terminate()
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
 def test_a_rank_that_dies(tmp_path: Path) -> None:
     process = start_gathering(tmp_path)
     wait_for(gathered(tmp_path), process, tmp_path)
