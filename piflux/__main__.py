@@ -16,6 +16,7 @@ def main() -> None:
             f"piflux's command line needs the package {error.name!r}: pip install 'piflux[demo]'"
         )
     except KeyboardInterrupt:  # importing takes seconds
+        print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     app()
 

@@ -125,10 +125,9 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
 
 
 def _rank(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    # Python's own handlers would run only after a collective that may never end.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    # Python's own handler would run only after a collective that may never end. SIGINT stays
+    # blocked: whoever started the rank gets a terminal's Ctrl-C as well, and ends it.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return function(*args)
 
 

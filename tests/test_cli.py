@@ -359,12 +359,16 @@ def ended(process: subprocess.Popen, family: list[psutil.Process], folder: Path)
     return log
 
 
-def test_sigterm_while_ranks_gather(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_interrupted_while_ranks_gather(tmp_path: Path, how: str) -> None:
     process = start_gathering(tmp_path)
     wait_for(gathered(tmp_path), process, tmp_path)
     family = family_of(process)
     assert len(ranks_of(process)) == 2
-    process.terminate()
+    if how == "SIGTERM":
+        process.terminate()
+    else:  # a terminal sends it to the ranks as well
+        os.killpg(process.pid, signal.SIGINT)
     log = ended(process, family, tmp_path)
     assert process.returncode == 130, log
     assert log.count("interrupted") == 1
