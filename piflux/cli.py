@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 from dataclasses import asdict
@@ -22,7 +21,7 @@ from piflux.__main__ import INTERRUPTED
 from piflux.bench import FLUX_DEV, bench
 from piflux.cost import Rates, choose, modelled_cost
 from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
-from piflux.errors import PifluxError
+from piflux.errors import PifluxError, plain
 from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
 from piflux.launch import cores, is_first, is_joined, launch
@@ -44,7 +43,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PifluxError as error:
-            _say(f"Error: {error}")
+            _say(f"Error: {plain(str(error))}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _say("interrupted")
@@ -116,19 +115,15 @@ def generate(
     options.check_model(model)
     if policy == "auto":
         options.flux_config(model)  # known to be one whose steps can be counted
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--out {out}: pictures are written as .png")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise typer.BadParameter(f"--out {out}: the folder {out.parent} can't be written to")
+    width, height = options.size(size, model)
+    options.check_tokens(count, width, height, text_tokens(model))
     request = Request(
         model=model,
         prompts=tuple(texts),
-        paths=numbered(out, len(texts)),
+        paths=numbered(options.picture(out), len(texts)),
         settings=settings,
         steps=steps,
-        size=options.size(size, model),
+        size=(width, height),
         seed=seed,
         guidance=guidance,
     )
@@ -188,6 +183,7 @@ def explain(
     width, height = options.size(size, model)
     settings = options.settings(policy, sync_steps, refresh_every)
     config = options.flux_config(model)
+    options.check_tokens(ranks, width, height, text_tokens(model))
     tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
     foreseen = preview(
         config,

@@ -64,6 +64,11 @@ class RankFailed(PifluxError):
     """A rank raised, died or has nothing to run on; the others were ended."""
 
 
+def plain(message: str) -> str:
+    """Without the advice that Dynamo adds to what a backend raises."""
+    return message.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()
+
+
 def describe_op(node: fx.Node) -> str:
     """How the user's code spells the operation: `torch.cat`, `Tensor.reshape`, `placeholder`."""
     if node.op == "call_method":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import piflux.errors
-from piflux.errors import RankFailed
+from piflux.errors import RankFailed, plain
 from piflux.groups import resolve_group
 
 START_S = 2.0
@@ -140,7 +140,7 @@ def _tell(rank: int, failure: Any) -> str:
         return f"rank {rank} ended with exit code {failure.exitcode}"
     kind, _, text = recorded["message"].partition(": ")
     if hasattr(piflux.errors, kind):
-        return text
+        return plain(text)
     what = next((x for x in recorded["message"].splitlines() if x.strip()), kind)
     frames = re.findall(
         r'File "([^"]+)", line (\d+), in (\S+)', recorded["extraInfo"]["py_callstack"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,3 +134,44 @@ def ranks(asked: int | None) -> int:
             "ranks run on CPUs"
         )
     return count
+
+
+def check_tokens(ranks: int, width: int, height: int, text: int) -> None:
+    """Refuses more ranks than tokens to share: each segment is cut into as many parts."""
+    image = width * height // 256
+    if ranks > min(image, text):
+        raise typer.BadParameter(
+            f"--ranks {ranks}: a picture of {width} x {height} has {image} tokens and a prompt "
+            f"{text}; each needs as many as there are ranks"
+        )
+
+
+def picture(path: Path) -> Path:
+    """Where a PNG can be written."""
+    if path.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--out {path}: pictures are written as .png")
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"--out {path}: there is no folder {path.parent}")
+    _try_to_write(path, path.parent)
+    return path
+
+
+def folder(path: Path) -> Path:
+    """Where files can be written; made if it isn't there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"--out {path}: can't be made: {error.strerror}") from None
+    _try_to_write(path, path)
+    return path
+
+
+def _try_to_write(option: Path, folder: Path) -> None:
+    """To find out now, not when the work is done."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--out {option}: {folder} can't be written to: {error.strerror}"
+        ) from None

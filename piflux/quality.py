@@ -24,7 +24,7 @@ from piflux.cost import measured_cost
 from piflux.demo import PROMPTS
 from piflux.drift import CANDIDATES, Variant, measure, summary, tune
 from piflux.generate import load
-from piflux.options import ModelOption, check_model, check_side, default_side
+from piflux.options import ModelOption, check_model, check_side, default_side, folder
 from piflux.options import prompts as prompts_of
 from piflux.schedule import Schedule
 
@@ -84,6 +84,7 @@ def quality(
     side = default_side(model) if size is None else size
     check_side("--size", side, least=64)  # LPIPS sees nothing smaller
     texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
+    folder(out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
@@ -136,7 +137,6 @@ def quality(
         "summary": summary(rows),
         "rows": [asdict(row) for row in rows],
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "quality.md").write_text(markdown(rows))
     contact_sheet(texts[:8], one, rows, drawn).save(out / "sheet.png")
@@ -169,7 +169,6 @@ def _tune(
     options: dict[str, Any],
 ) -> None:
     """A file of settings for each number of ranks."""
-    out.mkdir(parents=True, exist_ok=True)
     for n in rank_counts:
         halves = -(-(len(prompts) // 2) // options["batch"])
         with Progress(console=console) as progress:

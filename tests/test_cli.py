@@ -141,6 +141,8 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--steps=0"], "--steps"),
         (["x", "--inner=magic"], "'inductor' or 'eager'"),
         (["x", "--out=./no/folder/x.png"], "there is no folder"),
+        (["x", "--out=/proc/x.png"], "/proc can't be written to"),
+        (["x", "--ranks=17", "--size=64x64"], "has 16 tokens and a prompt 24; each needs as many"),
         (["x", "--out=x.jpg"], "written as .png"),
     ],
 )
@@ -221,12 +223,19 @@ def test_explain_of_a_schedule_in_a_file(tmp_path):
     assert "displaced on 2 ranks, sync at 0, 2\n" in result.output
 
 
-@pytest.mark.usefixtures("small")
 def test_explain_of_too_few_tokens():
-    result = invoke("explain", "--ranks=8", "--size=32x32")
+    result = invoke("explain", "--ranks=25")
+    assert result.exit_code == 2
+    assert "has 256 tokens and a prompt 24; each needs as many" in words(result)
+
+
+def test_what_the_compiler_refuses(monkeypatch):
+    """In its own words, without a traceback or what Dynamo adds."""
+    monkeypatch.setattr(options, "check_tokens", lambda *_: None)
+    result = invoke("explain", "--ranks=400")
     assert result.exit_code == 1
     assert "Error: " in result.output and "node: %" in result.output
-    assert "Traceback" not in result.output
+    assert "Traceback" not in result.output and "TORCHDYNAMO" not in result.output
 
 
 def test_explain_wants_a_policy():

@@ -336,6 +336,7 @@ def test_tuning_needs_one_budget_and_two_prompts():
         (["--bench=./no/such/file"], "no such file"),
         (["--size=100"], "multiple of 16"),
         (["--size=48"], "multiple of 16 from 64"),
+        (["--out=/proc/none"], "--out /proc/none: can't be made"),
         (["--count=0"], "--count"),
         (["--ranks=1"], "--ranks"),
         (["--steps=0"], "--steps"),
