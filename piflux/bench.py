@@ -467,14 +467,15 @@ def bench(
             results.append(run_row(settings, link, out / f"{name}.log"))
             progress.advance(task)
 
-    title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {link}"
+    over = link if on_gpu else "gloo"
+    title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {over}"
     (out / "bench.md").write_text(markdown(results, floor))
     chart(results, floor, title, out / "bench.png")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["piflux", *sys.argv[1:]]),
         "hardware": where,
-        "link": link,
+        "link": over,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "height": height,
         "width": width,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -262,6 +263,10 @@ def numbered(path: Path, count: int) -> tuple[Path, ...]:
 
 def show(image: Image.Image, console: Console) -> None:
     """The picture in the terminal, by its graphics protocol or half blocks."""
+    terminal = sys.__stdout__
+    if terminal and terminal.isatty() and 0 in os.get_terminal_size(terminal.fileno()):
+        console.print("The picture isn't shown: this terminal doesn't say how large it is.")
+        return
     # Asks the terminal what it can draw as soon as it is imported.
     from textual_image.renderable import Image as TerminalImage
 

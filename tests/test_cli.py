@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
@@ -21,7 +23,7 @@ from piflux import cli, options
 from piflux.cost import Choice, Rates
 from piflux.doctor import Examined, Link, examine
 from piflux.errors import CannotSave, RankFailed
-from piflux.generate import numbered
+from piflux.generate import numbered, show
 from piflux.launch import launch
 
 COMMAND = [sys.executable, "-m", "piflux"]
@@ -74,6 +76,19 @@ def test_two_ranks_draw_several_prompts(tmp_path):
     names = [Path(picture["path"]).name for picture in record["pictures"]]
     assert names == ["x-1.png", "x-2.png"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+
+def test_a_picture_is_shown(capsys):
+    show(Image.new("RGB", (64, 64), "red"), Console(width=90))
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) > 70
+
+
+def test_a_terminal_without_a_size_shows_none(monkeypatch, capsys):
+    """As some containers start theirs."""
+    monkeypatch.setattr(sys, "__stdout__", SimpleNamespace(isatty=lambda: True, fileno=lambda: 1))
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd=1: os.terminal_size((0, 0)))
+    show(Image.new("RGB", (64, 64)), Console(width=90))
+    assert "doesn't say how large it is" in capsys.readouterr().out
 
 
 def test_numbers():
