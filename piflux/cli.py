@@ -21,7 +21,7 @@ from piflux.__main__ import INTERRUPTED
 from piflux.bench import FLUX_DEV, bench
 from piflux.cost import Rates, choose, modelled_cost
 from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
-from piflux.errors import PifluxError, plain
+from piflux.errors import PifluxError, RankFailed, plain
 from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
 from piflux.launch import cores, is_first, is_joined, launch
@@ -43,19 +43,16 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PifluxError as error:
-            _say(f"Error: {plain(str(error))}")
+            if is_first() or isinstance(error, RankFailed):  # the rest fails on every rank alike
+                print(f"Error: {plain(str(error))}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _say("interrupted")
+            if is_first():
+                print("interrupted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         finally:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
-
-
-def _say(message: str) -> None:
-    if is_first():
-        print(message, file=sys.stderr)
 
 
 app = typer.Typer(
