@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -11,16 +10,19 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-import transformers
 import typer
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 import piflux
+from piflux import options
 from piflux.bench import FLUX_DEV, random_flux
-from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.clock import StepClock, synchronize
+from piflux.demo import NOTE, PROMPTS
+from piflux.generate import load, show
+from piflux.launch import own_device
+from piflux.options import RefreshOption, SyncStepsOption
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -61,34 +63,6 @@ class Result:
     note: str
 
 
-class StepClock:
-    """Times denoise steps as a pipeline's `callback_on_step_end`.
-
-    On a GPU a step's end is an event in the stream, read when all is done, so that timing
-    makes the host wait for nothing.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_gpu = device.type == "cuda"
-        self.ends: list[Any] = []
-
-    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
-        if self.on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.ends.append(event)
-        else:
-            self.ends.append(time.perf_counter())
-        return tensors
-
-    def step_ms(self) -> list[float]:
-        """Milliseconds between the ends of consecutive steps; on a GPU, after a synchronise."""
-        pairs = zip(self.ends[:-1], self.ends[1:], strict=True)
-        if self.on_gpu:
-            return [start.elapsed_time(end) for start, end in pairs]
-        return [(end - start) * 1000 for start, end in pairs]
-
-
 def main(
     model: Annotated[
         str, typer.Option(help="A local folder, a hub id, or 'demo': piflux's small pipeline.")
@@ -110,10 +84,8 @@ def main(
         Literal["gather", "rotate", "displaced", "none"],
         typer.Option(help="'none': one rank without piflux, to compare with."),
     ] = "rotate",
-    sync_steps: Annotated[
-        str, typer.Option(help="Steps that gather everything, '0,3', or how many first ones.")
-    ] = "0,3",
-    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync_steps: SyncStepsOption = "0,3",
+    refresh_every: RefreshOption = None,
     sync: Annotated[
         Literal["gather", "recompute"], typer.Option(help="How sync steps get keys and values.")
     ] = "gather",
@@ -130,16 +102,18 @@ def main(
     ] = None,
 ) -> None:
     """Make one image with FLUX on every rank that torchrun started, and time it."""
-    transformers.logging.set_verbosity_error()
-    device = rank_device()
+    try:
+        device = own_device()
+    except piflux.PifluxError as error:
+        raise typer.BadParameter(str(error)) from None
     demo = model == "demo" or (device.type == "cpu" and not random_weights)
-    default_size = IMAGE_SIZE if demo else 1024
+    default_size = options.default_side("demo" if demo else model)
     height = default_size if height is None else height
     width = default_size if width is None else width
     compile_ = device.type == "cuda" if compile_ is None else compile_
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     check_arguments(model, random_weights, device, height, width, policy, ranks)
-    syncs = steps_of(sync_steps)
+    settings = options.settings("gather" if policy == "none" else policy, sync_steps, refresh_every)
     say = console.print if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None
 
     call: dict[str, Any] = {
@@ -150,13 +124,16 @@ def main(
     if demo:
         if model != "demo":
             say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
-        pipe = demo_pipeline().to(device)
-        call |= {"prompt": prompt or PROMPTS[0], "max_sequence_length": TEXT_TOKENS}
+        pipe, more = load("demo", device)
+        call |= more | {"prompt": prompt or PROMPTS[0]}
     elif random_weights:
         pipe = random_flux_dev(device)
         call |= random_embeddings(device) | {"output_type": "latent"}
     else:
-        pipe = FluxPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).to(device)
+        try:
+            pipe, _ = load(model, device)
+        except piflux.PifluxError as error:
+            raise typer.BadParameter(str(error)) from None
         call |= {"prompt": prompt or "A red fox in fresh snow, early morning light"}
 
     if policy == "none":
@@ -166,9 +143,7 @@ def main(
     else:
         pipe = piflux.parallelize(
             pipe,
-            policy=policy,
-            sync_steps=syncs,
-            refresh_every=refresh_every,
+            **settings,
             sync=sync,
             inner="inductor" if compile_ else "eager",
         )
@@ -185,13 +160,13 @@ def main(
 
     for _ in range(warmups):
         generate(min(steps, 3))  # one step of each kind, and one to spare
-    clock = StepClock(device)
-    synchronize(device)
+    clock = StepClock(device.type == "cuda")
+    synchronize(device.type == "cuda")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     image = generate(steps, clock)
-    synchronize(device)
+    synchronize(device.type == "cuda")
     total_s = time.perf_counter() - start
 
     step_ms = clock.step_ms()
@@ -201,7 +176,7 @@ def main(
         torch=torch.__version__,
         ranks=ranks,
         policy=policy,
-        sync_steps=syncs,
+        sync_steps=settings["sync_steps"],
         refresh_every=refresh_every,
         sync=sync,
         compiled=compile_,
@@ -226,32 +201,9 @@ def main(
             image.save(output)
             console.print(f"Saved {output}")
             if print_output:
-                draw(image)
+                show(image, console)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def rank_device() -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there is no CUDA."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise typer.BadParameter(
-            f"rank {local_rank} of this host has no GPU of its own: there are "
-            f"{torch.cuda.device_count()}; lower --nproc_per_node"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
-def steps_of(text: str) -> int | tuple[int, ...]:
-    """'2' -> 2, the first two steps; '0,3' -> (0, 3)."""
-    words = text.split(",")
-    if not all(word.isdigit() for word in words):
-        raise typer.BadParameter(f"--sync-steps {text}: write 2, or steps as in 0,3")
-    return int(text) if len(words) == 1 else tuple(int(word) for word in words)
 
 
 def check_arguments(
@@ -264,9 +216,8 @@ def check_arguments(
     ranks: int,
 ) -> None:
     """Raises typer.BadParameter for what can only fail later, and slower."""
-    for name, size in (("--height", height), ("--width", width)):
-        if size <= 0 or size % 16:
-            raise typer.BadParameter(f"{name} must be a positive multiple of 16, got {size}")
+    options.check_side("--height", height)
+    options.check_side("--width", width)
     if policy == "none" and ranks > 1:
         raise typer.BadParameter(
             f"--policy none is for one rank, not {ranks}: start it with --nproc_per_node=1"
@@ -277,14 +228,8 @@ def check_arguments(
                 "--random-weights makes 24 GB of weights on a GPU, and there is no CUDA device: "
                 "use --model demo"
             )
-    elif (
-        model != "demo"
-        and not Path(model).is_dir()
-        and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model)
-    ):
-        raise typer.BadParameter(
-            f"--model {model}: no such folder, and no hub id like black-forest-labs/FLUX.1-dev"
-        )
+    else:
+        options.check_model(model, hub=True)
 
 
 def random_flux_dev(device: torch.device) -> FluxPipeline:
@@ -311,11 +256,6 @@ def random_embeddings(device: torch.device) -> dict[str, torch.Tensor]:
     }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def report(result: Result) -> None:
     table = Table("", "", show_header=False)
     table.add_row("model", result.model)
@@ -330,13 +270,6 @@ def report(result: Result) -> None:
     console.print(table)
     if result.note:
         console.print(result.note)
-
-
-def draw(image: Image.Image) -> None:
-    # Asks the terminal what it can draw as soon as it is imported.
-    from textual_image.renderable import Image as TerminalImage
-
-    console.print(TerminalImage(image, width=min(console.width, 80)))
 
 
 if __name__ == "__main__":

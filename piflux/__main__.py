@@ -2,6 +2,9 @@
 
 import sys
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
 
 def main() -> None:
     try:
@@ -12,6 +15,9 @@ def main() -> None:
         sys.exit(
             f"piflux's command line needs the package {error.name!r}: pip install 'piflux[demo]'"
         )
+    except KeyboardInterrupt:  # importing takes seconds
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     app()
 
 

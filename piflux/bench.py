@@ -1,4 +1,4 @@
-"""`python -m piflux.bench`: milliseconds a denoise step, piflux beside one GPU and beside peers.
+"""`piflux bench`: milliseconds a denoise step, piflux beside one GPU and beside peers.
 
 Every row runs in processes and a process group of its own, one row after the other, and all rows of
 a call share weights, inputs and link, so their ratios mean something where absolute times drift.
@@ -24,12 +24,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
+
+from piflux import options
+from piflux.clock import between, mark, synchronize
+from piflux.doctor import measure_rates
 
 FLUX_DEV: dict[str, Any] = {
     "in_channels": 64,
@@ -60,7 +63,6 @@ LINKS = {
 """NCCL's environment for each link: as it is, as without peer access, as between hosts."""
 
 ROW_TIMEOUT_S = 1800
-WORKER = "worker"
 
 Model = Callable[..., Any]
 Generation = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -211,7 +213,7 @@ def measure(settings: Settings) -> Result:
         start = time.perf_counter()
         with generation():
             _image(call, inputs, 2)
-        _synchronize(on_gpu)
+        synchronize(on_gpu)
         result.first_call_s = time.perf_counter() - start
         with generation():
             _image(call, inputs, settings.steps)
@@ -289,29 +291,12 @@ def _image(call: Model, inputs: dict[str, Tensor], steps: int) -> list[float]:
     latents = inputs["hidden_states"]
     sigmas = torch.linspace(1, 0, steps + 1).tolist()
     timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
-    marks = [_mark(latents.is_cuda)]
+    marks = [mark(latents.is_cuda)]
     for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
         step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
         latents = latents + (then - now) * call(**step, return_dict=False)[0]
-        marks.append(_mark(latents.is_cuda))
-    _synchronize(latents.is_cuda)
-    if latents.is_cuda:
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    return [(b - a) * 1000 for a, b in itertools.pairwise(marks)]
-
-
-def _mark(on_gpu: bool) -> Any:
-    """A moment: an event in the GPU's stream, read when all is done, else the host's clock."""
-    if not on_gpu:
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _synchronize(on_gpu: bool) -> None:
-    if on_gpu:
-        torch.cuda.synchronize()
+        marks.append(mark(latents.is_cuda))
+    return between(marks)
 
 
 # --- the floor -----------------------------------------------------------------------------------
@@ -351,22 +336,7 @@ def measure_floor(height: int, width: int) -> Floor:
     if not on_gpu:
         torch.set_num_threads(1)  # as a rank has
     linear, attention = flops(layers, width_, tokens)
-    q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    attended = _seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
-    return Floor(
-        linear,
-        attention,
-        gemm_tflops(tokens, width_, torch.device(device), dtype),
-        4 * tokens**2 * width_ / attended / 1e12,
-    )
-
-
-def gemm_tflops(tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of the matrix product of an MLP, (tokens, width) by (width, 4 width)."""
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    seconds = _seconds(lambda: F.linear(x, w), device.type == "cuda")
-    return 2 * tokens * 4 * width**2 / seconds / 1e12
+    return Floor(linear, attention, *measure_rates(tokens, heads, head_dim, dtype, device))
 
 
 def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:
@@ -376,19 +346,6 @@ def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:
     projections and an MLP of 4 widths; a single block with 3, the same MLP and 5 widths out.
     """
     return 2 * 12 * width**2 * tokens * layers, 4 * tokens**2 * width * layers
-
-
-def _seconds(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Median of 20 runs after 3."""
-    times = []
-    for i in range(23):
-        start = _mark(on_gpu)
-        run()
-        end = _mark(on_gpu)
-        _synchronize(on_gpu)
-        if i >= 3:
-            times.append(start.elapsed_time(end) / 1000 if on_gpu else end - start)
-    return statistics.median(times)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -402,19 +359,24 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
         out = Path(folder) / "result.json"
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={settings.ranks}", "-m", "piflux.bench", WORKER),
+            *(f"--nproc_per_node={settings.ranks}", "-m", "piflux.bench"),
             *(json.dumps(asdict(settings)), str(out)),
         ]
         environment = os.environ | LINKS[link] | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=ROW_TIMEOUT_S
-            )
+            printed, errors = process.communicate(timeout=ROW_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             return Result(settings.row, settings.ranks, error=f"no end after {ROW_TIMEOUT_S} s")
-        if done.returncode != 0 or not out.exists():
-            log.write_text(done.stdout + done.stderr)
-            return Result(settings.row, settings.ranks, error=f"{_error(done.stderr)} ({log})")
+        finally:
+            # Killed, torchrun would leave its ranks behind; asked to end, it ends them.
+            process.terminate()
+            process.communicate()
+        if process.returncode != 0 or not out.exists():
+            log.write_text(printed + errors)
+            return Result(settings.row, settings.ranks, error=f"{_error(errors)} ({log})")
         return Result(**json.loads(out.read_text()))
 
 
@@ -481,24 +443,20 @@ def bench(
 ) -> None:
     """Time the denoise loop of FLUX.1-dev's architecture with random weights, row by row."""
     on_gpu = torch.cuda.is_available()
-    available = torch.cuda.device_count() if on_gpu else None
-    ranks = (available or 2) if ranks is None else ranks
-    for name, size in (("--height", height), ("--width", width)):
-        if size <= 0 or size % 16:
-            raise typer.BadParameter(f"{name} must be a positive multiple of 16, got {size}")
-    if available is not None and ranks > available:
-        raise typer.BadParameter(f"--ranks {ranks}: there are {available} GPUs here")
+    ranks = options.ranks(ranks)
+    options.check_side("--height", height)
+    options.check_side("--width", width)
     names = row or [name for name in ROWS if on_gpu or not ROWS[name].needs_gpu]
     for name in names:
         if name not in ROWS:
             raise typer.BadParameter(f"--row {name}: choose from {', '.join(ROWS)}")
         if ROWS[name].needs_gpu and not on_gpu:
             raise typer.BadParameter(f"--row {name} needs a GPU, and there is no CUDA device")
+    options.folder(out)
     where = torch.cuda.get_device_name() if on_gpu else "CPU, one thread a rank"
     if not on_gpu:
         console.print("No CUDA device: a small model in float32 on CPU ranks, not FLUX.1-dev.")
     floor = measure_floor(height, width)
-    out.mkdir(parents=True, exist_ok=True)
     results = []
     with Progress(console=console) as progress:
         task = progress.add_task("rows", total=len(names))
@@ -509,14 +467,15 @@ def bench(
             results.append(run_row(settings, link, out / f"{name}.log"))
             progress.advance(task)
 
-    title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {link}"
+    over = link if on_gpu else "gloo"
+    title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {over}"
     (out / "bench.md").write_text(markdown(results, floor))
     chart(results, floor, title, out / "bench.png")
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "piflux.bench", *sys.argv[1:]]),
+        "command": shlex.join(["piflux", *sys.argv[1:]]),
         "hardware": where,
-        "link": link,
+        "link": over,
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
         "height": height,
         "width": width,
@@ -552,7 +511,4 @@ def worker(settings: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [WORKER]:
-        worker(*sys.argv[2:])
-    else:
-        typer.run(bench)
+    worker(*sys.argv[1:])

@@ -3,27 +3,60 @@
 from __future__ import annotations
 
 import json
-import os
-import re
+import signal
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
-import torch.distributed as dist
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-import piflux
-from piflux.bench import bench
-from piflux.generate import Failed, Job, launch, launched, load, run, show
+from piflux import options
+from piflux.__main__ import INTERRUPTED
+from piflux.bench import FLUX_DEV, bench
+from piflux.cost import Rates, choose, modelled_cost
+from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
+from piflux.errors import PifluxError, RankFailed, plain
+from piflux.generate import Request, numbered, show, text_tokens
+from piflux.generate import generate as make_pictures
+from piflux.launch import cores, is_first, is_joined, launch
+from piflux.options import ModelOption, RefreshOption, SyncStepsOption
+from piflux.preview import preview
 from piflux.quality import quality
-from piflux.schedule import Schedule, read_settings
+from piflux.schedule import Schedule
+
+
+class Commands(TyperGroup):
+    """What can go wrong in any command becomes one message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        def interrupt(*_: Any) -> NoReturn:
+            raise KeyboardInterrupt
+
+        # torchrun ends its ranks itself: there the default, which no collective can hold up.
+        before = None if is_joined() else signal.signal(signal.SIGTERM, interrupt)
+        try:
+            return super().invoke(ctx)
+        except PifluxError as error:
+            if is_first() or isinstance(error, RankFailed):  # the rest fails on every rank alike
+                print(f"Error: {plain(str(error))}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            if is_first():
+                print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
 
 app = typer.Typer(
+    cls=Commands,
     name="piflux",
     help="Diffusion transformers split over ranks by rewriting their graphs.",
     add_completion=False,
@@ -33,15 +66,11 @@ app = typer.Typer(
 app.command()(bench)
 app.command()(quality)
 
-Model = Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")]
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="Default: the GPUs here, else 2; torchrun's under it.")
 ]
 PolicyOption = Annotated[
     str, typer.Option(help="gather, rotate, displaced, auto, or a file from quality --tune.")
-]
-SyncSteps = Annotated[
-    str, typer.Option(help="Steps that gather everything, '0,3', or how many first ones.")
 ]
 Size = Annotated[
     str | None,
@@ -53,11 +82,11 @@ Size = Annotated[
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file instead, one a line.")] = None,
-    model: Model = "demo",
+    model: ModelOption = "demo",
     ranks: Ranks = None,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncSteps = "0,3",
-    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync_steps: SyncStepsOption = "0,3",
+    refresh_every: RefreshOption = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -72,106 +101,129 @@ def generate(
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
 ) -> None:
     """Draw pictures on several ranks, launched here or by torchrun."""
-    texts = _prompts(prompt, prompts)
-    count = _ranks(ranks)
-    width, height = _size(size, model)
-    settings = _settings(policy, sync_steps, refresh_every)
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("give a prompt, or a file of them with --prompts")
+    texts = options.prompts(prompts) if prompts is not None else [str(prompt)]
+    count = options.ranks(ranks)
+    settings = options.settings(policy, sync_steps, refresh_every)
     settings["inner"] = inner or ("inductor" if torch.cuda.is_available() else "eager")
     if settings["inner"] not in ("inductor", "eager"):
         raise typer.BadParameter(f"--inner {inner}: 'inductor' or 'eager'")
-    _check_model(model)
-    if out.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--out {out}: pictures are written as .png")
-    if not out.parent.is_dir():
-        raise typer.BadParameter(f"--out {out}: there is no folder {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise typer.BadParameter(f"--out {out}: the folder {out.parent} can't be written to")
-    outputs = [out]
-    if len(texts) > 1:
-        outputs = [out.with_stem(f"{out.stem}-{i}") for i in range(len(texts))]
+    options.check_model(model)
+    if policy == "auto":
+        options.flux_config(model)  # known to be one whose steps can be counted
+    width, height = options.size(size, model)
+    options.check_tokens(count, width, height, text_tokens(model))
+    request = Request(
+        model=model,
+        prompts=tuple(texts),
+        paths=numbered(options.picture(out), len(texts)),
+        settings=settings,
+        steps=steps,
+        size=(width, height),
+        seed=seed,
+        guidance=guidance,
+    )
     console = Console(stderr=json_)
-    if not torch.cuda.is_available() and _is_first():
+    if not torch.cuda.is_available() and is_first():
         console.print(f"No CUDA device: {count} rank(s) on the CPU.")
-    with tempfile.TemporaryDirectory() as folder:
-        job = Job(
-            model,
-            texts,
-            [str(path) for path in outputs],
-            settings,
-            steps,
-            height,
-            width,
-            seed,
-            guidance,
-            str(Path(folder) / "record.json"),
-            json_,
-        )
-        try:
-            record = run(job, count)
-        except Failed as error:
-            _fail(str(error))
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            raise typer.Exit(130) from None
-    if not record:  # another rank's to tell
+    if is_joined() or count == 1:
+        made = make_pictures(request)
+    else:
+        made = launch(make_pictures, count, request)
+    if made is None:  # another rank's to tell
         return
     if json_:
-        print(json.dumps(record))
-        return
-    if record["step_s"] is not None:
-        console.print(f"{record['step_s']:.3f} s a step (median) on {record['ranks']} rank(s)")
-    for path in outputs:
-        console.print(f"Saved {path}", soft_wrap=True)
+        print(json.dumps(asdict(made)))
+    elif made.reason:
+        console.print(f"policy {made.settings['policy']}: {made.reason}", soft_wrap=True)
+    for picture in made.pictures:
+        if not json_:
+            pace = "" if picture.step_s is None else f", {picture.step_s:.3f} s a step (median)"
+            console.print(
+                f"Saved {picture.path}: {picture.total_s:.1f} s{pace} on {made.ranks} rank(s)",
+                soft_wrap=True,
+            )
         if show_:
-            show(path)
+            show(Image.open(picture.path), console)
 
 
 @app.command()
 def explain(
-    model: Model = "demo",
+    model: ModelOption = "demo",
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncSteps = "0,3",
-    refresh_every: Annotated[int | None, typer.Option(min=1)] = None,
+    sync_steps: SyncStepsOption = "0,3",
+    refresh_every: RefreshOption = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
+    link: Annotated[
+        float | None, typer.Option(min=1e-6, help="GB/s that a rank sends: predicts a step.")
+    ] = None,
+    linear_tflops: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="Of a rank's matrix products. Default: measured here."),
+    ] = None,
+    attention_tflops: Annotated[
+        float | None, typer.Option(min=1e-6, help="Likewise of its attention.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """What the compiler does to a model, without running a step of it."""
+    """What the compiler does to a FLUX: no weights are read, and no step runs.
+
+    With --link it predicts the time of a step, and which policy 'auto' would choose: arithmetic at
+    the rates, shared evenly; what is gathered within a step adds to it, what 'displaced' sends
+    hides behind it. Norms, pointwise ops and launching are left out: a lower bound.
+    """
     if policy == "auto":
         raise typer.BadParameter("--policy auto is chosen on the ranks: name one, or ask doctor")
-    width, height = _size(size, model)
-    settings = _settings(policy, sync_steps, refresh_every)
-    _check_model(model)
-    try:
-        pipe, call = load(model, torch.device("cpu"))
-    except Failed as error:
-        _fail(str(error))
-    pipe = piflux.parallelize(
-        pipe, group=piflux.virtual_ranks(ranks), inner=_compiled_only, **settings
+    width, height = options.size(size, model)
+    settings = options.settings(policy, sync_steps, refresh_every)
+    config = options.flux_config(model)
+    options.check_tokens(ranks, width, height, text_tokens(model))
+    tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
+    foreseen = preview(
+        config,
+        Schedule(**settings, world_size=ranks),
+        width=width,
+        height=height,
+        text_tokens=tokens,
+        dtype=dtype,
     )
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe("", height=height, width=width, num_inference_steps=1, **call)
-    except _Compiled:
-        pass
-    except piflux.PifluxError as error:
-        _fail(str(error))
-    report = piflux.explain(pipe)
+    rates = cost = choice = None
+    if link is not None:
+        if linear_tflops is None or attention_tflops is None:
+            measured = measure_rates(
+                -(-(width * height // 256 + tokens) // ranks),
+                config["num_attention_heads"],
+                config["attention_head_dim"],
+                dtype,
+                "cuda" if torch.cuda.is_available() else "cpu",
+            )
+            linear_tflops = linear_tflops or measured[0]
+            attention_tflops = attention_tflops or measured[1]
+        rates = Rates(linear_tflops, attention_tflops, link)
+        alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
+        cost = modelled_cost(foreseen.report, steps, alone, link)
+        choice = choose(foreseen.layers, rates) if ranks > 1 else None
     if json_:
-        print(json.dumps([asdict(graph) for graph in report.graphs]))
-    else:
-        print(report)
-
-
-class _Compiled(Exception):
-    """The compiler has done its work; nothing of the model needs to run."""
-
-
-def _compiled_only(gm: torch.fx.GraphModule, example_inputs: Any) -> Any:
-    def stop(*args: Any) -> NoReturn:
-        raise _Compiled
-
-    return stop
+        record: dict[str, Any] = {
+            "model": model,
+            "size": [width, height],
+            "report": asdict(foreseen.report),
+        }
+        for name, found in (("rates", rates), ("predicted", cost), ("choice", choice)):
+            record[name] = None if found is None else asdict(found)
+        print(json.dumps(record))
+        return
+    print(foreseen.report)
+    if cost is not None:
+        print(
+            f"predicted: {1000 * cost.mean_s:.4g} ms a step (a sync step {1000 * cost.sync_s:.4g}, "
+            f"any other {1000 * cost.steady_s:.4g}), one rank alone {1000 * cost.one_s:.4g}"
+        )
+    if choice is not None:
+        print(f"--policy auto: {choice.policy}; {choice.reason}")
 
 
 @app.command()
@@ -179,149 +231,60 @@ def doctor(
     ranks: Ranks = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
 ) -> None:
-    """GPUs, versions, the link's measured bandwidth, and which policy suits this machine."""
-    from piflux.doctor import advice, machine
+    """What this host has, how fast links and kernels are, and the policy that suits them.
 
-    found = machine()
-    gpus = len(found["gpus"])
-    count = _ranks(ranks)
-    device = torch.device("cuda" if gpus else "cpu")
+    The policy is for FLUX.1-dev at 1024 x 1024 where there are GPUs, else for the demo's model.
+    """
+    gpus, count = devices(), options.ranks(ranks)
+    name = "FLUX.1-dev" if gpus else "demo"
+    width, height = options.size(None, name)
+    found: Examined | None = None
     if count > 1:
-        try:
-            link = _link(count)
-        except Failed as error:
-            _fail(str(error))
-        found["advice"] = advice(link, count, device)
+        asked = {
+            "width": width,
+            "height": height,
+            "text_tokens": text_tokens(name),
+            "dtype": torch.bfloat16 if gpus else torch.float32,
+        }
+        config = FLUX_DEV if gpus else options.flux_config("demo")
+        found = examine(config, asked) if is_joined() else launch(examine, count, config, asked)
+    if not is_first():
+        return
     if json_:
-        print(json.dumps(found))
+        record = {
+            "devices": [asdict(gpu) for gpu in gpus],
+            "cores": cores(),
+            "memory_gib": memory_gib(),
+            "versions": versions(),
+            "ranks": count,
+            **(asdict(found) if found else {"links": [], "rates": None, "choice": None}),
+        }
+        print(json.dumps(record))
         return
     console = Console()
-    table = Table(show_header=False)
-    for name, value in found.items():
-        if name not in ("advice", "peer_access", "gpus"):
-            table.add_row(name, "not installed" if value is None else str(value))
-    for index, name in enumerate(found["gpus"]):
-        reach = [str(j) for j, ok in enumerate(found["peer_access"][index]) if ok and j != index]
-        table.add_row(f"GPU {index}", f"{name}; peers: {', '.join(reach) or 'none'}")
+    table = Table("", "", show_header=False)
+    for index, gpu in enumerate(gpus):
+        table.add_row(
+            f"GPU {index}", f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
+        )
     if not gpus:
         table.add_row("GPUs", "none: ranks run on the CPU, over gloo")
+    table.add_row("host", f"{cores()} cores, {memory_gib():.1f} GiB")
+    table.add_row("versions", ", ".join(f"{package} {x}" for package, x in versions().items()))
+    if found is not None:
+        for one in found.links:
+            peer = {None: "", True: ", peer access", False: ", no peer access"}[one.peer_access]
+            table.add_row(f"link {one.ranks[0]}-{one.ranks[1]}", f"{one.gbs:.3g} GB/s{peer}")
+        rates = found.rates
+        table.add_row("all-gather of all", f"{rates.link_gbs:.3g} GB/s a rank")
+        table.add_row("matrix products", f"{rates.linear_tflops:.3g} TFLOP/s")
+        table.add_row("attention", f"{rates.attention_tflops:.3g} TFLOP/s")
     console.print(table)
-    if "advice" in found:
-        told = found["advice"]
-        console.print(
-            f"{told['ranks']} ranks send {told['link_gbs']:.2f} GB/s each and multiply at "
-            f"{told['gemm_tflops']:.2f} TFLOP/s. For FLUX.1-dev at 1024 x 1024 the policy here is "
-            f"[bold]{told['policy']}[/bold]: {told['reason']}."
-        )
-    else:
+    if found is None:
         console.print("One rank: nothing to share, nothing to send.")
-
-
-def _link(ranks: int) -> float:
-    """GB/s between ranks launched for it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "gbs"
-        launch(_measure, (str(path),), ranks)
-        return float(path.read_text())
-
-
-def _measure(path: str) -> None:
-    from piflux.doctor import measure_link
-    from piflux.groups import resolve_group
-    from piflux.runtime.ranks import ProcessRanks
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    ranks = resolve_group(None)
-    assert isinstance(ranks, ProcessRanks), "launched with torchrun's environment"
-    gbs = measure_link(ranks.group, device)
-    if ranks.rank == 0:
-        Path(path).write_text(str(gbs))
-    dist.destroy_process_group()
-
-
-# --- arguments -----------------------------------------------------------------------------------
-
-
-def _prompts(prompt: str | None, prompts: Path | None) -> list[str]:
-    if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give a prompt, or a file of them with --prompts")
-    if prompts is None:
-        assert prompt is not None
-        return [prompt]
-    if not prompts.is_file():
-        raise typer.BadParameter(f"--prompts {prompts}: no such file")
-    texts = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    if not texts:
-        raise typer.BadParameter(f"--prompts {prompts}: no prompt in it")
-    return texts
-
-
-def _ranks(ranks: int | None) -> int:
-    there, gpus = launched(), torch.cuda.device_count()
-    if there is not None:
-        if ranks not in (None, there):
-            raise typer.BadParameter(f"--ranks {ranks}: torchrun started {there}")
-        return there
-    count = ranks or gpus or 2
-    if gpus and count > gpus:
-        raise typer.BadParameter(f"--ranks {count}: there are {gpus} GPUs here")
-    return count
-
-
-def _size(size: str | None, model: str) -> tuple[int, int]:
-    from piflux.demo import IMAGE_SIZE
-
-    default = IMAGE_SIZE if model == "demo" else 1024
-    if size is None:
-        return default, default
-    found = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not found:
-        raise typer.BadParameter(f"--size {size}: write width x height, as in 1024x768")
-    width, height = (int(text) for text in found.groups())
-    if not width or not height or width % 16 or height % 16:
-        raise typer.BadParameter(f"--size {size}: both must be multiples of 16")
-    return width, height
-
-
-def _settings(policy: str, sync_steps: str, refresh_every: int | None) -> dict[str, Any]:
-    words = sync_steps.split(",")
-    if not all(word.isdigit() for word in words):
-        raise typer.BadParameter(f"--sync-steps {sync_steps}: write 2, or steps as in 0,3")
-    steps = int(sync_steps) if len(words) == 1 else tuple(int(word) for word in words)
-    settings: dict[str, Any] = {
-        "policy": policy,
-        "sync_steps": steps,
-        "refresh_every": refresh_every,
-    }
-    try:
-        if policy.endswith(".json"):
-            settings |= read_settings(policy)
-        Schedule(**(settings | ({"policy": "rotate"} if policy == "auto" else {})))
-    except ValueError as error:
-        raise typer.BadParameter(f"--policy: {error}") from None
-    return settings
-
-
-def _check_model(model: str) -> None:
-    if model == "demo":
-        return
-    if not Path(model).is_dir():
-        raise typer.BadParameter(f"--model {model}: no such folder")
-    if not (Path(model) / "model_index.json").is_file():
-        raise typer.BadParameter(
-            f"--model {model}: no pipeline there: it has no model_index.json, which "
-            "save_pretrained writes"
+    else:
+        console.print(
+            f"For {name} at {width} x {height} on {count} ranks, --policy auto is "
+            f"[bold]{found.choice.policy}[/bold]: {found.choice.reason}.",
+            soft_wrap=True,
         )
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _fail(message: str) -> NoReturn:
-    if _is_first():
-        print(f"Error: {message}", file=sys.stderr)
-    raise typer.Exit(1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusers import FluxPipeline
 from torch import nn
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
 
 MODEL = Path(__file__).parent / "demo_model"
 """A folder for `FluxPipeline.from_pretrained`; its README.md is the model card."""
@@ -41,6 +44,8 @@ def demo_pipeline() -> FluxPipeline:
     Returns:
         A pipeline in float32 on the CPU.
     """
+    from diffusers import FluxPipeline  # seconds, which a command's wrong usage need not wait for
+
     pipe = FluxPipeline.from_pretrained(MODEL)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

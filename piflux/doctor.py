@@ -1,135 +1,187 @@
-"""What this machine can do, and which policy suits it."""
+"""What this host has, and how fast it is: devices, links, kernels; and the policy that follows."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import itertools
 import os
 import platform
-import statistics
-import time
-from importlib import metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
-from piflux.bench import FLUX_DEV, flops, gemm_tflops
+from piflux.clock import median_seconds
+from piflux.cost import Choice, Rates, choose
+from piflux.launch import join
+from piflux.preview import preview
 from piflux.runtime.ranks import all_gather
-from piflux.schedule import Policy
+from piflux.schedule import Schedule
 
-# A gather that takes at most this share of a step is worth being exact.
-NEGLIGIBLE = 0.05
-# Of a step's time, what displaced may send: links are slower while kernels run.
-HIDDEN = 0.8
-_MEGABYTES = 16  # that a rank sends to measure a link
+PACKAGES = ("piflux", "torch", "diffusers", "transformers", "triton")
+
+PROBE_BYTES = 16 * 2**20
+"""What each rank of a probed link sends: the order of one layer's keys and values."""
 
 
-def choose_policy(sent_s: float, compute_s: float) -> tuple[Policy, str]:
-    """The freshest keys and values whose transfer a step can afford, and the reason in words.
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
 
-    Args:
-        sent_s: seconds to all-gather all keys and values of a step.
-        compute_s: seconds that a rank computes in a step.
+    Attributes:
+        memory_gib: all of its memory.
+        free_gib: what nobody uses.
     """
-    share = sent_s / compute_s
-    what = f"gathering keys and values takes {share:.1%} of a step's computing"
-    if share <= NEGLIGIBLE:
-        return "gather", f"{what}: exact, at next to no cost"
-    if share <= HIDDEN:
-        return "displaced", f"{what}: it hides behind it, so they are one step old"
-    return "rotate", f"{what}: too long to hide, so none are sent"
+
+    name: str
+    memory_gib: float
+    free_gib: float
 
 
-def step_times(
-    config: dict[str, Any], tokens: int, ranks: int, tflops: float, link_gbs: float, bytes_: int
-) -> tuple[float, float]:
-    """(seconds to all-gather, seconds to compute) of one step of a FLUX transformer on a rank.
+@dataclass(frozen=True)
+class Link:
+    """Between two ranks of this host.
 
-    Args:
-        config: the transformer's.
-        tokens: text and image.
-        ranks: that share them.
-        tflops: rate of a matrix product here.
-        link_gbs: GB/s that a rank sends.
-        bytes_: of one number.
+    Attributes:
+        ranks: the two.
+        peer_access: whether the first's GPU reaches the second's memory; None on CPUs.
+        gbs: GB/s that each of the two sends while both gather PROBE_BYTES.
     """
-    layers = config["num_layers"] + config["num_single_layers"]
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    compute_s = sum(flops(layers, width, tokens)) / ranks / tflops / 1e12
-    sent = 2 * width * bytes_ * layers * tokens / ranks * (ranks - 1)
-    return sent / link_gbs / 1e9, compute_s
+
+    ranks: tuple[int, int]
+    peer_access: bool | None
+    gbs: float
 
 
-def measure_link(group: dist.ProcessGroup, device: torch.device) -> float:
-    """GB/s that a rank sends in an all-gather, the slowest rank's median; the same on all ranks."""
-    size = group.size()
-    mine = torch.rand(_MEGABYTES * 2**18 // (size - 1), device=device)
-    everyones = mine.new_empty(size * len(mine))
-    times = []
-    for _ in range(6):
-        dist.barrier(group)
-        start = time.perf_counter()
-        all_gather(everyones, mine, group=group)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    seconds = torch.tensor(statistics.median(times[1:]), device=device)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=group)
-    return mine.nbytes * (size - 1) / seconds.item() / 1e9
+@dataclass(frozen=True)
+class Examined:
+    """What the ranks found out together.
+
+    Attributes:
+        links: of each pair.
+        rates: of the slowest rank's kernels, and of the all-gather of all ranks.
+        choice: the policy for the model that was asked about.
+    """
+
+    links: tuple[Link, ...]
+    rates: Rates
+    choice: Choice
 
 
-def choose_here(
-    config: dict[str, Any], tokens: int, group: dist.ProcessGroup
-) -> tuple[Policy, str]:
-    """`choose_policy` for a FLUX transformer by what is measured now; the same on all ranks."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    mine = gemm_tflops(tokens // group.size(), width, device, dtype)
-    rate = torch.tensor(mine, device=device)
-    dist.all_reduce(rate, op=dist.ReduceOp.MIN, group=group)
-    link = measure_link(group, device)
-    return choose_policy(
-        *step_times(config, tokens, group.size(), rate.item(), link, dtype.itemsize)
-    )
-
-
-def machine() -> dict[str, Any]:
-    """Versions, processors and GPUs, with which GPUs reach each other's memory."""
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-    for name in ("piflux", "torch", "diffusers", "transformers", "triton"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    count = torch.cuda.device_count()
-    found["gpus"] = [torch.cuda.get_device_name(i) for i in range(count)]
-    if count:
-        found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(str(x) for x in torch.cuda.nccl.version())
-        found["peer_access"] = [
-            [i == j or torch.cuda.can_device_access_peer(i, j) for j in range(count)]
-            for i in range(count)
-        ]
+def devices() -> list[Device]:
+    """The GPUs that this process sees."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Device(torch.cuda.get_device_name(index), total / 2**30, free / 2**30))
     return found
 
 
-def advice(link_gbs: float, ranks: int, device: torch.device) -> dict[str, Any]:
-    """Which policy this machine would choose for FLUX.1-dev at 1024 x 1024, and why."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens, width = 4096 + 512, FLUX_DEV["num_attention_heads"] * FLUX_DEV["attention_head_dim"]
-    tflops = gemm_tflops(tokens if device.type == "cuda" else 256, width, device, dtype)
-    sent_s, compute_s = step_times(FLUX_DEV, tokens, ranks, tflops, link_gbs, dtype.itemsize)
-    policy, reason = choose_policy(sent_s, compute_s)
-    return {
-        "ranks": ranks,
-        "link_gbs": link_gbs,
-        "gemm_tflops": tflops,
-        "gather_ms": 1000 * sent_s,
-        "compute_ms": 1000 * compute_s,
-        "policy": policy,
-        "reason": reason,
-    }
+def versions() -> dict[str, str]:
+    """Of Python, CUDA, NCCL and what piflux stands on; 'none' for what isn't there."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    found["cuda"] = torch.version.cuda or "none"
+    on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
+    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "none"
+    return found
+
+
+def memory_gib() -> float:
+    """Of the host."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def measure_rates(
+    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
+) -> tuple[float, float]:
+    """TFLOP/s of a matrix product and of an attention, of the model's shapes, on `device`."""
+    on_gpu = torch.device(device).type == "cuda"
+    width = heads * head_dim
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
+    w = torch.randn(4 * width, width, device=device, dtype=dtype)
+    q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
+    product = median_seconds(lambda: F.linear(x, w), on_gpu)
+    attended = median_seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
+    return (
+        2 * tokens * 4 * width**2 / product / 1e12,
+        4 * tokens**2 * width / attended / 1e12,
+    )
+
+
+def measure_link(group: dist.ProcessGroup, device: torch.device, count: int) -> float:
+    """GB/s that a rank of `group` sends while all gather `count` bytes from each of them."""
+    piece = torch.zeros(count, dtype=torch.uint8, device=device)
+    whole = torch.empty(count * group.size(), dtype=torch.uint8, device=device)
+    seconds = median_seconds(lambda: all_gather(whole, piece, group=group), device.type == "cuda")
+    return count * (group.size() - 1) / seconds / 1e9
+
+
+def decide(
+    config: Mapping[str, Any],
+    device: torch.device,
+    *,
+    width: int,
+    height: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+) -> tuple[Rates, Choice]:
+    """Measure, and choose the policy for a FLUX transformer of `config`, on all ranks alike.
+
+    Every rank of the default group takes part, and what the slowest reaches decides.
+
+    Raises:
+        CannotShard: see `preview`.
+    """
+    group = dist.group.WORLD
+    assert group is not None, "called on the ranks that `join` joined"
+    foreseen = preview(
+        config,
+        Schedule(world_size=group.size()),
+        width=width,
+        height=height,
+        text_tokens=text_tokens,
+        dtype=dtype,
+    )
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    # One rank's queries are a part, its products' rows too.
+    tokens = -(-(width * height // 256 + text_tokens) // group.size())
+    sent = foreseen.layers[0].kv_bytes // (group.size() - 1)
+    measured = torch.tensor(
+        [
+            *measure_rates(tokens, heads, head_dim, dtype, device),
+            measure_link(group, device, sent),
+        ],
+        device=device,
+    )
+    dist.all_reduce(measured, op=dist.ReduceOp.MIN, group=group)
+    rates = Rates(*measured.tolist())
+    return rates, choose(foreseen.layers, rates)
+
+
+def examine(config: Mapping[str, Any], options: Mapping[str, Any]) -> Examined:
+    """As one of several ranks: measure each pair's link, the kernels, and choose.
+
+    Args:
+        config: see `decide`.
+        options: its keyword arguments.
+    """
+    device = join()
+    links = []
+    for pair in itertools.combinations(range(dist.get_world_size()), 2):
+        group = dist.new_group(list(pair))
+        gbs = torch.zeros((), device=device)
+        if dist.get_rank() in pair:
+            gbs += measure_link(group, device, PROBE_BYTES)
+        dist.all_reduce(gbs, op=dist.ReduceOp.MAX)
+        reaches = torch.cuda.can_device_access_peer(*pair) if device.type == "cuda" else None
+        links.append(Link(pair, reaches, gbs.item()))
+    rates, choice = decide(config, device, **options)
+    return Examined(tuple(links), rates, choice)

@@ -52,6 +52,23 @@ class RanksDisagree(PifluxError):
     """The ranks were called with different inputs, settings or versions."""
 
 
+class CannotLoad(PifluxError):
+    """A folder's pipeline can't be read, or isn't one that is known."""
+
+
+class CannotSave(PifluxError):
+    """A picture can't be written."""
+
+
+class RankFailed(PifluxError):
+    """A rank raised, died or has nothing to run on; the others were ended."""
+
+
+def plain(message: str) -> str:
+    """Without the advice that Dynamo adds to what a backend raises."""
+    return message.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()
+
+
 def describe_op(node: fx.Node) -> str:
     """How the user's code spells the operation: `torch.cat`, `Tensor.reshape`, `placeholder`."""
     if node.op == "call_method":

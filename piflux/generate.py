@@ -1,18 +1,14 @@
-"""Pictures from prompts, on ranks that are launched here or were by torchrun."""
+"""Pictures by a pipeline whose transformer is split over ranks, saved as they are made."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import logging
+import contextlib
 import os
-import signal
 import statistics
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,212 +18,212 @@ import torch.distributed as dist
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import piflux
-
-
-class Failed(Exception):
-    """What a user has to know, in one line."""
+from piflux.clock import StepClock, synchronize
+from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.doctor import decide
+from piflux.errors import CannotLoad, CannotSave
+from piflux.launch import is_first, join
+from piflux.schedule import Policy
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every rank needs to know.
+class Request:
+    """What all ranks have to know to make pictures together.
 
     Attributes:
-        model: 'demo', or a folder of a FLUX pipeline.
-        prompts: one a picture.
-        outputs: where each goes, a PNG.
-        settings: of `parallelize`; the policy 'auto' is chosen on the ranks.
-        steps: denoise steps; likewise `height`, `width` (pixels), `guidance`.
-        seed: of the first picture's noise; the next has the next.
-        record: a file for what rank 0 measured, as JSON.
-        quiet: whether stdout belongs to the caller.
+        model: 'demo', or a folder of a diffusers pipeline.
+        prompts: one a picture; picture i starts from the noise of seed + i.
+        paths: where they go, PNG.
+        settings: of `parallelize`; with the policy 'auto' the ranks measure and choose one.
+        steps: denoise steps.
+        size: width and height in pixels.
+        seed: of the first picture.
+        guidance: its scale.
     """
 
     model: str
-    prompts: Sequence[str]
-    outputs: Sequence[str]
+    prompts: tuple[str, ...]
+    paths: tuple[Path, ...]
     settings: dict[str, Any]
     steps: int
-    height: int
-    width: int
+    size: tuple[int, int]
     seed: int
     guidance: float
-    record: str
-    quiet: bool
 
 
-def launched() -> int | None:
-    """How many ranks torchrun started, of which this is one; None if it did not."""
-    return int(os.environ["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= os.environ.keys() else None
+@dataclass(frozen=True)
+class Picture:
+    """One that was saved.
+
+    Attributes:
+        step_s: median seconds of its steps, without the first; None for one step.
+        total_s: seconds of the whole call, with text encoders and VAE.
+    """
+
+    path: str
+    prompt: str
+    seed: int
+    step_s: float | None
+    total_s: float
 
 
-def run(job: Job, ranks: int) -> dict[str, Any]:
-    """Draw on `ranks` ranks, or on those that this is one of.
+@dataclass(frozen=True)
+class Made:
+    """What a request came to.
 
-    Returns:
-        What rank 0 measured and wrote.
+    Attributes:
+        device: of rank 0.
+        settings: the request's, with the policy that was chosen.
+        reason: why, if it was chosen on the ranks.
+    """
+
+    model: str
+    device: str
+    ranks: int
+    settings: dict[str, Any]
+    reason: str | None
+    pictures: tuple[Picture, ...]
+
+
+def generate(request: Request) -> Made | None:
+    """As one rank of several, or alone: make the pictures. Rank 0 saves them, and says what it did.
 
     Raises:
-        Failed: a rank failed, with what it said.
-        KeyboardInterrupt: interrupted; no rank is left.
+        CannotLoad: the model's folder.
+        CannotSave: on rank 0.
+        PifluxError: see `parallelize`.
     """
-    if launched() is not None or ranks == 1:
-        work(job)
-    else:
-        launch(work, (job,), ranks)
-    record = Path(job.record)
-    return json.loads(record.read_text()) if record.exists() else {}
-
-
-def launch(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
-    """Call `function` on `ranks` new processes of this host, with torchrun's environment.
-
-    Raises:
-        Failed: a rank failed, with what it said.
-        KeyboardInterrupt: interrupted; no rank is left.
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # What it would say is said in one line below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-    )
-    try:
-        elastic_launch(config, _rank)(function, arguments, ranks)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise Failed(f"rank {rank} failed: {_last_line(failure.message)}") from None
-    except SignalException:
-        raise KeyboardInterrupt from None
-
-
-def _last_line(message: Any) -> str:
-    text = message.get("message", message) if isinstance(message, dict) else message
-    lines = [line for line in str(text).splitlines() if line.strip()]
-    return lines[-1].strip().removeprefix(f"{__name__}.Failed: ") if lines else "it said nothing"
-
-
-def _rank(function: Callable[..., None], arguments: tuple[Any, ...], ranks: int) -> None:
-    # An interrupt is the launcher's to report: ranks end without a word.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    function(*arguments)
-
-
-def work(job: Job) -> None:
-    """One rank's share. Rank 0 saves the pictures and the record."""
-    first = int(os.environ.get("RANK", "0")) == 0
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    console = Console(stderr=job.quiet, quiet=not first)
-    pipe, call = load(job.model, device)
-    settings, reason = dict(job.settings), None
+    device = join()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    first = is_first()
+    pipe, call = load(request.model, device)
+    settings, reason = dict(request.settings), None
     if settings["policy"] == "auto":
-        settings["policy"], reason = _chosen(pipe, job)
-        console.print(f"policy {settings['policy']}: {reason}")
+        settings["policy"], reason = _chosen(pipe.transformer, device, ranks, request)
     pipe = piflux.parallelize(pipe, **settings)
     pipe.set_progress_bar_config(disable=True)
-
-    times: list[float] = []
-    with Progress(console=console, disable=not first) as progress:
-        task = progress.add_task("", total=job.steps * len(job.prompts))
-        for index, (prompt, output) in enumerate(zip(job.prompts, job.outputs, strict=True)):
-            clock: list[float] = []
-
-            def tick(_: Any, step: int, at: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                clock.append(time.perf_counter())  # noqa: B023 (called in this round)
-                progress.advance(task)
-                return tensors
-
-            progress.update(task, description=prompt[:40])
+    pictures = []
+    with _progress(request, shown=first) as advance:
+        for index, (prompt, path) in enumerate(zip(request.prompts, request.paths, strict=True)):
+            clock = StepClock(device.type == "cuda", advance)
+            start = time.perf_counter()
             image = pipe(
                 prompt,
-                height=job.height,
-                width=job.width,
-                num_inference_steps=job.steps,
-                guidance_scale=job.guidance,
-                generator=torch.Generator().manual_seed(job.seed + index),
-                callback_on_step_end=tick,
+                width=request.size[0],
+                height=request.size[1],
+                num_inference_steps=request.steps,
+                guidance_scale=request.guidance,
+                generator=torch.Generator().manual_seed(request.seed + index),
+                callback_on_step_end=clock,
                 **call,
             ).images[0]
-            times += [b - a for a, b in itertools.pairwise(clock)]
-            if first:
-                save(image, Path(output), _told(job, index, settings))
-    if first:
-        record = {
-            "model": job.model,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "ranks": launched() or 1,
-            "settings": settings,
-            "reason": reason,
-            "step_s": statistics.median(times) if times else None,
-            "images": list(job.outputs),
-        }
-        Path(job.record).write_text(json.dumps(record))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+            synchronize(device.type == "cuda")
+            total_s, times = time.perf_counter() - start, clock.step_ms()
+            if not first:
+                continue
+            step_s = statistics.median(times) / 1000 if times else None
+            picture = Picture(str(path), prompt, request.seed + index, step_s, total_s)
+            save(image, path, _told(request, picture, ranks, settings))
+            pictures.append(picture)
+    if not first:
+        return None
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return Made(request.model, name, ranks, settings, reason, tuple(pictures))
+
+
+def text_tokens(model: str) -> int:
+    """Of a prompt, padding included: what the pipelines of FLUX pass to its transformer."""
+    return TEXT_TOKENS if model == "demo" else 512
 
 
 def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline on `device`, and what its call needs beside what a user says.
 
+    Args:
+        model: 'demo', a folder, or a hub id.
+        device: on a GPU it is loaded in bfloat16, elsewhere in float32.
+
     Raises:
-        Failed: the folder holds no pipeline that can be loaded.
+        CannotLoad: the folder holds no pipeline that can be loaded.
     """
-    from diffusers import DiffusionPipeline
+    import diffusers
 
-    from piflux.demo import TEXT_TOKENS, demo_pipeline
-
+    _quiet()
     if model == "demo":
         return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
+    # Before it had its new name, the new one was taken for an unknown argument and left aside.
+    name = "dtype" if version >= (0, 40) else "torch_dtype"
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device), {}
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
+        return pipe.to(device), {}
     except Exception as error:  # whatever diffusers trips over in a broken folder
-        raise Failed(
-            f"{model} can't be loaded: {type(error).__name__}: {_last_line(error)}"
-        ) from error
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = lines[-1] if lines else "it said nothing"
+        raise CannotLoad(f"{model} can't be loaded: {type(error).__name__}: {said}") from error
 
 
-def _chosen(pipe: Any, job: Job) -> tuple[str, str]:
-    from piflux.doctor import choose_here
-    from piflux.groups import resolve_group
-    from piflux.runtime.ranks import ProcessRanks
+def _quiet() -> None:
+    """Leave the terminal to piflux: one progress bar, and no advice of the libraries below."""
+    import diffusers
+    import transformers
 
-    ranks = resolve_group(None)
-    if not isinstance(ranks, ProcessRanks) or ranks.size == 1:
-        return "gather", "one rank has nothing to gather"
-    tokens = job.height * job.width // 256 + 512
-    return choose_here(dict(pipe.transformer.config), tokens, ranks.group)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
 
 
-def _told(job: Job, index: int, settings: dict[str, Any]) -> dict[str, str]:
+def _chosen(
+    transformer: Any, device: torch.device, ranks: int, request: Request
+) -> tuple[Policy, str]:
+    """The policy that suits a FLUX on these ranks, and why; the same on all of them."""
+    if ranks == 1:
+        return "gather", "one rank has all keys and values"
+    _, choice = decide(
+        transformer.config,
+        device,
+        width=request.size[0],
+        height=request.size[1],
+        text_tokens=text_tokens(request.model),
+        dtype=transformer.dtype,
+    )
+    return choice.policy, choice.reason
+
+
+@contextlib.contextmanager
+def _progress(request: Request, *, shown: bool) -> Iterator[Callable[[], None] | None]:
+    """One bar for all steps of all pictures: gives what advances it by a step."""
+    if not shown:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("compiling", total=len(request.prompts) * request.steps)
+        ends: list[float] = []
+
+        def advance() -> None:
+            ends.append(time.perf_counter())
+            pace = f"{ends[-1] - ends[-2]:.2f} s a step" if len(ends) > 1 else "first step done"
+            progress.update(task, advance=1, description=pace)
+
+        yield advance
+
+
+def _told(
+    request: Request, picture: Picture, ranks: int, settings: dict[str, Any]
+) -> dict[str, str]:
     """What the PNG says of itself."""
     told = {
-        "prompt": job.prompts[index],
-        "model": job.model,
-        "seed": job.seed + index,
-        "steps": job.steps,
-        "guidance": job.guidance,
-        "ranks": launched() or 1,
+        "prompt": picture.prompt,
+        "model": request.model,
+        "seed": picture.seed,
+        "steps": request.steps,
+        "guidance": request.guidance,
+        "ranks": ranks,
         **settings,
         "torch": torch.__version__,
         "piflux": piflux.__version__,
@@ -239,7 +235,7 @@ def save(image: Image.Image, path: Path, told: dict[str, str]) -> None:
     """Write all of the picture or nothing.
 
     Raises:
-        Failed: the disk or the folder did not let it.
+        CannotSave: the disk or the folder did not let it.
     """
     info = PngInfo()
     for name, text in told.items():
@@ -254,13 +250,24 @@ def save(image: Image.Image, path: Path, told: dict[str, str]) -> None:
     except OSError as error:
         if unfinished is not None:
             Path(unfinished).unlink(missing_ok=True)
-        raise Failed(f"{path} can't be saved: {error.strerror or error}") from error
+        raise CannotSave(f"{path} can't be saved: {error.strerror or error}") from error
 
 
-def show(path: Path) -> None:
+def numbered(path: Path, count: int) -> tuple[Path, ...]:
+    """`apple.png` for one picture; apple-01.png to apple-12.png for twelve."""
+    if count == 1:
+        return (path,)
+    digits = len(str(count))
+    return tuple(path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, count + 1))
+
+
+def show(image: Image.Image, console: Console) -> None:
     """The picture in the terminal, by its graphics protocol or half blocks."""
+    terminal = sys.__stdout__
+    if terminal and terminal.isatty() and 0 in os.get_terminal_size(terminal.fileno()):
+        console.print("The picture isn't shown: this terminal doesn't say how large it is.")
+        return
     # Asks the terminal what it can draw as soon as it is imported.
     from textual_image.renderable import Image as TerminalImage
 
-    console = Console(file=sys.stdout)
-    console.print(TerminalImage(Image.open(path), width=min(console.width, 80)))
+    console.print(TerminalImage(image, width=min(console.width, 80)))

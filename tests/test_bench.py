@@ -55,7 +55,7 @@ def test_chart(tmp_path):
 
 
 def test_rows_on_cpu_ranks(tmp_path):
-    command = [sys.executable, "-m", "piflux.bench", "--row=eager", "--row=rotate"]
+    command = [sys.executable, "-m", "piflux", "bench", "--row=eager", "--row=rotate"]
     command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

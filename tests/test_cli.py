@@ -7,26 +7,34 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from test_cost import CONFIG
 from typer.testing import CliRunner
 
-from piflux import generate as generating
-from piflux.bench import FLUX_DEV
-from piflux.cli import app
-from piflux.doctor import choose_policy, step_times
+from piflux import cli, options
+from piflux.cost import Choice, Rates
+from piflux.doctor import Examined, Link, examine
+from piflux.errors import CannotSave, RankFailed
+from piflux.generate import numbered, show
+from piflux.launch import launch
 
 COMMAND = [sys.executable, "-m", "piflux"]
 SMALL = ["--steps=3", "--size=64x64"]
+SECONDS_TO_END = 5  # after a signal
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 def invoke(*arguments, **environment):
     env = {"COLUMNS": "200", "NO_COLOR": "1", "RANK": None, "WORLD_SIZE": None, **environment}
-    result = CliRunner().invoke(app, [str(x) for x in arguments], env=env)
+    result = CliRunner().invoke(cli.app, [str(x) for x in arguments], env=env)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -34,23 +42,6 @@ def invoke(*arguments, **environment):
 
 def words(result):
     return " ".join(result.output.replace("│", " ").split())
-
-
-def ranks_of(pid):
-    """The processes that `pid` started, their children and so on."""
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    parents = dict(tuple(map(int, line.split())) for line in listed.stdout.splitlines())
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # ---------------------------------------------------------------------------------------- generate
@@ -80,64 +71,29 @@ def test_two_ranks_draw_several_prompts(tmp_path):
     record = json.loads(done.stdout)
     assert record["ranks"] == 2
     assert record["settings"]["policy"] in ("gather", "displaced", "rotate")
-    assert "of a step's computing" in record["reason"]
-    assert record["step_s"] > 0
-    names = [Path(path).name for path in record["images"]]
-    assert names == ["x-0.png", "x-1.png"]
+    assert "keys and values travel" in record["reason"]
+    assert all(picture["total_s"] > picture["step_s"] > 0 for picture in record["pictures"])
+    names = [Path(picture["path"]).name for picture in record["pictures"]]
+    assert names == ["x-1.png", "x-2.png"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
 
-@on_cpu
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("what", ["interrupted", "a rank is killed"])
-def test_no_process_is_left(tmp_path, what):
-    out = tmp_path / "never.png"
-    command = [*COMMAND, "generate", "camera", "--ranks=2", "--steps=2000", f"--out={out}"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    try:
-        deadline = time.monotonic() + 300
-        busy = set()
-        while len(busy) < 2:  # both ranks compute
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.5)
-            started = ranks_of(process.pid)
-            busy = {pid for pid in started if cpu_seconds(pid) > 10}
-        start = time.monotonic()
-        if what == "interrupted":
-            process.send_signal(signal.SIGINT)
-        else:
-            os.kill(max(busy), signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
-        took = time.monotonic() - start
-    finally:
-        process.kill()
-    while any(alive(pid) for pid in started):  # Python's resource tracker ends after its owner
-        assert time.monotonic() - start < took + 5 * LOADED
-        time.sleep(0.1)
-    assert not out.exists()
-    assert "Traceback" not in errors
-    if what == "interrupted":
-        assert process.returncode == 130
-        assert "interrupted" in errors
-        assert took < 5 * LOADED
-    else:
-        assert process.returncode == 1
-        assert "failed" in errors and "SIGKILL" in errors
+def test_a_picture_is_shown(capsys):
+    show(Image.new("RGB", (64, 64), "red"), Console(width=90))
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) > 70
 
 
-LOADED = 3  # CI's cores are shared
-TICKS = os.sysconf("SC_CLK_TCK")
+def test_a_terminal_without_a_size_shows_none(monkeypatch, capsys):
+    """As some containers start theirs."""
+    monkeypatch.setattr(sys, "__stdout__", SimpleNamespace(isatty=lambda: True, fileno=lambda: 1))
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd=1: os.terminal_size((0, 0)))
+    show(Image.new("RGB", (64, 64)), Console(width=90))
+    assert "doesn't say how large it is" in capsys.readouterr().out
 
 
-def cpu_seconds(pid):
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except FileNotFoundError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / TICKS
+def test_numbers():
+    assert numbered(Path("a/b.png"), 1) == (Path("a/b.png"),)
+    assert numbered(Path("a/b.png"), 10)[::9] == (Path("a/b-01.png"), Path("a/b-10.png"))
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
@@ -152,12 +108,32 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_fails_is_quoted():
-    with pytest.raises(generating.Failed, match=r"rank [01] failed: ValueError: on purpose"):
-        generating.launch(_fails, (), 2)
+    said = r"^rank [01] failed: ValueError: on purpose \(test_cli.py:\d+, in _fails\); under torch"
+    with pytest.raises(RankFailed, match=said):
+        launch(_fails, 2)
 
 
 def _fails():
     raise ValueError("on purpose")
+
+
+def test_a_rank_that_says_what_to_do_is_quoted_alone():
+    with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
+        launch(_says, 2)
+
+
+def _says():
+    raise CannotSave("the folder is full: empty it")
+
+
+def test_one_rank_is_interrupted(monkeypatch, tmp_path):
+    """By SIGTERM, which raises where Python is."""
+    monkeypatch.setattr(cli, "make_pictures", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    result = invoke("generate", "a cat", "--ranks=1", f"--out={tmp_path / 'p.png'}")
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
@@ -169,16 +145,19 @@ def _fails():
         (["--prompts=/dev/null"], "no such file"),
         (["x", "--model=./no/such/folder"], "no such folder"),
         (["x", "--model=tests"], "no model_index.json"),
-        (["x", "--size=100x64"], "multiples of 16"),
-        (["x", "--size=0x64"], "multiples of 16"),
+        (["x", "--size=100x64"], "--size must be a multiple of 16 from 16 on, got 100"),
+        (["x", "--size=64x0"], "multiple of 16 from 16 on, got 0"),
         (["x", "--size=big"], "write width x height"),
         (["x", "--ranks=0"], "--ranks"),
         (["x", "--policy=warp"], "unknown policy 'warp'"),
         (["x", "--policy=no.json"], "not a file of settings"),
-        (["x", "--sync-steps=-1"], "--sync-steps"),
+        (["x", "--sync-steps=-1"], "sync_steps must be an integer >= 0, or several of them"),
+        (["x", "--sync-steps=0,two"], "got (0, 'two')"),
         (["x", "--steps=0"], "--steps"),
         (["x", "--inner=magic"], "'inductor' or 'eager'"),
         (["x", "--out=./no/folder/x.png"], "there is no folder"),
+        (["x", "--out=/proc/x.png"], "/proc can't be written to"),
+        (["x", "--ranks=17", "--size=64x64"], "has 16 tokens and a prompt 24; each needs as many"),
         (["x", "--out=x.jpg"], "written as .png"),
     ],
 )
@@ -218,14 +197,60 @@ def test_more_ranks_than_gpus(monkeypatch):
 # ------------------------------------------------------------------------------ explain and doctor
 
 
-def test_explain_runs_no_step():
-    result = invoke("explain", "--ranks=4", "--policy=displaced", "--json", "--size=64x64")
+@pytest.fixture
+def small(monkeypatch):
+    """Three blocks in place of the demo's ten."""
+    monkeypatch.setattr(options, "flux_config", lambda model: CONFIG)
+
+
+@pytest.mark.usefixtures("small")
+def test_explain_as_data():
+    rates = ("--link=2", "--linear-tflops=1", "--attention-tflops=0.5")
+    result = invoke("explain", "--ranks=4", "--size=64x64", "--policy=displaced", "--json", *rates)
     assert result.exit_code == 0, result.output
-    (graph,) = json.loads(result.stdout)
-    assert graph["schedule"]["policy"] == "displaced"
-    assert graph["schedule"]["world_size"] == 4
-    assert graph["attentions"] == 10
-    assert "attentions rewritten   10" in invoke("explain", "--size=64x64").output
+    record = json.loads(result.stdout)
+    report = record["report"]
+    assert (report["schedule"]["policy"], report["schedule"]["world_size"]) == ("displaced", 4)
+    assert report["attentions"] == 3
+    assert report["sync_bytes"] == report["steady_bytes"] > 0
+    shards = [b for b in report["boundaries"] if b["verb"] == "shard"]
+    assert [16] in [b["lengths"] for b in shards] and [4] in [b["part_lengths"] for b in shards]
+    assert record["rates"] == {"linear_tflops": 1.0, "attention_tflops": 0.5, "link_gbs": 2.0}
+    waited = record["predicted"]["sync_s"] - record["predicted"]["steady_s"]
+    assert 0 < waited <= report["sync_bytes"] / 2e9
+    assert record["choice"]["policy"] in ("gather", "displaced", "rotate")
+
+
+def test_explain_as_text():
+    result = invoke("explain", "--size=64x64")
+    assert result.exit_code == 0, result.output
+    assert "rotate on 2 ranks, sync at 0, 3, predicted between" in result.output
+    assert "attentions rewritten   10" in result.output
+    assert "shard %hidden_states dim 1: 16 -> 8 tokens" in words(result)
+    assert "predicted: " not in result.output  # no link, no time
+
+
+@pytest.mark.usefixtures("small")
+def test_explain_of_a_schedule_in_a_file(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"policy": "displaced", "sync_steps": [0, 2], "order": 0}))
+    result = invoke("explain", "--size=64x64", f"--policy={path}")
+    assert "displaced on 2 ranks, sync at 0, 2\n" in result.output
+
+
+def test_explain_of_too_few_tokens():
+    result = invoke("explain", "--ranks=25")
+    assert result.exit_code == 2
+    assert "has 256 tokens and a prompt 24; each needs as many" in words(result)
+
+
+def test_what_the_compiler_refuses(monkeypatch):
+    """In its own words, without a traceback or what Dynamo adds."""
+    monkeypatch.setattr(options, "check_tokens", lambda *_: None)
+    result = invoke("explain", "--ranks=400")
+    assert result.exit_code == 1
+    assert "Error: " in result.output and "node: %" in result.output
+    assert "Traceback" not in result.output and "TORCHDYNAMO" not in result.output
 
 
 def test_explain_wants_a_policy():
@@ -234,31 +259,56 @@ def test_explain_wants_a_policy():
     assert "ask doctor" in words(result)
 
 
+@pytest.mark.parametrize("command", ["explain", "generate x --policy=auto"])
+def test_only_flux_is_known_without_a_call(tmp_path, command):
+    (tmp_path / "model_index.json").write_text("{}")
+    result = invoke(*command.split(), f"--model={tmp_path}")
+    assert result.exit_code == 2
+    assert "config.json is not the config of a transformer" in words(result)
+    (tmp_path / "transformer").mkdir()
+    config = tmp_path / "transformer" / "config.json"
+    config.write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    result = invoke(*command.split(), f"--model={tmp_path}")
+    assert result.exit_code == 2
+    assert "its transformer is a SD3Transformer2DModel, and only FLUX's" in words(result)
+
+
+FOUND = Examined(
+    (Link((0, 1), None, 1.5),),
+    Rates(0.1, 0.2, 1.25),
+    Choice("displaced", "because", 0.01, 0.03),
+)
+
+
 @on_cpu
-def test_doctor():
+def test_doctor(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "launch", lambda *arguments: asked.append(arguments) or FOUND)
     result = invoke("doctor", "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert found["torch"] == torch.__version__
-    assert found["gpus"] == []
-    assert found["advice"]["link_gbs"] > 0
-    assert found["advice"]["policy"] in ("gather", "displaced", "rotate")
+    record = json.loads(result.stdout)
+    assert record["links"] == [{"ranks": [0, 1], "peer_access": None, "gbs": 1.5}]
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["choice"]["policy"] == "displaced"
+    assert record["devices"] == [] and record["cores"] >= 1 and record["memory_gib"] > 0.1
+    assert asked[0][:2] == (examine, 2)
+    result = invoke("doctor")
+    assert "link 0-1 1.5 GB/s" in words(result)
+    assert "on 2 ranks, --policy auto is displaced: because." in words(result)
+    assert "nothing to share" in invoke("doctor", "--ranks=1").output
 
 
-def test_the_policy_is_the_freshest_that_hides():
-    for sent_s, policy in [(0.04, "gather"), (0.3, "displaced"), (0.9, "rotate")]:
-        chosen, reason = choose_policy(sent_s, 1.0)
-        assert chosen == policy
-        assert f"{sent_s:.1%}" in reason
+def test_ranks_examine_alike(ranks):
+    """Links, kernels and choice, measured by two real ranks: one answer for both."""
+    one, other = ranks(2, examine_small)
+    assert one == other
+    (link,) = one.links
+    assert link.ranks == (0, 1) and link.peer_access is None and 0 < link.gbs < 1000
+    assert one.choice.reason.startswith("keys and values travel")
 
 
-def test_times_of_flux_dev_on_two_gpus():
-    """28 MB a layer and rank; 74.4 TFLOP a step."""
-    sent_s, compute_s = step_times(FLUX_DEV, 4608, 2, 656.0, 200.0, 2)
-    assert sent_s == pytest.approx(57 * 28.3e6 / 200e9, rel=0.01)
-    assert compute_s == pytest.approx(74.4e12 / 2 / 656e12, rel=0.01)
-    assert choose_policy(sent_s, compute_s)[0] == "displaced"
-    assert choose_policy(10 * sent_s, compute_s)[0] == "rotate"
+def examine_small(rank, group):
+    return examine(CONFIG, {"width": 64, "height": 64, "text_tokens": 6, "dtype": torch.float32})
 
 
 def test_without_its_packages_the_command_says_what_to_install():
@@ -266,3 +316,135 @@ def test_without_its_packages_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.strip().endswith("pip install 'piflux[demo]'")
+
+
+# --------------------------------------------------------- several ranks, in processes of their own
+
+DRAWS_NOTHING = Path(__file__).parent / "command.py"
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen:
+    """Python in a session of its own, as from a terminal, its output in `folder`/log."""
+    log = (folder / "log").open("w")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+
+
+def start_gathering(folder: Path) -> subprocess.Popen:
+    """Two ranks in one collective after the other, for as long as they may."""
+    options = ("generate", "x", "--ranks=2", f"--out={folder / 'p.png'}")
+    return start(folder, str(DRAWS_NOTHING), "gather", *options)
+
+
+def wait_for(found: Callable[[], bool], process: subprocess.Popen, folder: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+        time.sleep(0.05)
+
+
+def gathered(folder: Path) -> Callable[[], bool]:
+    return lambda: len(list(folder.glob("gathered-*"))) == 2
+
+
+def family_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
+    return [child for child in family_of(process) if "spawn_main" in " ".join(child.cmdline())]
+
+
+def lives(process: psutil.Process) -> bool:
+    """A zombie does not: some hosts leave orphans unburied."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def ended(process: subprocess.Popen, family: list[psutil.Process], folder: Path) -> str:
+    """Wait until all are gone, in time; the command's output."""
+    start = time.monotonic()
+    process.wait(60)
+    while any(map(lives, family)) and time.monotonic() - start < SECONDS_TO_END:
+        time.sleep(0.05)
+    took = time.monotonic() - start
+    left = [child for child in family if lives(child)]
+    for child in left:
+        child.kill()
+    log = (folder / "log").read_text()
+    assert not left, log
+    assert took < SECONDS_TO_END, log
+    assert "Traceback" not in log
+    return log
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_interrupted_while_ranks_gather(tmp_path: Path, how: str) -> None:
+    process = start_gathering(tmp_path)
+    wait_for(gathered(tmp_path), process, tmp_path)
+    family = family_of(process)
+    assert len(ranks_of(process)) == 2
+    if how == "SIGTERM":
+        process.terminate()
+    else:  # a terminal sends it to the ranks as well
+        os.killpg(process.pid, signal.SIGINT)
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
+def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
+    """A terminal sends it to the ranks as well, which are importing."""
+    process = start_gathering(tmp_path)
+    wait_for(lambda: len(ranks_of(process)) > 0, process, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    family = family_of(process)
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
+def test_a_benchmark_is_interrupted(tmp_path: Path) -> None:
+    """torchrun and its ranks, which the command started, end with it."""
+    options = ("--row=rotate", "--steps=9999", "--height=64", "--width=64", f"--out={tmp_path}")
+    process = start(tmp_path, "-m", "piflux", "bench", *options)
+
+    def started() -> bool:
+        commands = [" ".join(child.cmdline()) for child in family_of(process)]
+        return sum("piflux.bench" in command for command in commands) >= 3
+
+    wait_for(started, process, tmp_path)
+    family = family_of(process)
+    process.terminate()
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 130, log
+    assert log.count("interrupted") == 1
+
+
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    process = start_gathering(tmp_path)
+    wait_for(gathered(tmp_path), process, tmp_path)
+    family = family_of(process)
+    ranks_of(process)[1].kill()
+    log = ended(process, family, tmp_path)
+    assert process.returncode == 1, log
+    assert "was killed by SIGKILL; the others were ended" in log
+
+
+def test_ranks_that_torchrun_started(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    options = ("generate", "x", "--ranks=2", f"--out={tmp_path / 'p.png'}", "--json")
+    process = start(tmp_path, *torchrun, str(DRAWS_NOTHING), "meet", *options)
+    process.wait(120)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    (line,) = [line for line in log.splitlines() if line.startswith("{")]
+    made = json.loads(line)
+    assert made["ranks"] == 2
+    assert made["pictures"][0]["step_s"] == 1  # threads, as torchrun has them
+    assert gathered(tmp_path)()

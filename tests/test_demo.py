@@ -99,12 +99,12 @@ def invoke(run_flux: ModuleType, *arguments: str, ranks: int = 1) -> tuple[int, 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model=demo", "--height=100"], "--height must be a positive multiple of 16, got 100"),
-        (["--model=demo", "--width=0"], "--width must be a positive multiple of 16, got 0"),
+        (["--model=demo", "--height=100"], "--height must be a multiple of 16 from 16 on, got 100"),
+        (["--model=demo", "--width=0"], "--width must be a multiple of 16 from 16 on, got 0"),
         (["--model=./no/such/folder"], "--model ./no/such/folder: no such folder"),
         (["--model=demo", "--policy=pipefusion"], "'gather', 'rotate', 'displaced', 'none'"),
         (["--model=demo", "--steps=0"], "--steps"),
-        (["--model=demo", "--sync-steps=-1"], "--sync-steps"),
+        (["--model=demo", "--sync-steps=-1"], "sync_steps must be an integer >= 0"),
         (["--model=demo", "--refresh-every=0"], "--refresh-every"),
     ],
 )

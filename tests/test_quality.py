@@ -1,4 +1,4 @@
-"""LPIPS, and what `piflux.quality` measures and writes."""
+"""LPIPS, and what `piflux quality` measures and writes."""
 
 import importlib.util
 import json
@@ -12,30 +12,27 @@ import torch.nn.functional as F
 import typer
 from PIL import Image
 from safetensors.torch import load_file
+from test_cost import timed
 from typer.testing import CliRunner
 
-from piflux import quality as module_under_test
+from piflux import drift
+from piflux.charts import markdown
+from piflux.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
-from piflux.lpips import LPIPS, WEIGHTS
-from piflux.quality import (
+from piflux.drift import (
     BEST_DB,
-    Cost,
     Drawn,
     Row,
     Variant,
     compare,
     draw,
     encode,
-    markdown,
     measure,
-    measured_cost,
-    modelled_cost,
-    quality,
     summary,
     tune,
 )
-from piflux.report import BoundaryReport, GraphReport
-from piflux.schedule import Schedule
+from piflux.lpips import LPIPS, WEIGHTS
+from piflux.quality import quality
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -210,52 +207,6 @@ def test_summaries_pair_pictures():
     assert lines[3].endswith("| 0.700 | 0.500 | 0.600 |")
 
 
-def report(policy="rotate", sync="gather", sync_bytes=0, steady_bytes=0):
-    """Of two ranks: 31 tokens in parts of 16."""
-    cut = BoundaryReport("shard", "x", 1, (31,), (16,), (1,), 0)
-    join = BoundaryReport("unshard", "y", 1, (31,), (16,), (1,), steady_bytes)
-    schedule = Schedule(policy, 2, None, 2, sync)
-    return GraphReport(schedule, 1, 1, (cut, join), sync_bytes, steady_bytes, 0)
-
-
-def test_cost_is_shared_computing_and_what_travels():
-    local = 31.0 * 16 / 31  # seconds of one rank's 31
-    cost = modelled_cost(report(sync_bytes=8 * 10**9, steady_bytes=10**9), 10, 31.0, 1.0)
-    assert cost == Cost(31.0, local + 8, local + 1, pytest.approx(local + (2 * 8 + 8 * 1) / 10))
-    # Two pictures' bytes at once.
-    cost = modelled_cost(report(sync_bytes=8 * 10**9), 10, 31.0, 1.0, batch=2)
-    assert cost.sync_s == local + 4
-    # Behind computing, as far as it reaches.
-    for sent, steady in ((10, local), (20, 20.0)):
-        travelling = report("displaced", sync_bytes=1, steady_bytes=sent * 10**9)
-        assert modelled_cost(travelling, 10, 31.0, 1.0).steady_s == steady
-    assert modelled_cost(report(sync="recompute"), 10, 31.0, 1.0).sync_s == 31.0
-
-
-def timed(*rows):
-    return {"rows": [{"row": r, "ranks": n, "step_ms": ms, "error": e} for r, n, ms, e in rows]}
-
-
-def test_measured_cost_is_of_the_rows_of_the_policy():
-    record = timed(
-        ("eager", 1, [176.0], None),
-        ("compiled", 1, [130.0, 140.0, 132.0], None),
-        ("gather", 2, [80.0], None),
-        ("rotate", 2, [90.0, 72.0, 73.0], None),
-        ("displaced", 2, [], "out of memory"),
-    )
-    cost = measured_cost(record, Schedule("rotate", 1, None, 2), 4)
-    assert cost == Cost(0.132, 0.08, 0.073, pytest.approx((0.08 + 3 * 0.073) / 4))
-    assert measured_cost(record, Schedule("rotate", 1, None, 2, "recompute"), 4).sync_s == 0.132
-    assert measured_cost(record, Schedule("gather", 1, None, 2), 4).mean_s == 0.08
-    with pytest.raises(ValueError, match=r"did not measure 'displaced' on 2 ranks$"):
-        measured_cost(record, Schedule("displaced", 1, None, 2), 4)
-    with pytest.raises(ValueError, match=r"'gather' on 4 ranks, 'rotate' on 4 ranks$"):
-        measured_cost(record, Schedule("rotate", 1, None, 4), 4)
-    with pytest.raises(ValueError, match="any row on one rank"):
-        measured_cost(timed(("gather", 2, [80.0], None)), Schedule("gather", 1, None, 2), 4)
-
-
 def test_policies_from_exact_to_drifting():
     """Steps of a small picture: gather is one rank's, prediction is nearer to it than none."""
     pipe = demo_pipeline()
@@ -286,7 +237,7 @@ def test_policies_from_exact_to_drifting():
     assert unpredicted.drift[-1] > rotate.drift[-1]
     assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
     # Half the tokens each, and what travels: all of it in gather, almost nothing in rotate.
-    assert 0.5 * one.step_s < rotate.cost_s < gather.cost_s
+    assert 0.5 * one.step_s < rotate.cost.mean_s < gather.cost.mean_s
 
 
 def invoke(*arguments):
@@ -301,7 +252,7 @@ def test_measured_cost_in_the_command(tmp_path):
     arguments += [f"--out={tmp_path}", f"--bench={bench}"]
     for content, said in (
         ("{", "Expecting property name"),
-        ("{}", "not what piflux.bench writes"),
+        ("{}", "not what piflux bench writes"),
         (json.dumps(timed(("eager", 1, [20.0], None))), "did not measure 'gather' on 2 ranks"),
     ):
         bench.write_text(content)
@@ -350,7 +301,7 @@ def test_the_command(tmp_path):
 
 
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(module_under_test, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
@@ -385,6 +336,7 @@ def test_tuning_needs_one_budget_and_two_prompts():
         (["--bench=./no/such/file"], "no such file"),
         (["--size=100"], "multiple of 16"),
         (["--size=48"], "multiple of 16 from 64"),
+        (["--out=/proc/none"], "--out /proc/none: can't be made"),
         (["--count=0"], "--count"),
         (["--ranks=1"], "--ranks"),
         (["--steps=0"], "--steps"),

@@ -1,0 +1,37 @@
+"""The `piflux` command whose ranks draw nothing: they gather for ever, or meet once.
+
+Run as `python tests/command.py meet|gather generate ...`; gathered-R beside --out says that rank
+R's first all-gather is done.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from piflux import cli
+from piflux.generate import Made, Picture, Request
+from piflux.launch import join
+
+
+def meet(request: Request) -> Made | None:
+    join()
+    whole: list[int | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(whole, dist.get_rank())
+    (request.paths[0].parent / f"gathered-{dist.get_rank()}").touch()
+    if dist.get_rank() != 0:
+        return None
+    assert whole == list(range(len(whole)))
+    picture = Picture("p.png", "", 0, torch.get_num_threads(), 0)
+    return Made("demo", "cpu", len(whole), {}, None, (picture,))
+
+
+def gather(request: Request) -> None:
+    meet(request)
+    while True:
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    cli.make_pictures = {"meet": meet, "gather": gather}[sys.argv.pop(1)]
+    cli.app()

@@ -1,0 +1,144 @@
+"""The arithmetic of a step, the policy that follows, and what is counted of a captured FLUX."""
+
+import pytest
+import torch
+
+from piflux.bench import flops
+from piflux.cost import Cost, Layer, Rates, choose, measured_cost, modelled_cost
+from piflux.preview import Preview, preview
+from piflux.report import BoundaryReport, GraphReport
+from piflux.schedule import Schedule
+
+CONFIG = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 24,
+    "guidance_embeds": True,
+    "axes_dims_rope": (4, 6, 6),
+}
+WIDTH = 64  # channels
+
+
+def foresee(schedule: Schedule) -> Preview:
+    """16 image and 6 text tokens."""
+    return preview(CONFIG, schedule, width=64, height=64, text_tokens=6, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def small() -> Preview:
+    return foresee(Schedule("gather", world_size=2))
+
+
+def test_what_a_rank_computes_and_sends(small: Preview) -> None:
+    """A double block, then two single ones: 8 image and 3 text tokens on each rank."""
+    tokens, square = 11, WIDTH**2
+    _, single, _ = small.layers
+    for layer in small.layers:
+        assert layer.kv_bytes == 2 * tokens * WIDTH * 2  # keys, values; 2 bytes each
+        assert layer.attention_flops == 4 * tokens * 22 * WIDTH
+    # After the double block's attention its projection and MLP, then the single's first products.
+    assert single.linear_flops == 2 * tokens * (1 + 8 + 3 + 4) * square
+
+
+def test_one_rank_does_it_all(small: Preview) -> None:
+    linear, attention = flops(3, WIDTH, 22)
+    assert sum(layer.attention_flops for layer in small.whole) == attention
+    # Beside the blocks there are embedders, modulations and the head.
+    assert linear < sum(layer.linear_flops for layer in small.whole) < 1.5 * linear
+    assert all(layer.kv_bytes == 0 for layer in small.whole)
+
+
+@pytest.mark.parametrize("policy", ["gather", "rotate", "displaced"])
+def test_reports_of_every_policy(small: Preview, policy: str) -> None:
+    sent = sum(layer.kv_bytes for layer in small.layers)
+    final = 8 * 16 * 2
+    report = foresee(Schedule(policy, world_size=2)).report
+    assert report.sync_bytes == sent + final
+    assert report.steady_bytes == final + (0 if policy == "rotate" else sent)
+
+
+def test_one_rank_is_foreseen_too(small: Preview) -> None:
+    alone = foresee(Schedule())
+    assert alone.layers == alone.whole == small.whole
+    assert alone.report.sync_bytes == alone.report.cache_bytes == 0
+
+
+def test_many_previews_in_one_process() -> None:
+    """Dynamo keeps so many graphs for one function, then refuses; a preview leaves none."""
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for _ in range(3):
+            assert foresee(Schedule(world_size=2)).report.attentions == 3
+
+
+LAYERS = 3 * (Layer(linear_flops=6 * 10**9, attention_flops=10**9, kv_bytes=10**6),)
+
+
+@pytest.mark.parametrize(
+    ("link_gbs", "policy"),
+    [
+        (1 / 0.4, "gather"),  # exactly 5 % of a layer's 8 ms
+        (1 / 0.41, "displaced"),
+        (1 / 8, "displaced"),  # as long as the step
+        (1 / 8.1, "rotate"),
+        (1e-3, "rotate"),
+    ],
+)
+def test_choice_follows_the_link(link_gbs: float, policy: str) -> None:
+    choice = choose(LAYERS, Rates(1.0, 0.5, link_gbs))
+    assert choice.policy == policy
+    assert choice.compute_s == pytest.approx(0.024)
+    assert choice.gather_s == pytest.approx(3e-3 / link_gbs)
+    assert f"{link_gbs:.3g} GB/s" in choice.reason
+
+
+# ----------------------------------------------------------------------------- of whole schedules
+
+
+def report(policy="rotate", sync="gather", sync_bytes=0, steady_bytes=0):
+    """Of two ranks: 31 tokens in parts of 16."""
+    cut = BoundaryReport("shard", "x", 1, (31,), (16,), (1,), 0)
+    join = BoundaryReport("unshard", "y", 1, (31,), (16,), (1,), steady_bytes)
+    schedule = Schedule(policy, 2, None, 2, sync)
+    return GraphReport(schedule, 1, 1, (cut, join), sync_bytes, steady_bytes, 0)
+
+
+def test_cost_is_shared_computing_and_what_travels():
+    local = 31.0 * 16 / 31  # seconds of one rank's 31
+    cost = modelled_cost(report(sync_bytes=8 * 10**9, steady_bytes=10**9), 10, 31.0, 1.0)
+    assert cost == Cost(31.0, local + 8, local + 1, pytest.approx(local + (2 * 8 + 8 * 1) / 10))
+    # Two pictures' bytes at once.
+    cost = modelled_cost(report(sync_bytes=8 * 10**9), 10, 31.0, 1.0, batch=2)
+    assert cost.sync_s == local + 4
+    # Behind computing, as far as it reaches.
+    for sent, steady in ((10, local), (20, 20.0)):
+        travelling = report("displaced", sync_bytes=1, steady_bytes=sent * 10**9)
+        assert modelled_cost(travelling, 10, 31.0, 1.0).steady_s == steady
+    assert modelled_cost(report(sync="recompute"), 10, 31.0, 1.0).sync_s == 31.0
+
+
+def timed(*rows):
+    return {"rows": [{"row": r, "ranks": n, "step_ms": ms, "error": e} for r, n, ms, e in rows]}
+
+
+def test_measured_cost_is_of_the_rows_of_the_policy():
+    record = timed(
+        ("eager", 1, [176.0], None),
+        ("compiled", 1, [130.0, 140.0, 132.0], None),
+        ("gather", 2, [80.0], None),
+        ("rotate", 2, [90.0, 72.0, 73.0], None),
+        ("displaced", 2, [], "out of memory"),
+    )
+    cost = measured_cost(record, Schedule("rotate", 1, None, 2), 4)
+    assert cost == Cost(0.132, 0.08, 0.073, pytest.approx((0.08 + 3 * 0.073) / 4))
+    assert measured_cost(record, Schedule("rotate", 1, None, 2, "recompute"), 4).sync_s == 0.132
+    assert measured_cost(record, Schedule("gather", 1, None, 2), 4).mean_s == 0.08
+    with pytest.raises(ValueError, match=r"did not measure 'displaced' on 2 ranks$"):
+        measured_cost(record, Schedule("displaced", 1, None, 2), 4)
+    with pytest.raises(ValueError, match=r"'gather' on 4 ranks, 'rotate' on 4 ranks$"):
+        measured_cost(record, Schedule("rotate", 1, None, 4), 4)
+    with pytest.raises(ValueError, match="any row on one rank"):
+        measured_cost(timed(("gather", 2, [80.0], None)), Schedule("gather", 1, None, 2), 4)
