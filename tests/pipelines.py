@@ -1,0 +1,567 @@
+"""Tiny but real diffusers pipelines, drawn on one rank and over several.
+
+Every part of a pipeline is built from its own class and config, with seeded random weights; only
+the tokenizers are the demo model's. A `Case` draws images through its pipeline's own `__call__`; a
+`Studio` says over how many ranks, and notes what came of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from model_zoo import HEADS, ROPE, WIDTH
+from models import HEAD_DIM, POOLED_DIM, TEXT_DIM, _draw
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from ranks import Failure
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import piflux
+
+DEMO_MODEL = Path(piflux.__file__).parent / "demo_model"
+LATENT = 4  # channels of the autoencoder's latents; four of its pixels make a token
+TOKEN = 4 * LATENT
+TEXT = 13
+STEPS = 6
+SIZE = {"height": 20, "width": 28}  # 5 x 7 tokens
+PROMPT = {"prompt": "a red apple", "max_sequence_length": TEXT}
+
+Pipeline = Any
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image: its pixels, the latents after each step, the graphs compiled until then."""
+
+    pixels: Tensor
+    latents: list[Tensor]
+    graphs: list[int]
+
+
+@dataclass
+class Studio:
+    """Where images are drawn.
+
+    Attributes:
+        options: those of `parallelize`; None draws without piflux.
+        images: what was drawn so far.
+    """
+
+    options: Options | None = None
+    images: list[Drawn] = field(default_factory=list)
+
+    def parallel(self, target: Any) -> Any:
+        return target if self.options is None else piflux.parallelize(target, **self.options)
+
+    def draw(self, pipe: Pipeline, seed: int = 0, **options: Any) -> None:
+        """One call of the pipeline."""
+        latents: list[Tensor] = []
+        graphs: list[int] = []
+        before = counters["stats"]["unique_graphs"]
+
+        def step_ended(pipe: Pipeline, step: int, timestep: Any, kwargs: Options) -> Options:
+            latents.append(kwargs["latents"].clone())
+            graphs.append(counters["stats"]["unique_graphs"] - before)
+            return {}
+
+        call = SIZE | {
+            "num_inference_steps": STEPS,
+            "generator": torch.Generator().manual_seed(seed),
+            "output_type": "pt",
+            "return_dict": False,
+            "callback_on_step_end": step_ended,
+        }
+        self.images.append(Drawn(pipe(**call | options)[0], latents, graphs))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table of what is supported.
+
+    Attributes:
+        name: what is drawn.
+        images: draws it in a studio, in one image or several.
+        ranks: the numbers of ranks that it is drawn on.
+        error: the key part of the message that it fails with; empty if it is supported.
+        late: graphs that steps after the first of an image compile, all of them in one image.
+        remark: what else the row says.
+    """
+
+    name: str
+    images: Callable[[Studio], None]
+    ranks: tuple[int, ...] = (2,)
+    error: str = ""
+    late: int = 0
+    remark: str = ""
+
+
+def on_ranks(rank: int, group: Any, name: str) -> dict[str, list[Drawn] | Failure]:
+    """A case's images by policy, or what it failed with."""
+    return {policy: attempt(CASES[name], policy, group) for policy in ("gather", "rotate")}
+
+
+def attempt(case: Case, policy: str, group: Any) -> list[Drawn] | Failure:
+    torch._dynamo.reset()
+    studio = Studio({"group": group, "policy": policy, "inner": "eager"})
+    try:
+        case.images(studio)
+    except Exception as error:
+        return Failure.of(error)
+    return studio.images
+
+
+def plainly(name: str) -> list[Drawn]:
+    """A case's images without piflux."""
+    studio = Studio()
+    CASES[name].images(studio)
+    return studio.images
+
+
+def drawn(module: nn.Module, seed: int = 0) -> Any:
+    """With weights that make every part matter."""
+    return _draw(module, seed)
+
+
+def picture(height: int, width: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """Random pixels, in blocks that survive being resized."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (height // 2, width // 2, 3) if mode == "RGB" else (height // 2, width // 2)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.NEAREST)
+
+
+def mask(height: int, width: int) -> Image.Image:
+    """White where to paint: the right half."""
+    pixels = torch.zeros(height, width, dtype=torch.uint8)
+    pixels[:, width // 2 :] = 255
+    return Image.fromarray(pixels.numpy())
+
+
+# ------------------------------------------------------------------------------------------ FLUX.1
+
+
+def flux(*, inputs: int = TOKEN, guidance: bool = True) -> diffusers.FluxTransformer2DModel:
+    """`inputs`: channels of a token, of which the first are the image's own."""
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=inputs,
+        out_channels=TOKEN,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_DIM,
+        pooled_projection_dim=POOLED_DIM,
+        guidance_embeds=guidance,
+        axes_dims_rope=ROPE,
+    )
+    return drawn(model)
+
+
+def autoencoder(latent: int = LATENT) -> AutoencoderKL:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=latent,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=0.5,
+    )
+    return vae.eval()
+
+
+def clip(dim: int = POOLED_DIM) -> Options:
+    tokenizer = tokenizers()["tokenizer"]
+    config = transformers.CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=dim,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        projection_dim=dim,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return {"tokenizer": tokenizer, "text_encoder": drawn(transformers.CLIPTextModel(config))}
+
+
+def t5(number: int = 2, dim: int = TEXT_DIM) -> Options:
+    """A T5 encoder and its tokenizer, as the pipeline's `number`-th."""
+    tokenizer = tokenizers()["tokenizer_2"]
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=dim,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return {
+        f"tokenizer_{number}": tokenizer,
+        f"text_encoder_{number}": drawn(transformers.T5EncoderModel(config)),
+    }
+
+
+@cache
+def tokenizers() -> Options:
+    return {
+        name: transformers.AutoTokenizer.from_pretrained(DEMO_MODEL / name)
+        for name in ("tokenizer", "tokenizer_2")
+    }
+
+
+def build(cls: type, **parts: Any) -> Pipeline:
+    """A pipeline of FLUX.1; parts that are not given are those of FLUX.1-dev."""
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": autoencoder(),
+        "transformer": flux(),
+        **clip(),
+        **t5(),
+    } | parts
+    return quiet(cls(**parts))
+
+
+def quiet(pipe: Pipeline) -> Pipeline:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def dev(studio: Studio) -> None:
+    """One image after the other, then two at once for one prompt."""
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    studio.draw(pipe, **PROMPT)
+    studio.draw(pipe, 1, **PROMPT)
+    studio.draw(pipe, 2, **PROMPT, num_images_per_prompt=2)
+
+
+def schnell(studio: Studio) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    parts = {"transformer": flux(guidance=False), "scheduler": scheduler}
+    pipe = studio.parallel(build(diffusers.FluxPipeline, **parts))
+    studio.draw(pipe, **PROMPT, guidance_scale=0.0, num_inference_steps=4)
+
+
+def true_guidance(studio: Studio) -> None:
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    studio.draw(pipe, **PROMPT, negative_prompt="a blue car", true_cfg_scale=2.0)
+
+
+def other_sizes(studio: Studio) -> None:
+    """A second resolution makes sizes symbols; a third needs no graph of its own."""
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    for height, width in ((20, 28), (16, 24), (24, 20)):
+        studio.draw(pipe, **PROMPT, height=height, width=width)
+
+
+def image_to_image(studio: Studio) -> None:
+    pipe = studio.parallel(build(diffusers.FluxImg2ImgPipeline))
+    studio.draw(pipe, **PROMPT, image=picture(20, 28), strength=0.8)
+
+
+def inpaint(studio: Studio) -> None:
+    pipe = studio.parallel(build(diffusers.FluxInpaintPipeline))
+    studio.draw(pipe, **PROMPT, image=picture(20, 28), mask_image=mask(20, 28), strength=0.8)
+
+
+def fill(studio: Studio) -> None:
+    """A token is the image's, the masked picture's and the mask's channels."""
+    transformer = flux(inputs=2 * TOKEN + 16)
+    pipe = studio.parallel(build(diffusers.FluxFillPipeline, transformer=transformer))
+    studio.draw(pipe, **PROMPT, image=picture(20, 28), mask_image=mask(20, 28))
+
+
+def control(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlPipeline, transformer=flux(inputs=2 * TOKEN))
+    studio.draw(studio.parallel(pipe), **PROMPT, control_image=picture(20, 28))
+
+
+def control_image_to_image(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlImg2ImgPipeline, transformer=flux(inputs=2 * TOKEN))
+    images = {"image": picture(20, 28), "control_image": picture(20, 28, 1)}
+    studio.draw(studio.parallel(pipe), **PROMPT, **images, strength=0.8)
+
+
+def control_inpaint(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlInpaintPipeline, transformer=flux(inputs=2 * TOKEN))
+    images = {"image": picture(20, 28), "control_image": picture(20, 28, 1)}
+    masked = images | {"mask_image": mask(20, 28)}
+    studio.draw(studio.parallel(pipe), **PROMPT, **masked, strength=0.8)
+
+
+def controlnet(modes: int | None = None, seed: int = 1) -> diffusers.FluxControlNetModel:
+    model = diffusers.FluxControlNetModel(
+        in_channels=TOKEN,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_DIM,
+        pooled_projection_dim=POOLED_DIM,
+        guidance_embeds=True,
+        axes_dims_rope=ROPE,
+        num_mode=modes,
+    )
+    return drawn(model, seed)
+
+
+def one_controlnet(studio: Studio) -> None:
+    """It acts on the first two thirds of the steps."""
+    pipe = build(diffusers.FluxControlNetPipeline, controlnet=controlnet())
+    options = {"control_image": picture(20, 28), "control_guidance_end": 0.67}
+    studio.draw(studio.parallel(pipe), **PROMPT, **options)
+
+
+def split_controlnet(studio: Studio) -> None:
+    """The same with the network over the ranks, too."""
+    pipe = studio.parallel(build(diffusers.FluxControlNetPipeline, controlnet=controlnet()))
+    pipe.controlnet = studio.parallel(pipe.controlnet)
+    options = {"control_image": picture(20, 28), "control_guidance_end": 0.67}
+    studio.draw(pipe, **PROMPT, **options)
+
+
+def two_controlnets(studio: Studio) -> None:
+    both = [controlnet(), controlnet(seed=2)]
+    pipe = studio.parallel(build(diffusers.FluxControlNetPipeline, controlnet=both))
+    images = [picture(20, 28), picture(20, 28, 1)]
+    scales = {"controlnet_conditioning_scale": [0.7, 0.5]}
+    studio.draw(pipe, **PROMPT, **scales, control_image=images)
+
+
+def union_controlnet(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlNetPipeline, controlnet=controlnet(modes=3))
+    studio.draw(studio.parallel(pipe), **PROMPT, control_image=picture(20, 28), control_mode=2)
+
+
+def two_union_modes(studio: Studio) -> None:
+    """One network for two conditions."""
+    pipe = build(diffusers.FluxControlNetPipeline, controlnet=[controlnet(modes=3)])
+    images = [picture(20, 28), picture(20, 28, 1)]
+    options = {"control_mode": [0, 2], "controlnet_conditioning_scale": [0.7, 0.5]}
+    studio.draw(studio.parallel(pipe), **PROMPT, **options, control_image=images)
+
+
+def controlnet_image_to_image(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlNetImg2ImgPipeline, controlnet=controlnet())
+    images = {"image": picture(20, 28), "control_image": picture(20, 28, 1)}
+    studio.draw(studio.parallel(pipe), **PROMPT, **images, strength=0.8)
+
+
+def controlnet_inpaint(studio: Studio) -> None:
+    pipe = build(diffusers.FluxControlNetInpaintPipeline, controlnet=controlnet())
+    images = {"image": picture(20, 28), "control_image": picture(20, 28, 1)}
+    masked = images | {"mask_image": mask(20, 28)}
+    studio.draw(studio.parallel(pipe), **PROMPT, **masked, strength=0.8)
+
+
+KONTEXT = PROMPT | {"max_area": 20 * 28, "_auto_resize": False}
+
+
+def kontext(studio: Studio) -> None:
+    """The tokens of a reference picture, of its own size, follow the image's; then without one."""
+    pipe = studio.parallel(build(diffusers.FluxKontextPipeline))
+    studio.draw(pipe, **KONTEXT, image=picture(16, 20))
+    studio.draw(pipe, 1, **KONTEXT, image=picture(16, 20, 1))
+    studio.draw(pipe, 2, **KONTEXT)
+
+
+def kontext_inpaint(studio: Studio) -> None:
+    pipe = studio.parallel(build(diffusers.FluxKontextInpaintPipeline))
+    images = {"image": picture(20, 28), "image_reference": picture(16, 20, 1)}
+    masked = images | {"mask_image": mask(20, 28)}
+    studio.draw(pipe, **KONTEXT, **masked, strength=0.8)
+
+
+def redux(studio: Studio) -> None:
+    """A picture's 27 x 27 tokens follow the prompt's 512."""
+    config = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=54,
+        patch_size=2,
+    )
+    embedder = diffusers.pipelines.flux.modeling_flux.ReduxImageEncoder(16, TEXT_DIM)
+    prior = diffusers.FluxPriorReduxPipeline(
+        image_encoder=drawn(transformers.SiglipVisionModel(config)),
+        feature_extractor=transformers.SiglipImageProcessor(size={"height": 54, "width": 54}),
+        image_embedder=drawn(embedder),
+        **clip(),
+        **t5(),
+    )
+    prompt = prior(picture(20, 28), prompt=PROMPT["prompt"])
+    assert prompt.prompt_embeds.shape[1] == 512 + 729
+    no_encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    pipe = studio.parallel(build(diffusers.FluxPipeline, **no_encoders))
+    studio.draw(pipe, **prompt)
+
+
+def picture_encoder() -> Options:
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        projection_dim=POOLED_DIM,
+    )
+    return {
+        "image_encoder": drawn(transformers.CLIPVisionModelWithProjection(config)),
+        "feature_extractor": transformers.CLIPImageProcessor(
+            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+        ),
+    }
+
+
+def ip_adapter_weights(seed: int = 3) -> dict[str, dict[str, Tensor]]:
+    """A picture's embedding becomes 4 tokens, which the one double block attends to."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weights(**shapes: tuple[int, ...]) -> dict[str, Tensor]:
+        return {
+            name.replace("__", "."): torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+            for name, shape in shapes.items()
+        }
+
+    projection = weights(
+        proj__weight=(4 * TEXT_DIM, POOLED_DIM),
+        proj__bias=(4 * TEXT_DIM,),
+        norm__weight=(TEXT_DIM,),
+        norm__bias=(TEXT_DIM,),
+    )
+    attention = {
+        f"0.{name}": value
+        for name, value in weights(
+            to_k_ip__weight=(WIDTH, TEXT_DIM),
+            to_v_ip__weight=(WIDTH, TEXT_DIM),
+            to_k_ip__bias=(WIDTH,),
+            to_v_ip__bias=(WIDTH,),
+        ).items()
+    }
+    return {"image_proj": projection, "ip_adapter": attention}
+
+
+def ip_adapter(studio: Studio) -> None:
+    """Loaded before the pipeline is parallelized, drawn at two scales."""
+    pipe = build(diffusers.FluxPipeline, **picture_encoder())
+    pipe.load_ip_adapter(ip_adapter_weights(), weight_name="")
+    pipe = studio.parallel(pipe)
+    studio.draw(pipe, **PROMPT, ip_adapter_image=picture(16, 16))
+    pipe.set_ip_adapter_scale(0.5)
+    studio.draw(pipe, **PROMPT, ip_adapter_image=picture(16, 16))
+
+
+def late_ip_adapter(studio: Studio) -> None:
+    """Loaded into the parallelized pipeline, and unloaded again."""
+    pipe = studio.parallel(build(diffusers.FluxPipeline, **picture_encoder()))
+    studio.draw(pipe, **PROMPT)
+    pipe.load_ip_adapter(ip_adapter_weights(), weight_name="")
+    studio.draw(pipe, **PROMPT, ip_adapter_image=picture(16, 16))
+    pipe.unload_ip_adapter()
+    studio.draw(pipe, **PROMPT)
+
+
+@cache
+def lora(seed: int) -> dict[str, Tensor]:
+    """A LoRA's state dict, as a file has it."""
+    model = flux()
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_k", "to_v", "proj_mlp", "add_k_proj"]
+    model.add_adapter(
+        LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    )
+    return {f"transformer.{name}": x for name, x in get_peft_model_state_dict(model).items()}
+
+
+def lora_before(studio: Studio) -> None:
+    """Loaded before the pipeline is parallelized, drawn at two scales."""
+    pipe = build(diffusers.FluxPipeline)
+    pipe.load_lora_weights(dict(lora(1)))
+    pipe = studio.parallel(pipe)
+    studio.draw(pipe, **PROMPT)
+    studio.draw(pipe, **PROMPT, joint_attention_kwargs={"scale": 0.5})
+
+
+def lora_after(studio: Studio) -> None:
+    """Loaded into the parallelized pipeline, and unloaded again."""
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    studio.draw(pipe, **PROMPT)
+    pipe.load_lora_weights(dict(lora(1)))
+    studio.draw(pipe, **PROMPT)
+    pipe.unload_lora_weights()
+    studio.draw(pipe, **PROMPT)
+
+
+def loras_swapped(studio: Studio) -> None:
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    for name, seed in (("one", 1), ("two", 2)):
+        pipe.load_lora_weights(dict(lora(seed)), adapter_name=name)
+    for names, weights in ((["one"], [1.0]), (["two"], [1.0]), (["one", "two"], [0.7, 0.4])):
+        pipe.set_adapters(names, weights)
+        studio.draw(pipe, **PROMPT)
+
+
+def lora_fused(studio: Studio) -> None:
+    """Fused into the weights, and taken out again."""
+    pipe = studio.parallel(build(diffusers.FluxPipeline))
+    pipe.load_lora_weights(dict(lora(1)))
+    pipe.fuse_lora(lora_scale=0.8)
+    studio.draw(pipe, **PROMPT)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    studio.draw(pipe, **PROMPT)
+
+
+FLUX_1 = (
+    Case("FLUX.1-dev", dev, ranks=(2, 3)),
+    Case("FLUX.1-schnell", schnell),
+    Case("FLUX.1-dev, three resolutions", other_sizes),
+    Case("FLUX.1-dev, negative prompt (true CFG)", true_guidance),
+    Case("FLUX.1-dev, image to image", image_to_image),
+    Case("FLUX.1-dev, inpainting", inpaint),
+    Case("FLUX.1 Fill", fill),
+    Case("FLUX.1 Control", control),
+    Case("FLUX.1 Control, image to image", control_image_to_image),
+    Case("FLUX.1 Control, inpainting", control_inpaint),
+    Case("FLUX.1 ControlNet", one_controlnet),
+    Case(
+        "FLUX.1 ControlNet, parallelized itself",
+        split_controlnet,
+        late=1,
+        remark="its scale is a Python number: the step that turns it off compiles once more",
+    ),
+    Case("FLUX.1 ControlNet, two networks", two_controlnets),
+    Case("FLUX.1 ControlNet Union", union_controlnet),
+    Case("FLUX.1 ControlNet Union, two modes", two_union_modes),
+    Case("FLUX.1 ControlNet, image to image", controlnet_image_to_image),
+    Case("FLUX.1 ControlNet, inpainting", controlnet_inpaint),
+    Case("FLUX.1 Kontext", kontext, ranks=(2, 3)),
+    Case("FLUX.1 Kontext, inpainting", kontext_inpaint),
+    Case("FLUX.1 Redux", redux, ranks=(2, 3)),
+    Case("FLUX.1-dev, IP-Adapter", ip_adapter),
+    Case("FLUX.1-dev, IP-Adapter loaded later", late_ip_adapter),
+    Case("FLUX.1-dev, LoRA", lora_before),
+    Case("FLUX.1-dev, LoRA loaded later", lora_after),
+    Case("FLUX.1-dev, LoRAs swapped between images", loras_swapped),
+    Case("FLUX.1-dev, LoRA fused", lora_fused),
+)
+
+CASES = {case.name: case for case in FLUX_1}
