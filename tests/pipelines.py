@@ -244,11 +244,10 @@ def quiet(pipe: Pipeline) -> Pipeline:
 
 
 def dev(studio: Studio) -> None:
-    """One image after the other, then two at once for one prompt."""
+    """Two images, one after the other."""
     pipe = studio.parallel(build(diffusers.FluxPipeline))
     studio.draw(pipe, **PROMPT)
     studio.draw(pipe, 1, **PROMPT)
-    studio.draw(pipe, 2, **PROMPT, num_images_per_prompt=2)
 
 
 def schnell(studio: Studio) -> None:
@@ -374,11 +373,10 @@ KONTEXT = PROMPT | {"max_area": 20 * 28, "_auto_resize": False}
 
 
 def kontext(studio: Studio) -> None:
-    """The tokens of a reference picture, of its own size, follow the image's; then without one."""
+    """The tokens of a reference picture, of its own size, follow the image's."""
     pipe = studio.parallel(build(diffusers.FluxKontextPipeline))
     studio.draw(pipe, **KONTEXT, image=picture(16, 20))
     studio.draw(pipe, 1, **KONTEXT, image=picture(16, 20, 1))
-    studio.draw(pipe, 2, **KONTEXT)
 
 
 def kontext_inpaint(studio: Studio) -> None:
@@ -531,8 +529,8 @@ def lora_fused(studio: Studio) -> None:
 
 
 FLUX_1 = (
-    Case("FLUX.1-dev", dev, ranks=(2, 3)),
-    Case("FLUX.1-schnell", schnell),
+    Case("FLUX.1-dev", dev),
+    Case("FLUX.1-schnell", schnell, ranks=(2, 3)),
     Case("FLUX.1-dev, three resolutions", other_sizes),
     Case("FLUX.1-dev, negative prompt (true CFG)", true_guidance),
     Case("FLUX.1-dev, image to image", image_to_image),
@@ -564,4 +562,147 @@ FLUX_1 = (
     Case("FLUX.1-dev, LoRA fused", lora_fused),
 )
 
-CASES = {case.name: case for case in FLUX_1}
+
+# ------------------------------------------------------------------------------------------ FLUX.2
+
+
+def build_2(cls: type, **parts: Any) -> Pipeline:
+    """A pipeline of FLUX.2; parts that are not given are those of FLUX.2-dev."""
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(4, 4),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=LATENT,
+        norm_num_groups=2,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    parts = {
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": drawn(vae),
+        "transformer": flux_2(),
+        **mistral(),
+    } | parts
+    return quiet(cls(**parts))
+
+
+def flux_2(*, guidance: bool = True) -> diffusers.Flux2Transformer2DModel:
+    model = diffusers.Flux2Transformer2DModel(
+        in_channels=TOKEN,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=TEXT_DIM,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance,
+    )
+    return drawn(model)
+
+
+# Three layers' hidden states, side by side, are the prompt's embeddings.
+LAYERS = {"text_encoder_out_layers": (1, 2, 3)}
+LANGUAGE = {
+    "hidden_size": TEXT_DIM // 3,
+    "intermediate_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+}
+
+
+def chatting_tokenizer() -> Any:
+    """It takes messages for what they say."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL / "tokenizer_2")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.content is string %}{{ message.content }}"
+        "{% else %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}"
+        "{% endfor %}"
+    )
+    return tokenizer
+
+
+def mistral() -> Options:
+    tokenizer = chatting_tokenizer()
+    config = transformers.Mistral3Config(
+        text_config=transformers.MistralConfig(vocab_size=len(tokenizer), **LANGUAGE),
+        vision_config=transformers.PixtralVisionConfig(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=4,
+        ),
+    )
+    model = transformers.Mistral3ForConditionalGeneration(config)
+    return {"tokenizer": tokenizer, "text_encoder": drawn(model)}
+
+
+def klein(cls: type, *, distilled: bool = True) -> Pipeline:
+    tokenizer = chatting_tokenizer()
+    config = transformers.Qwen3Config(vocab_size=len(tokenizer), **LANGUAGE)
+    return build_2(
+        cls,
+        transformer=flux_2(guidance=False),
+        tokenizer=tokenizer,
+        text_encoder=drawn(transformers.Qwen3ForCausalLM(config)),
+        is_distilled=distilled,
+    )
+
+
+def dev_2(studio: Studio) -> None:
+    pipe = studio.parallel(build_2(diffusers.Flux2Pipeline))
+    studio.draw(pipe, **PROMPT, **LAYERS)
+    studio.draw(pipe, 1, **PROMPT, **LAYERS)
+
+
+def dev_2_edit(studio: Studio) -> None:
+    """The tokens of two pictures of their own sizes follow the image's."""
+    pipe = studio.parallel(build_2(diffusers.Flux2Pipeline))
+    images = [picture(64, 80), picture(72, 64, 1)]
+    studio.draw(pipe, **PROMPT, **LAYERS, image=images)
+
+
+def klein_2(studio: Studio) -> None:
+    pipe = studio.parallel(klein(diffusers.Flux2KleinPipeline))
+    studio.draw(pipe, **PROMPT, **LAYERS, num_inference_steps=4)
+
+
+def klein_2_base(studio: Studio) -> None:
+    """With classifier-free guidance, in two passes."""
+    pipe = studio.parallel(klein(diffusers.Flux2KleinPipeline, distilled=False))
+    studio.draw(pipe, **PROMPT, **LAYERS, guidance_scale=3.0)
+
+
+def klein_2_edit(studio: Studio) -> None:
+    pipe = studio.parallel(klein(diffusers.Flux2KleinPipeline))
+    studio.draw(pipe, **PROMPT, **LAYERS, image=picture(64, 80))
+
+
+def klein_2_inpaint(studio: Studio) -> None:
+    pipe = studio.parallel(klein(diffusers.Flux2KleinInpaintPipeline))
+    images = {"image": picture(20, 28), "mask_image": mask(20, 28), "strength": 0.8}
+    studio.draw(pipe, **PROMPT, **LAYERS, **images)
+
+
+def klein_2_kv(studio: Studio) -> None:
+    """The reference picture's keys and values are computed once."""
+    pipe = studio.parallel(klein(diffusers.Flux2KleinKVPipeline))
+    studio.draw(pipe, **PROMPT, **LAYERS, image=picture(64, 80))
+
+
+FLUX_2 = (
+    Case("FLUX.2-dev", dev_2, ranks=(2, 3)),
+    Case("FLUX.2-dev, two reference pictures", dev_2_edit),
+    Case("FLUX.2 Klein", klein_2),
+    Case("FLUX.2 Klein base, classifier-free guidance", klein_2_base),
+    Case("FLUX.2 Klein, reference picture", klein_2_edit),
+    Case("FLUX.2 Klein, inpainting", klein_2_inpaint),
+    Case("FLUX.2 Klein KV, reference picture", klein_2_kv),
+)
+
+CASES = {case.name: case for case in FLUX_1 + FLUX_2}
