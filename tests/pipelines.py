@@ -17,8 +17,8 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from model_zoo import HEADS, ROPE, WIDTH
-from models import HEAD_DIM, POOLED_DIM, TEXT_DIM, _draw
+from model_zoo import HEADS, ROPE, WIDTH, fresh_z_image, hunyuan_video, pixart, qwen_image, wan
+from models import HEAD_DIM, POOLED_DIM, TEXT_DIM, _draw, tiny_sd3
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from ranks import Failure
@@ -63,15 +63,20 @@ class Studio:
     def parallel(self, target: Any) -> Any:
         return target if self.options is None else piflux.parallelize(target, **self.options)
 
-    def draw(self, pipe: Pipeline, seed: int = 0, **options: Any) -> None:
-        """One call of the pipeline."""
+    def draw(
+        self, pipe: Pipeline, seed: int = 0, *, old_callback: bool = False, **options: Any
+    ) -> None:
+        """One call of the pipeline; `old_callback` where it knows no `callback_on_step_end`."""
         latents: list[Tensor] = []
         graphs: list[int] = []
         before = counters["stats"]["unique_graphs"]
 
-        def step_ended(pipe: Pipeline, step: int, timestep: Any, kwargs: Options) -> Options:
-            latents.append(kwargs["latents"].clone())
+        def step_done(step: int, timestep: Any, now: Tensor) -> None:
+            latents.append(now.clone())
             graphs.append(counters["stats"]["unique_graphs"] - before)
+
+        def step_ended(pipe: Pipeline, step: int, timestep: Any, kwargs: Options) -> Options:
+            step_done(step, timestep, kwargs["latents"])
             return {}
 
         call = SIZE | {
@@ -79,8 +84,11 @@ class Studio:
             "generator": torch.Generator().manual_seed(seed),
             "output_type": "pt",
             "return_dict": False,
-            "callback_on_step_end": step_ended,
         }
+        if old_callback:
+            call["callback"] = step_done
+        else:
+            call["callback_on_step_end"] = step_ended
         self.images.append(Drawn(pipe(**call | options)[0], latents, graphs))
 
 
@@ -167,14 +175,14 @@ def flux(*, inputs: int = TOKEN, guidance: bool = True) -> diffusers.FluxTransfo
     return drawn(model)
 
 
-def autoencoder(latent: int = LATENT) -> AutoencoderKL:
+def autoencoder() -> AutoencoderKL:
     torch.manual_seed(0)
     vae = AutoencoderKL(
         block_out_channels=(4, 4),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=latent,
+        latent_channels=LATENT,
         norm_num_groups=2,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -184,7 +192,8 @@ def autoencoder(latent: int = LATENT) -> AutoencoderKL:
     return vae.eval()
 
 
-def clip(dim: int = POOLED_DIM) -> Options:
+def clip(number: str = "", dim: int = POOLED_DIM, *, projects: bool = False) -> Options:
+    """A CLIP encoder and its tokenizer; `number` is what their names in the pipeline end in."""
     tokenizer = tokenizers()["tokenizer"]
     config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -196,15 +205,16 @@ def clip(dim: int = POOLED_DIM) -> Options:
         bos_token_id=0,
         eos_token_id=1,
     )
-    return {"tokenizer": tokenizer, "text_encoder": drawn(transformers.CLIPTextModel(config))}
+    cls = transformers.CLIPTextModelWithProjection if projects else transformers.CLIPTextModel
+    return {f"tokenizer{number}": tokenizer, f"text_encoder{number}": drawn(cls(config))}
 
 
-def t5(number: int = 2, dim: int = TEXT_DIM) -> Options:
-    """A T5 encoder and its tokenizer, as the pipeline's `number`-th."""
+def t5(number: str = "_2") -> Options:
+    """A T5 encoder, likewise."""
     tokenizer = tokenizers()["tokenizer_2"]
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
-        d_model=dim,
+        d_model=TEXT_DIM,
         d_kv=8,
         d_ff=32,
         num_layers=1,
@@ -213,8 +223,8 @@ def t5(number: int = 2, dim: int = TEXT_DIM) -> Options:
         use_cache=False,
     )
     return {
-        f"tokenizer_{number}": tokenizer,
-        f"text_encoder_{number}": drawn(transformers.T5EncoderModel(config)),
+        f"tokenizer{number}": tokenizer,
+        f"text_encoder{number}": drawn(transformers.T5EncoderModel(config)),
     }
 
 
@@ -643,15 +653,16 @@ def mistral() -> Options:
 
 
 def klein(cls: type, *, distilled: bool = True) -> Pipeline:
+    parts = {"transformer": flux_2(guidance=False), **qwen_3()}
+    return build_2(cls, **parts, is_distilled=distilled)
+
+
+def qwen_3(width: int = TEXT_DIM // 3) -> Options:
     tokenizer = chatting_tokenizer()
-    config = transformers.Qwen3Config(vocab_size=len(tokenizer), **LANGUAGE)
-    return build_2(
-        cls,
-        transformer=flux_2(guidance=False),
-        tokenizer=tokenizer,
-        text_encoder=drawn(transformers.Qwen3ForCausalLM(config)),
-        is_distilled=distilled,
-    )
+    options = LANGUAGE | {"hidden_size": width}
+    config = transformers.Qwen3Config(vocab_size=len(tokenizer), **options)
+    model = transformers.Qwen3ForCausalLM(config)
+    return {"tokenizer": tokenizer, "text_encoder": drawn(model)}
 
 
 def dev_2(studio: Studio) -> None:
@@ -702,7 +713,209 @@ FLUX_2 = (
     Case("FLUX.2 Klein base, classifier-free guidance", klein_2_base),
     Case("FLUX.2 Klein, reference picture", klein_2_edit),
     Case("FLUX.2 Klein, inpainting", klein_2_inpaint),
-    Case("FLUX.2 Klein KV, reference picture", klein_2_kv),
+    Case(
+        "FLUX.2 Klein KV, reference picture",
+        klein_2_kv,
+        late=1,
+        remark="the second step compiles the graph that reads the picture's keys and values",
+    ),
 )
 
-CASES = {case.name: case for case in FLUX_1 + FLUX_2}
+
+# ------------------------------------------------------------------------------------------ others
+
+
+def sd3() -> Pipeline:
+    pipe = diffusers.StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        transformer=tiny_sd3(),
+        **clip("", 8, projects=True),
+        **clip("_2", 8, projects=True),
+        **t5("_3"),
+    )
+    return quiet(pipe)
+
+
+def stable_diffusion_3(studio: Studio) -> None:
+    """Classifier-free guidance in one pass of two."""
+    pipe = studio.parallel(sd3())
+    studio.draw(pipe, **PROMPT, negative_prompt="a blue car")
+    studio.draw(pipe, 1, **PROMPT)
+
+
+def skip_layer_guidance(studio: Studio) -> None:
+    """The second step has a pass without the first block."""
+    pipe = studio.parallel(sd3())
+    studio.draw(pipe, **PROMPT, skip_guidance_layers=[0])
+
+
+def qwen(studio: Studio) -> None:
+    tokenizer = tokenizers()["tokenizer_2"]
+    language = LANGUAGE | {"hidden_size": TEXT_DIM, "vocab_size": len(tokenizer)}
+    rope = {"rope_type": "default", "mrope_section": [2, 2, 2]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=language | {"head_dim": TEXT_DIM // 2, "rope_parameters": rope},
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": TEXT_DIM,
+        },
+    )
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=4,
+        z_dim=LATENT,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.0] * LATENT,
+        latents_std=[1.0] * LATENT,
+    )
+    pipe = diffusers.QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=drawn(vae),
+        text_encoder=drawn(transformers.Qwen2_5_VLForConditionalGeneration(config)),
+        tokenizer=tokenizer,
+        transformer=qwen_image(),
+    )
+    pipe = studio.parallel(quiet(pipe))
+    prompts = PROMPT | {"negative_prompt": "a blue car and a tree", "max_sequence_length": 64}
+    studio.draw(pipe, **prompts, true_cfg_scale=2.0)
+
+
+def z() -> Pipeline:
+    pipe = diffusers.ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(),
+        transformer=fresh_z_image(),
+        **qwen_3(TEXT_DIM),
+    )
+    return quiet(pipe)
+
+
+def z_image(studio: Studio) -> None:
+    studio.draw(studio.parallel(z()), **PROMPT, guidance_scale=0.0)
+
+
+def later_z_image(studio: Studio) -> None:
+    """A plain call comes first; then guidance in one pass of two prompts."""
+    pipe = z()
+    pipe(**PROMPT, **SIZE, num_inference_steps=1, output_type="latent")
+    pipe = studio.parallel(pipe)
+    studio.draw(pipe, **PROMPT, guidance_scale=0.0)
+    studio.draw(pipe, **PROMPT, negative_prompt="a blue car", guidance_scale=3.0)
+
+
+def pixart_sigma(studio: Studio) -> None:
+    pipe = diffusers.PixArtSigmaPipeline(
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+        vae=autoencoder(),
+        transformer=pixart(),
+        **t5(""),
+    )
+    pipe = studio.parallel(quiet(pipe))
+    options = {"height": 24, "width": 40, "use_resolution_binning": False, "clean_caption": False}
+    studio.draw(pipe, **PROMPT, **options, old_callback=True)
+
+
+def video(transformers_: Options, **options: Any) -> Pipeline:
+    """Wan's, at half the size in space and time."""
+    tokenizer = tokenizers()["tokenizer_2"]
+    config = transformers.UMT5Config(
+        vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=LATENT,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.0] * LATENT,
+        latents_std=[1.0] * LATENT,
+        scale_factor_temporal=2,
+        scale_factor_spatial=2,
+    )
+    pipe = diffusers.WanPipeline(
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        vae=drawn(vae),
+        text_encoder=drawn(transformers.UMT5EncoderModel(config)),
+        tokenizer=tokenizer,
+        **transformers_,
+        **options,
+    )
+    return quiet(pipe)
+
+
+VIDEO = PROMPT | {"height": 16, "width": 32, "num_frames": 3, "negative_prompt": "a blue car"}
+
+
+def wan_text_to_video(studio: Studio) -> None:
+    studio.draw(studio.parallel(video({"transformer": wan()})), **VIDEO)
+
+
+def wan_experts(studio: Studio) -> None:
+    """One transformer for the first half of the way, another for the second."""
+    experts = {"transformer": wan(), "transformer_2": drawn(wan(), 1)}
+    pipe = studio.parallel(video(experts, boundary_ratio=0.7))
+    studio.draw(pipe, **VIDEO)
+
+
+def wan_clocks(studio: Studio) -> None:
+    studio.draw(studio.parallel(video({"transformer": wan()}, expand_timesteps=True)), **VIDEO)
+
+
+def hunyuan(studio: Studio) -> None:
+    tokenizer = tokenizers()["tokenizer_2"]
+    language = LANGUAGE | {"hidden_size": TEXT_DIM, "vocab_size": len(tokenizer)}
+    vae = diffusers.AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT,
+        block_out_channels=(4, 4, 4, 4),
+        layers_per_block=1,
+        norm_num_groups=2,
+    )
+    pipe = diffusers.HunyuanVideoPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=drawn(vae),
+        transformer=hunyuan_video(),
+        text_encoder=drawn(transformers.LlamaModel(transformers.LlamaConfig(**language))),
+        tokenizer=tokenizer,
+        **clip("_2"),
+    )
+    pipe = studio.parallel(quiet(pipe))
+    template = {"prompt_template": {"template": "{}", "crop_start": 0}}
+    studio.draw(pipe, **PROMPT, **template, height=80, width=112, num_frames=5)
+
+
+OTHERS = (
+    Case("Stable Diffusion 3.5", stable_diffusion_3),
+    Case(
+        "Stable Diffusion 3.5, skip layer guidance",
+        skip_layer_guidance,
+        late=1,
+        remark="the first step with a pass of fewer layers compiles its graph",
+    ),
+    Case("Qwen-Image, negative prompt (true CFG)", qwen),
+    Case(
+        "Z-Image",
+        z_image,
+        error='with torch.device("cpu")',
+        remark="Dynamo can't follow how a first call makes its rotary tables",
+    ),
+    Case("Z-Image, after a plain call", later_z_image),
+    Case("PixArt-Sigma", pixart_sigma),
+    Case("Wan 2.1, text to video", wan_text_to_video),
+    Case(
+        "Wan 2.2, two experts",
+        wan_experts,
+        late=1,
+        remark="the second expert compiles at its own first step",
+    ),
+    Case("Wan 2.2, a time for each token", wan_clocks),
+    Case("HunyuanVideo", hunyuan),
+)
+
+CASES = {case.name: case for case in FLUX_1 + FLUX_2 + OTHERS}
