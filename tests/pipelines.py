@@ -284,6 +284,15 @@ def image_to_image(studio: Studio) -> None:
     studio.draw(pipe, **PROMPT, image=picture(20, 28), strength=0.8)
 
 
+def from_pipe(studio: Studio) -> None:
+    """A plain pipeline around a parallel transformer, which tells images apart by its inputs."""
+    pipe = diffusers.AutoPipelineForImage2Image.from_pipe(
+        studio.parallel(build(diffusers.FluxPipeline))
+    )
+    for seed in range(2):
+        studio.draw(quiet(pipe), seed, **PROMPT, image=picture(20, 28), strength=0.8)
+
+
 def inpaint(studio: Studio) -> None:
     pipe = studio.parallel(build(diffusers.FluxInpaintPipeline))
     studio.draw(pipe, **PROMPT, image=picture(20, 28), mask_image=mask(20, 28), strength=0.8)
@@ -299,6 +308,23 @@ def fill(studio: Studio) -> None:
 def control(studio: Studio) -> None:
     pipe = build(diffusers.FluxControlPipeline, transformer=flux(inputs=2 * TOKEN))
     studio.draw(studio.parallel(pipe), **PROMPT, control_image=picture(20, 28))
+
+
+def control_lora(studio: Studio) -> None:
+    """Loaded into the parallelized pipeline, it doubles the channels that a token comes in with."""
+    generator = torch.Generator().manual_seed(4)
+    weights = {
+        f"transformer.{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in {
+            "x_embedder.lora_A": (2, 2 * TOKEN),
+            "x_embedder.lora_B": (WIDTH, 2),
+            "transformer_blocks.0.attn.to_k.lora_A": (2, WIDTH),
+            "transformer_blocks.0.attn.to_k.lora_B": (WIDTH, 2),
+        }.items()
+    }
+    pipe = studio.parallel(build(diffusers.FluxControlPipeline))
+    pipe.load_lora_weights(weights)
+    studio.draw(pipe, **PROMPT, control_image=picture(20, 28))
 
 
 def control_image_to_image(studio: Studio) -> None:
@@ -468,13 +494,13 @@ def ip_adapter_weights(seed: int = 3) -> dict[str, dict[str, Tensor]]:
 
 
 def ip_adapter(studio: Studio) -> None:
-    """Loaded before the pipeline is parallelized, drawn at two scales."""
+    """Loaded before the pipeline is parallelized; the negative prompt has a picture, too."""
     pipe = build(diffusers.FluxPipeline, **picture_encoder())
     pipe.load_ip_adapter(ip_adapter_weights(), weight_name="")
-    pipe = studio.parallel(pipe)
-    studio.draw(pipe, **PROMPT, ip_adapter_image=picture(16, 16))
     pipe.set_ip_adapter_scale(0.5)
-    studio.draw(pipe, **PROMPT, ip_adapter_image=picture(16, 16))
+    pictures = {"ip_adapter_image": picture(16, 16), "negative_ip_adapter_image": mask(16, 16)}
+    guided = {"negative_prompt": "a blue car", "true_cfg_scale": 2.0}
+    studio.draw(studio.parallel(pipe), **PROMPT, **pictures, **guided)
 
 
 def late_ip_adapter(studio: Studio) -> None:
@@ -492,7 +518,7 @@ def lora(seed: int) -> dict[str, Tensor]:
     """A LoRA's state dict, as a file has it."""
     model = flux()
     torch.manual_seed(seed)
-    targets = ["to_q", "to_k", "to_v", "proj_mlp", "add_k_proj"]
+    targets = ["to_k", "proj_mlp", "add_q_proj"]
     model.add_adapter(
         LoraConfig(r=2, lora_alpha=2, target_modules=targets, init_lora_weights=False)
     )
@@ -500,12 +526,10 @@ def lora(seed: int) -> dict[str, Tensor]:
 
 
 def lora_before(studio: Studio) -> None:
-    """Loaded before the pipeline is parallelized, drawn at two scales."""
+    """Loaded before the pipeline is parallelized, drawn at half its scale."""
     pipe = build(diffusers.FluxPipeline)
     pipe.load_lora_weights(dict(lora(1)))
-    pipe = studio.parallel(pipe)
-    studio.draw(pipe, **PROMPT)
-    studio.draw(pipe, **PROMPT, joint_attention_kwargs={"scale": 0.5})
+    studio.draw(studio.parallel(pipe), **PROMPT, joint_attention_kwargs={"scale": 0.5})
 
 
 def lora_after(studio: Studio) -> None:
@@ -544,9 +568,11 @@ FLUX_1 = (
     Case("FLUX.1-dev, three resolutions", other_sizes),
     Case("FLUX.1-dev, negative prompt (true CFG)", true_guidance),
     Case("FLUX.1-dev, image to image", image_to_image),
+    Case("FLUX.1-dev, image to image with `from_pipe`", from_pipe),
     Case("FLUX.1-dev, inpainting", inpaint),
     Case("FLUX.1 Fill", fill),
     Case("FLUX.1 Control", control),
+    Case("FLUX.1 Control LoRA", control_lora),
     Case("FLUX.1 Control, image to image", control_image_to_image),
     Case("FLUX.1 Control, inpainting", control_inpaint),
     Case("FLUX.1 ControlNet", one_controlnet),
@@ -563,7 +589,7 @@ FLUX_1 = (
     Case("FLUX.1 ControlNet, inpainting", controlnet_inpaint),
     Case("FLUX.1 Kontext", kontext, ranks=(2, 3)),
     Case("FLUX.1 Kontext, inpainting", kontext_inpaint),
-    Case("FLUX.1 Redux", redux, ranks=(2, 3)),
+    Case("FLUX.1 Redux", redux),
     Case("FLUX.1-dev, IP-Adapter", ip_adapter),
     Case("FLUX.1-dev, IP-Adapter loaded later", late_ip_adapter),
     Case("FLUX.1-dev, LoRA", lora_before),
