@@ -85,7 +85,7 @@ def parallelize(
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
-            take the place of these, as `python -m piflux.quality --tune` writes it.
+            take the place of these, as `piflux quality --tune` writes it.
         sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes

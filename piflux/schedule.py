@@ -112,7 +112,7 @@ SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order")
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """A schedule's settings from a file that `piflux.quality --tune` or an editor wrote.
+    """A schedule's settings from a file that `piflux quality --tune` or an editor wrote.
 
     Raises:
         ValueError: there is no such file, or it holds no settings.

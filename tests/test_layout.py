@@ -28,6 +28,11 @@ def joint(text, image):
     return both[:, text.shape[1] :]
 
 
+def reminded(x, keys, values):
+    keys, values = (torch.cat([past, x], 1)[:, None] for past in (keys, values))
+    return F.scaled_dot_product_attention(x[:, None], keys, values)[:, 0]
+
+
 def found(function, *args, dynamic=False):
     gm = capture(function, *args, dynamic=dynamic)
     return layouts(transformed(gm, passes=DECIDE), gm)
@@ -62,6 +67,24 @@ scaled_dot_product_attention part {2: [4, 6]}
 getitem_3 part {1: [4, 6]}
 both part {1: [4, 6]}
 getitem_4 part {1: [6]}
+""",
+        )
+
+    def test_remembered_keys_and_values_are_the_same_tokens(self):
+        """Born at two inputs, they meet nowhere but in attention."""
+        self.assertExpectedInline(
+            found(reminded, torch.randn(1, 6, 8), *torch.randn(2, 1, 4, 8)),
+            """\
+x whole {1: [6]}
+keys whole {1: [4]}
+values whole {1: [4]}
+cat part {1: [4, 6]}
+keys part {2: [4, 6]}
+cat_1 part {1: [4, 6]}
+values part {2: [4, 6]}
+getitem_2 part {2: [6]}
+scaled_dot_product_attention part {2: [6]}
+getitem_3 part {1: [6]}
 """,
         )
 

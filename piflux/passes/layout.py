@@ -53,7 +53,8 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
                   ^ marked       ^ marked
 
     2. *Name.* From the top, a marked dimension that no link leads to is a new segment; the others
-       take over the segments that their links bring. Where two meet in one op they are the same.
+       take over the segments that their links bring. Where two meet in one op they are the same,
+       and so are those of keys and values.
 
     3. *Place.* Upstream of all attention a node may run whole, for every rank has the inputs;
        between attentions it must run on a part; downstream of all it may again run whole, once its
@@ -164,6 +165,9 @@ def _name(graph: fx.Graph, flows: dict[fx.Node, Flow], marked: set[Axis]) -> dic
             if axis.node is not node:
                 arrived = _arrive(node, arriving[axis], layouts)
                 layouts[axis] = _unify(node, _resolved(layouts[axis]), arrived)
+        attended = [layouts[axis] for axis in _flow(node, flows).attended if axis in layouts]
+        if len(attended) == 2:  # a key and its value are one token's, wherever they come from
+            _unify(node, *(_resolved(segments) for segments in attended))
     return layouts
 
 
@@ -328,8 +332,6 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
     _check_mutations(graph, plan, downstream)
     for slot, node in enumerate(n for n in graph.nodes if n in sharing):
         keys, values = flows[node].attended
-        if plan.layout(keys) != plan.layout(values):
-            raise CannotShard(node, "keys and values have different tokens")
         plan.attentions.append(Attention(node, slot, keys, values))
 
 
