@@ -36,7 +36,7 @@ def show(
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    pipe = FluxPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    pipe = FluxPipeline.from_pretrained(model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     data = load(sprites)
     data = dataclasses.replace(data, sprites=data.sprites.to(device))
