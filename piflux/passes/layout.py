@@ -109,7 +109,8 @@ def _begin_at_early_runs(
     """
     added: dict[fx.Node, sympy.Expr] = {}
     downstream = _reach(graph.nodes, set(filter(is_attention, graph.nodes)), "all_input_nodes")
-    for node in flows.keys() - downstream:
+    # In the graph's order: what is asked of sizes settles them, and with them what comes after.
+    for node in (n for n in graph.nodes if n in flows and n not in downstream):
         found = flows[node]
         found.links = [link for link in found.links if _is_all(link)]
         short = {x.target: x.length for x in found.links if _is_short(node, x, world_size)}
