@@ -22,7 +22,7 @@ from piflux.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
 from piflux.generate import load, show
 from piflux.launch import own_device
-from piflux.options import RefreshOption, SyncStepsOption
+from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -84,7 +84,7 @@ def main(
         Literal["gather", "rotate", "displaced", "none"],
         typer.Option(help="'none': one rank without piflux, to compare with."),
     ] = "rotate",
-    sync_steps: SyncStepsOption = "0,3",
+    sync_steps: SyncStepsOption = SYNC_STEPS,
     refresh_every: RefreshOption = None,
     sync: Annotated[
         Literal["gather", "recompute"], typer.Option(help="How sync steps get keys and values.")

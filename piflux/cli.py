@@ -25,7 +25,7 @@ from piflux.errors import PifluxError, RankFailed, plain
 from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
 from piflux.launch import cores, is_first, is_joined, launch
-from piflux.options import ModelOption, RefreshOption, SyncStepsOption
+from piflux.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOption
 from piflux.preview import preview
 from piflux.quality import quality
 from piflux.schedule import Schedule
@@ -85,7 +85,7 @@ def generate(
     model: ModelOption = "demo",
     ranks: Ranks = None,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncStepsOption = "0,3",
+    sync_steps: SyncStepsOption = SYNC_STEPS,
     refresh_every: RefreshOption = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     size: Size = None,
@@ -153,7 +153,7 @@ def explain(
     model: ModelOption = "demo",
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncStepsOption = "0,3",
+    sync_steps: SyncStepsOption = SYNC_STEPS,
     refresh_every: RefreshOption = None,
     steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,

@@ -38,7 +38,7 @@ BEST_DB = 100.0
 
 @dataclass(frozen=True)
 class Variant:
-    """Settings of `parallelize` by the words that name them: 'rotate sync_steps=0,3 order=0'."""
+    """Settings of `parallelize` by the words that name them: 'rotate sync_steps=0,2 order=0'."""
 
     name: str
     options: dict[str, Any]

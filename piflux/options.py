@@ -14,19 +14,20 @@ import typer
 
 from piflux.demo import IMAGE_SIZE, MODEL
 from piflux.launch import is_joined
-from piflux.schedule import Schedule, read_settings
+from piflux.schedule import BEST_SYNC_STEPS, Schedule, read_settings
 
 ModelOption = Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")]
 SyncStepsOption = Annotated[
-    str, typer.Option(help="Steps that gather everything, '0,3', or how many first ones.")
+    str, typer.Option(help="Steps that gather everything, '0,2', or how many first ones.")
 ]
+SYNC_STEPS = ",".join(map(str, BEST_SYNC_STEPS))
 RefreshOption = Annotated[
     int | None, typer.Option(min=1, help="Later on, one step in so many gathers everything.")
 ]
 
 
 def setting(text: str) -> int | str | tuple[int | str, ...]:
-    """'3' -> 3, '0,3' -> (0, 3), 'recompute' -> 'recompute'."""
+    """'3' -> 3, '0,2' -> (0, 2), 'recompute' -> 'recompute'."""
     values = tuple(
         int(word) if word.lstrip("-").isdigit() else word for word in text.split(",") if word
     )

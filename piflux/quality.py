@@ -43,7 +43,7 @@ def quality(
     model: ModelOption = "demo",
     variant: Annotated[
         list[str] | None,
-        typer.Option(help="Repeatable: 'rotate sync_steps=0,3 order=0'. Default: several."),
+        typer.Option(help="Repeatable: 'rotate sync_steps=0,2 order=0'. Default: several."),
     ] = None,
     ranks: Annotated[
         list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2, 4.")

@@ -12,7 +12,7 @@ attention over that rank's own cache of keys and values.
                   others had at the step before
 
 With `order` 1, tokens that were not computed in this very step are read as they should be by now:
-moved on from their last version, 0.6 times as far as a straight line through their last two
+moved on from their last version, 0.75 times as far as a straight line through their last two
 versions over time would take them. Time is log(sigma / (1 - sigma)), both terms with 0.01 added. A
 token with one version is read as it is.
 
@@ -95,7 +95,7 @@ class Cache:
     def read(self, step: int, time: float, order: int) -> Tensor:
         (last, before), (last_time, before_time) = self.versions, self.times
         moves = (self.written != step) & (last_time != before_time)
-        ahead = 0.6 * (time - last_time) / (last_time - before_time)
+        ahead = 0.75 * (time - last_time) / (last_time - before_time)
         ahead = torch.where(moves, ahead, 0.0) * order
         return last + ahead[:, None].to(last.dtype) * (last - before)
 
@@ -109,7 +109,7 @@ class Oracle:
         ranks: int,
         policy: str,
         *,
-        sync_steps: int | tuple[int, ...] = (0, 3),
+        sync_steps: int | tuple[int, ...] = (0, 2),
         refresh_every: int | None = None,
         order: int = 1,
     ) -> None:

@@ -224,7 +224,7 @@ def test_explain_as_data():
 def test_explain_as_text():
     result = invoke("explain", "--size=64x64")
     assert result.exit_code == 0, result.output
-    assert "rotate on 2 ranks, sync at 0, 3, predicted between" in result.output
+    assert "rotate on 2 ranks, sync at 0, 2, predicted between" in result.output
     assert "attentions rewritten   10" in result.output
     assert "shard %hidden_states dim 1: 16 -> 8 tokens" in words(result)
     assert "predicted: " not in result.output  # no link, no time

@@ -38,7 +38,7 @@ class TestExplain(TestCase):
         self.assertExpectedInline(
             str(report("rotate")),
             """\
-rotate on 2 ranks, sync at 0, 3, predicted between
+rotate on 2 ranks, sync at 0, 2, predicted between
   attentions rewritten   2
   nodes on a part        192
   sent in a sync step    20.35 kB a rank
@@ -61,7 +61,7 @@ rotate on 2 ranks, sync at 0, 3, predicted between
             ),
             (
                 {"policy": "displaced", "sync": "recompute"},
-                "displaced on 2 ranks, sync at 0, 3, recomputed, predicted between",
+                "displaced on 2 ranks, sync at 0, 2, recomputed, predicted between",
             ),
         ]:
             self.assertEqual(str(report(**options)).splitlines()[0], first_line)
