@@ -21,6 +21,7 @@ from piflux.errors import CannotShard
 
 TABLE = Path(__file__).parents[1] / "docs" / "support.md"
 EXACT = 1e-4
+UNLIKE = 0.2  # mean difference of pixels; that of two independent noise pictures is 1/3
 TIMEOUT = 120
 
 HEAD = """\
@@ -99,7 +100,7 @@ def assert_rotated(
         assert distance(image.latents[0], want.latents[0]) <= EXACT
         # Steps that remember are seen to: exact ones would have gathered.
         assert distance(image.latents[-1], want.latents[-1]) > EXACT
-        assert distance(image.pixels, want.pixels) < 1
+        assert (image.pixels - want.pixels).abs().mean() < UNLIKE
     late = [image.graphs[-1] - image.graphs[0] for image in images]
     assert sum(late) == allowed, f"graphs compiled by each step's end: {[x.graphs for x in images]}"
 
