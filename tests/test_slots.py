@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from piflux.runtime.exchange import exchange, exchange_in_torch
 from piflux.runtime.slots import BELIEF, FARTHEST, Ages, Slot, clock_scale, log_snr
 
 
@@ -35,46 +36,147 @@ def test_without_a_clock_time_is_the_step():
     assert time(step=3) - time(step=5) == 2
 
 
-def test_weights_go_along_the_line_through_both_versions():
+def read_line(ages, now):
+    ages.look(now)
+    return ages.line.tolist()
+
+
+def test_a_line_goes_through_both_versions():
     """Five tokens in two parts of three that share one; part 1 is renewed."""
     ages = Ages((5,), at(4))
-    assert torch.equal(ages.weights(at(3)), torch.zeros(5, 1))  # one version knows no way
+    assert read_line(ages, at(3)) == [1] * 5  # one version knows no way
     ages.renew(at(3))
-    want = BELIEF * torch.ones(5, 1)
-    assert torch.allclose(ages.weights(at(2)), want)
+    assert read_line(ages, at(2)) == [1 + BELIEF] * 5
     ages.renew_part(2, 1, at(2))
-    # At 1: two ticks after version 3, which was one tick after 4; one after 2, one after 3.
-    want = BELIEF * torch.tensor([2.0, 2, 1, 1, 1])[:, None]
-    assert torch.allclose(ages.weights(at(1)), want)
-    ages.renew(at(1))
-    want = BELIEF * torch.tensor([0.5, 0.5, 1, 1, 1])[:, None]
-    assert torch.allclose(ages.weights(at(0)), want)
+    # At 1: two ticks after version 3, which was one tick after 4; one after 2, one after 3, which
+    # for these tokens is the first of two versions and no longer the newer.
+    assert ages.newer.tolist() == [True, True, False, False, False]
+    assert read_line(ages, at(1)) == [*[1 + 2 * BELIEF] * 2, *[-BELIEF] * 3]
+    assert ages.renew(at(1)).tolist() == [True, True, False, False, False]
+    assert ages.newer.all()
+    assert read_line(ages, at(0)) == [*[1 + BELIEF / 2] * 2, *[1 + BELIEF] * 3]
 
 
 def test_times_next_to_each_other_do_not_leap():
     ages = Ages((2,), at(1))
     ages.renew(at(1 - 1e-6))
-    assert torch.equal(ages.weights(at(0)), torch.full((2, 1), FARTHEST))
+    assert read_line(ages, at(0)) == [1 + FARTHEST] * 2
 
 
 def kv(value):
     return [torch.full((1, 1, 5, 2), float(value)), torch.full((1, 1, 5, 2), -float(value))]
 
 
+def tokens(x):
+    return x[0][0, 0, :, 0].tolist()
+
+
 def test_a_slot_reads_what_its_versions_lead_to():
-    slot = Slot(kv(1), kv(1))
-    slot.renew(kv(3))
-    keys, values = slot.predicted(torch.full((5, 1), 0.5))
-    assert torch.equal(keys, kv(4)[0])
-    assert torch.equal(values, kv(4)[1])
-    slot.write((5,), 2, 1, [x[..., :3, :] for x in kv(7)])
-    assert slot.last[0][0, 0, :, 0].tolist() == [3, 3, 7, 7, 7]
-    assert slot.before[0][0, 0, :, 0].tolist() == [1, 1, 3, 3, 3]
+    slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
+    slot.renew(kv(3), ages.renew(at(3)))
+    ages.look(at(2))
+    ages.renew_part(2, 1, at(2))
+    sources = ages.sources(2, 1)
+    assert sources.tolist() == [-1, -1, 0, 1, 2]
+    keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=True)
+    assert keys[0, 0, :, 0].tolist() == [3 + 2 * BELIEF] * 2 + [7] * 3
+    assert torch.equal(values, -keys)
+    assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1, 1, 7, 7, 7])
+    slot.renew(kv(9), ages.renew(at(1)))
+    assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [3, 3, 7, 7, 7])
+
+
+def test_what_is_not_kept_is_only_read():
+    slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
+    keys, _ = slot.predict(ages, ages.sources(2, 0), [x[..., :3, :] for x in kv(7)], keep=False)
+    assert keys[0, 0, :, 0].tolist() == [7, 7, 7, 1, 1]
+    assert tokens(slot.first) == tokens(slot.second) == [1] * 5
 
 
 def test_a_slot_of_order_0_remembers_one_version():
     slot = Slot(kv(1))
     slot.renew(kv(3))
-    slot.write((5,), 2, 0, [x[..., :3, :] for x in kv(7)])
-    assert slot.last[0][0, 0, :, 0].tolist() == [7, 7, 7, 3, 3]
-    assert slot.before == []
+    read = slot.write((5,), 2, 0, [x[..., :3, :] for x in kv(7)])
+    assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
+    assert slot.second == []
+
+
+# --------------------------------------------------------------------------------------- exchange
+
+gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; its twin runs on a CPU"
+)
+
+
+def versions(dtype, device="cpu", seed=0, heads=3, tokens=37, dim=24):
+    """Two versions and a part of tokens 5 to 14 and 30 to 36, laid out (batch, tokens, heads, dim)
+    as projections write it; some tokens' newer version is the first."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randn(2, 2, heads, tokens, dim, generator=generator)
+    fresh = torch.randn(2, 16, heads, dim, generator=generator).transpose(1, 2)
+    sources = torch.full((tokens,), -1, dtype=torch.int32)
+    sources[5:14], sources[30:37] = torch.arange(9), torch.arange(9, 16)
+    line = 4 * torch.rand(tokens, generator=generator) - 1
+    newer = torch.rand(tokens, generator=generator) < 0.5
+    kv = [x.to(device, dtype) for x in (first, second, fresh)]
+    return *kv, *(x.to(device) for x in (sources, line, newer))
+
+
+def token_by_token(first, second, fresh, sources, line, newer, keep):
+    """What `exchange` is to do, in float64 and in words."""
+    read = torch.empty_like(first)
+    for token, source in enumerate(sources.tolist()):
+        if source < 0:
+            a, b = first[..., token, :].double(), second[..., token, :].double()
+            read[..., token, :] = b + line[token].double() * (a - b)
+        else:
+            read[..., token, :] = fresh[..., source, :]
+            if keep:
+                version = first if newer[token] else second
+                version[..., token, :] = fresh[..., source, :]
+    return read
+
+
+def check_exchange(function, dtype, keep, device="cpu"):
+    args = versions(dtype)
+    want_args = [x.clone() for x in args]
+    want = token_by_token(*want_args, keep)
+    args = [x.to(device) for x in args]
+    got = function(*args, keep)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    torch.testing.assert_close(got.cpu(), want)
+    for mine, theirs in zip(args, want_args, strict=True):
+        assert torch.equal(mine.cpu(), theirs)
+
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_equals_a_loop_over_tokens(dtype, keep):
+    check_exchange(exchange_in_torch, dtype, keep)
+
+
+@gpu
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_by_kernel_equals_a_loop_over_tokens(dtype, keep):
+    check_exchange(exchange, dtype, keep, "cuda")
+
+
+def test_exchange_meets_either_version_exactly():
+    first, second, fresh, sources, line, newer = versions(torch.float32)
+    sources.fill_(-1)
+    for share, version in ((1, first), (0, second)):
+        line.fill_(share)
+        read = exchange_in_torch(first, second, fresh, sources, line, newer, True)
+        assert torch.equal(read, version)
+
+
+def test_exchange_takes_heads_without_a_batch():
+    args = versions(torch.float32)
+    one = [x[0] for x in args[:3]] + list(args[3:])
+    whole = exchange_in_torch(*(x.clone() for x in args), True)
+    assert torch.equal(exchange_in_torch(*one, True), whole[0])

@@ -15,9 +15,10 @@ from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 
-from piflux.parts import join, write
+from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.ranks import Ranks
 from piflux.runtime.slots import Slot
@@ -181,29 +182,24 @@ class Runtime:
         if step.sync:
             for rank in ranks.here if policy != "gather" else ():
                 # Copies where the values are the graph's, or of several ranks.
-                keep = whole if world_size > 1 else [x.clone() for x in whole]
+                keep = whole if world_size > 1 else [_copy(x) for x in whole]
+                newer = stream.synced(rank, lengths, keep[0].device) if predicts else None
                 if (rank, slot) in stream.slots:
                     stream.slots[rank, slot].land(lengths)
-                    stream.slots[rank, slot].renew(keep)
+                    stream.slots[rank, slot].renew(keep, newer if policy == "rotate" else None)
                 else:
-                    before = [x.clone() for x in keep] if predicts else []
-                    stream.slots[rank, slot] = Slot(keep, before)
-                if predicts:
-                    stream.synced(rank, lengths, keep[0].device)
+                    second = [_copy(x) for x in keep] if predicts else []
+                    stream.slots[rank, slot] = Slot(keep, second)
             return whole
         part = self.part()
         kept = stream.slots[ranks.rank, slot]
         kept.land(lengths)
-        read = kept.last
         if predicts:
-            renewed = part if policy == "rotate" else None  # displaced: all, as they will arrive
-            read = kept.predicted(
-                stream.weights(ranks.rank, lengths, world_size, renewed, fresh[0])
-            )
-            for whole_, x in zip(read, fresh, strict=True):
-                write(whole_, -2, lengths, world_size, part, x)
-        if policy == "rotate" or not predicts:
-            kept.write(lengths, world_size, part, fresh)
+            own = policy == "rotate"  # displaced: all ranks' are kept, as they arrive
+            ages, sources = stream.ages(ranks.rank, lengths, world_size, part, own)
+            read = kept.predict(ages, sources, fresh, keep=own)
+        else:
+            read = kept.write(lengths, world_size, part, fresh)
         if policy == "displaced":
             kept.coming = [ranks.gather(x) for x in fresh]
             kept.parts = step.parts
@@ -213,3 +209,7 @@ class Runtime:
     def _ranks(self) -> Ranks:
         assert self.ranks is not None, "one rank alone runs a graph without piflux's ops"
         return self.ranks
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from piflux.parts import join, windows, write
+from piflux.runtime.exchange import exchange
 from piflux.runtime.ranks import Gathering
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
@@ -66,29 +67,48 @@ class Ages:
     Args:
         lengths: of the segments whose tokens these are.
         now: the time of the sync step that computed them all, a scalar.
+
+    Attributes:
+        line: (tokens,) in float32: attention reads second + line * (first - second).
+        newer: (tokens,) of bool: whether a token's first version is its newer one.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
         self.lengths = lengths
         self.last = self.before = now.expand(sum(lengths))
+        self.line = torch.ones_like(self.last)
+        self.newer = torch.ones_like(self.last, dtype=torch.bool)
+        self._sources: dict[int, Tensor] = {}
 
-    def weights(self, now: Tensor) -> Tensor:
-        """(tokens, 1): how far to go on from the last version, in lengths of the way to it."""
+    def look(self, now: Tensor) -> None:
+        """Point `line` at the time `now`, for tokens that get no new version."""
         gap = self.before - self.last
         ahead = (BELIEF * (self.last - now) / gap).clamp(-FARTHEST, FARTHEST)
-        return torch.where(gap == 0, 0.0, ahead)[:, None]
+        ahead = torch.where(gap == 0, 0.0, ahead)
+        torch.where(self.newer, 1 + ahead, -ahead, out=self.line)
 
-    def renew(self, now: Tensor) -> None:
-        """Every token has a new version."""
+    def renew(self, now: Tensor) -> Tensor:
+        """Every token has a new version, its first. Returns what `newer` was before."""
         self.before, self.last = self.last, now.expand(len(self.last))
+        was = self.newer.clone()
+        self.newer.fill_(True)
+        return was
 
     def renew_part(self, world_size: int, part: int, now: Tensor) -> None:
-        """The tokens of one part have a new version."""
-        self.before, older = self.before.clone(), self.last
-        self.last = older.clone()
-        for w in windows(self.lengths, world_size, part):
-            here = slice(w.full, w.full + w.length)
-            self.before[here], self.last[here] = older[here], now
+        """The tokens of one part have a new version, where the older of two was."""
+        own = self.sources(world_size, part) >= 0
+        self.before = torch.where(own, self.last, self.before)
+        self.last = torch.where(own, now, self.last)
+        self.newer.logical_xor_(own)
+
+    def sources(self, world_size: int, part: int) -> Tensor:
+        """(tokens,) in int32: where in a part each token stands; -1 if it is of another."""
+        if part not in self._sources:
+            places = torch.full(self.newer.shape, -1, dtype=torch.int32)
+            for w in windows(self.lengths, world_size, part):
+                places[w.full : w.full + w.length] = torch.arange(w.local, w.local + w.length)
+            self._sources[part] = places.to(self.newer.device)
+        return self._sources[part]
 
 
 @dataclass
@@ -96,42 +116,60 @@ class Slot:
     """One attention's keys and values: the whole sequence's, and what is on its way.
 
     Attributes:
-        last: keys and values, each (batch, heads, all tokens, head dim).
-        before: each token's version before its last one; empty where nothing is predicted.
+        first: keys and values, each (batch, heads, all tokens, head dim).
+        second: another version of each token; empty where nothing is predicted.
         coming: `displaced`: the all-gathers of the last step's keys and values.
         parts: the part that each rank computed when it sent `coming`.
     """
 
-    last: list[Tensor]
-    before: list[Tensor] = field(default_factory=list)
+    first: list[Tensor]
+    second: list[Tensor] = field(default_factory=list)
     coming: list[Gathering] = field(default_factory=list)
     parts: tuple[int, ...] = ()
 
-    def predicted(self, weights: Tensor) -> list[Tensor]:
-        """Keys and values at the time that `weights` (tokens, 1) are for, as copies."""
-        pairs = zip(self.last, self.before, strict=True)
-        return [torch.lerp(last, before, -weights) for last, before in pairs]
+    def renew(self, whole: list[Tensor], newer: Tensor | None = None) -> None:
+        """A sync step's keys and values become the first version.
 
-    def renew(self, whole: list[Tensor]) -> None:
-        """A sync step's keys and values."""
-        if self.before:
-            self.before = self.last
-        self.last = whole
+        Args:
+            whole: not read by anyone else.
+            newer: whether the first was each token's newer version; None: it was for all.
+        """
+        if self.second and newer is None:
+            self.second = self.first
+        elif newer is not None:
+            for first, second in zip(self.first, self.second, strict=True):
+                torch.where(newer[:, None], first, second, out=second)
+        self.first = whole
 
     def write(
         self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
-    ) -> None:
-        """One part's keys and values of this step."""
-        for last, before in zip(self.last, self.before, strict=False):
-            for w in windows(lengths, world_size, part):
-                before.narrow(-2, w.full, w.length).copy_(last.narrow(-2, w.full, w.length))
-        for last, x in zip(self.last, fresh, strict=True):
-            write(last, -2, lengths, world_size, part, x)
+    ) -> list[Tensor]:
+        """One part's keys and values of this step, over what was remembered. Returns the whole."""
+        for whole, x in zip(self.first, fresh, strict=True):
+            write(whole, -2, lengths, world_size, part, x)
+        return self.first
+
+    def predict(
+        self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
+    ) -> list[Tensor]:
+        """The whole at this step's time, in which one part is fresh; new tensors.
+
+        Args:
+            ages: which look at this step's time, and know of the part's new version if it is kept.
+            sources: see `Ages.sources`.
+            fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
+            keep: whether to remember them, over the older version of each token.
+        """
+        versions = zip(self.first, self.second, fresh, strict=True)
+        return [
+            exchange(first, second, x, sources, ages.line, ages.newer, keep)
+            for first, second, x in versions
+        ]
 
     def land(self, lengths: Sequence[int]) -> None:
-        """What was sent in the last step has arrived, or is waited for."""
-        if self.coming and self.before:
-            self.before, self.last = self.last, self.before
-        for x, gathering in zip(self.last, self.coming, strict=False):
+        """What was sent in the last step has arrived, or is waited for: the first version."""
+        if self.coming and self.second:
+            self.first, self.second = self.second, self.first
+        for x, gathering in zip(self.first, self.coming, strict=False):
             join(gathering.wait(), self.parts, -2, lengths, x)
         self.coming = []

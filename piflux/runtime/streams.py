@@ -88,7 +88,8 @@ class Stream:
     _scales: list[Tensor] = field(default_factory=list)
     # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
     _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
-    _weights: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    # Those that know of this step, with what the first slot's exchange found.
+    _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
     _now: Tensor = field(default_factory=lambda: torch.tensor(0.0))
 
     def restart(self) -> None:
@@ -100,31 +101,42 @@ class Stream:
         if self.index == 0:
             self._scales = [clock_scale(clock) for clock in clocks]
         self._now = log_snr(clocks, self._scales, self.index)
-        self._weights.clear()
+        self._told.clear()
 
-    def synced(self, rank: int, lengths: tuple[int, ...], device: torch.device) -> None:
-        """This step computes all tokens of the segments `lengths` that `rank` remembers."""
-        key = rank, lengths
-        now = self._now.to(device)
-        if self.index == 0:
-            self._ages[key] = Ages(lengths, now)
-        elif key not in self._weights:
-            self._ages[key].renew(now)
-        self._weights[key] = now  # not read in a sync step, but it is done
+    def synced(self, rank: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
+        """This step computes all tokens of the segments `lengths` that `rank` remembers.
 
-    def weights(
-        self, rank: int, lengths: tuple[int, ...], world_size: int, part: int | None, like: Tensor
-    ) -> Tensor:
-        """(tokens, 1): how far to predict. `part` of them gets a new version now; None: all."""
+        Returns:
+            (tokens,) of bool: whether a token's first version was its newer one.
+        """
         key = rank, lengths
-        if key not in self._weights:
-            now, ages = self._now.to(like.device), self._ages[key]
-            self._weights[key] = ages.weights(now).to(like.dtype)
-            if part is None:
-                ages.renew(now)
-            else:
+        if key not in self._told:
+            now = self._now.to(device)
+            if self.index == 0:
+                self._ages[key] = Ages(lengths, now)
+            self._told[key] = self._ages[key].renew(now)
+        return self._told[key]
+
+    def ages(
+        self, rank: int, lengths: tuple[int, ...], world_size: int, part: int, keep: bool
+    ) -> tuple[Ages, Tensor]:
+        """The ages that look at this step's time, and the sources of `part`.
+
+        Args:
+            keep: whether the part's new versions alone are remembered; else all, as they arrive.
+        """
+        key = rank, lengths
+        ages = self._ages[key]
+        sources = ages.sources(world_size, part)
+        if key not in self._told:
+            now = self._now.to(sources.device)
+            ages.look(now)
+            if keep:
                 ages.renew_part(world_size, part, now)
-        return self._weights[key]
+            else:
+                ages.renew(now)
+            self._told[key] = sources
+        return ages, sources
 
     def observe(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
         """Whether this call is certainly the next step after the last observed one.
