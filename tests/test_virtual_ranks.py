@@ -15,7 +15,7 @@ STEPS = 7
 def image(model, inputs):
     """A few Euler steps; `inputs` of the first."""
     x = inputs["hidden_states"]
-    sigmas = torch.linspace(1, 0, STEPS + 1)
+    sigmas = torch.linspace(1, 0, STEPS + 1, device=x.device)
     with piflux.generation(model):
         for now, then in itertools.pairwise(sigmas):
             step = inputs | {"hidden_states": x, "timestep": now.expand(x.shape[0])}
