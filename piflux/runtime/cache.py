@@ -4,7 +4,8 @@ The cache is not an argument of the graph. `cached_sdpa` is declared free of sid
 its slot through the runtime's name, as functional collectives find their process group. So AOT
 autograd needs no auto_functionalized copies of some gigabytes of keys and values, and one graph
 serves sync and steady steps. It is safe because a slot is touched by one node of one graph, or
-by one call of a piece that repeated blocks share, and its output is always used.
+by one call of a piece that repeated blocks share, and its output is always used. Where `send_kv`
+sends ahead, attention reads its token, so that no compiler can put one after the other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
-from piflux.runtime.ranks import Ranks
+from piflux.runtime.ranks import Gathering, Ranks
 from piflux.runtime.slots import Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
@@ -54,6 +55,7 @@ class Runtime:
         self.calls = 0
         self.first_slot = 0
         self._now: tuple[Stream, Step] | None = None
+        self._sent: dict[int, list[Gathering]] = {}  # by slot: what attention has yet to take up
         _RUNTIMES[self.name] = self
 
     @staticmethod
@@ -114,6 +116,9 @@ class Runtime:
             raise
         finally:
             self._now = None
+            # Empty, unless an exception came between. What is under way then may never end, either;
+            # c10d holds the memory of collectives that nobody waits for.
+            self._sent.clear()
 
     def _stream(self, graph: object, conditions: list[Tensor]) -> Stream:
         self.calls += 1
@@ -156,10 +161,24 @@ class Runtime:
         pieces = self._ranks.gather(piece).wait()
         return join(pieces, self.now[1].parts, dim, lengths)
 
+    def send(self, slot: int, fresh: Sequence[Tensor], world_size: int) -> None:
+        """Start what `exchange` takes up: this step's keys and values, if others await them.
+
+        Args: as for `exchange`.
+        """
+        step = self.now[1]
+        if world_size > 1 and (step.sync or self.schedule.policy == "displaced"):
+            # What travels on behind its attention is copied: compilers write other things into
+            # the memory of values that nobody reads any more.
+            own = fresh if step.sync else [_copy(x) for x in fresh]
+            self._sent[self.first_slot + slot] = [self._ranks.gather(x) for x in own]
+
     def exchange(
         self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
     ) -> list[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
+
+        They have been sent by `send`.
 
         Args:
             slot: which attention, counted from `first_slot`.
@@ -174,8 +193,8 @@ class Runtime:
         ranks, policy, predicts = self._ranks, self.schedule.policy, self.schedule.predicts
         lengths = tuple(lengths)
         slot += self.first_slot
+        coming = self._sent.pop(slot, [])
         if step.sync and world_size > 1:
-            coming = [ranks.gather(x) for x in fresh]
             whole = [join(g.wait(), step.parts, -2, lengths) for g in coming]
         elif step.sync:
             whole = list(fresh)
@@ -201,7 +220,7 @@ class Runtime:
         else:
             read = kept.write(lengths, world_size, part, fresh)
         if policy == "displaced":
-            kept.coming = [ranks.gather(x) for x in fresh]
+            kept.coming = coming
             kept.parts = step.parts
         return read
 
