@@ -15,6 +15,7 @@ from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
+from piflux.passes.overlap import overlap
 from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
@@ -32,6 +33,7 @@ PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
     shard,  # sizes are read off the whole example values, so before they change
+    overlap,  # reorders nodes, which those above may be asked to name in their order
     propagate,  # last: every example value becomes that of a part
 )
 # `outline` comes after, once the report and the roles have been read off single nodes.

@@ -15,17 +15,19 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
-from piflux.passes.plan import Context, example_size, expr, known, tensors
-from piflux.passes.rules import is_attention, mutates
+from piflux.passes.plan import Context, example_size, expr, is_value, known, tensors
+from piflux.passes.rules import is_attention, only_computes
 from piflux.runtime.ops import slots_from
 
 # The most that is looked for; a block of a known model attends at most twice.
 ATTENTIONS_A_BLOCK = 4
 
 _CACHED = torch.ops.piflux.cached_sdpa.default
-_SLOT = [argument.name for argument in _CACHED._schema.arguments].index("slot")
+_SLOTS = {
+    op: [argument.name for argument in op._schema.arguments].index("slot")
+    for op in (_CACHED, torch.ops.piflux.send_kv.default)
+}
 _SOURCES = ("placeholder", "get_attr")
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -60,7 +62,7 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     """
     sources = [n for n in gm.graph.nodes if n.op in _SOURCES]
     nodes = [n for n in gm.graph.nodes if n.op not in (*_SOURCES, "output")]
-    if not all(map(_is_value, sources)) or not all(map(_only_computes, nodes)):
+    if not all(map(is_value, sources)) or not all(map(only_computes, nodes)):
         return 0
     nodes = [n for n in nodes if _number(n) is None]
     symbols = {expr(known(n)): n for n in sources if isinstance(known(n), torch.SymInt)}
@@ -107,7 +109,7 @@ class _Stretch:
         self.inputs = inputs
         inside = {node: i for i, node in enumerate(nodes)}
         self.outputs = {i for n, i in inside.items() if not _readers(n) <= inside.keys()}
-        self.slot = next((_slot(n) for n in nodes if n.target is _CACHED), None)
+        self.slot = next((_slot(n) for n in nodes if n.target in _SLOTS), None)
         names = {n: f"node {i}" for n, i in inside.items()}
         names |= {n: f"input {i}" for i, n in enumerate(inputs)}
         self.form = (
@@ -132,17 +134,6 @@ class _Piece:
     stretch: _Stretch
     outputs: set[int] = field(default_factory=set)
     calls: int = 0
-
-
-def _is_value(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, a number, or a tuple of them."""
-    value = known(node)
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return all(isinstance(x, (Tensor, *_NUMBERS)) for x in values)
-
-
-def _only_computes(node: fx.Node) -> bool:
-    return _is_value(node) and not mutates(node) and not node.is_impure()
 
 
 def _number(node: fx.Node) -> int | float | None:
@@ -227,14 +218,14 @@ def _sizes(value: Any) -> list[int | torch.SymInt]:
 
 
 def _slot(node: fx.Node) -> Any:
-    return node.args[_SLOT] if node.target is _CACHED else None
+    return node.args[_SLOTS[node.target]] if node.target in _SLOTS else None
 
 
 def _written(node: fx.Node, slot: Any, name: Callable[[fx.Node], str]) -> tuple[str, Any, str]:
     """The op and its arguments, with other nodes by name and cache slots counted from `slot`."""
     args = list(node.args)
-    if node.target is _CACHED:
-        args[_SLOT] -= slot
+    if node.target in _SLOTS:
+        args[_SLOTS[node.target]] -= slot
     arguments = fx.map_arg((args, node.kwargs), lambda n: _or_number(n, name))
     return node.op, node.target, repr(arguments)
 
@@ -292,7 +283,7 @@ def _module(piece: _Piece) -> fx.GraphModule:
         made[node].meta["example_value"] = known(node)
     for node in stretch.nodes:
         made[node] = graph.node_copy(node, lambda n: _or_number(n, made.__getitem__))
-        if node.target is _CACHED:
-            made[node].update_arg(_SLOT, _slot(node) - stretch.slot)
+        if node.target in _SLOTS:
+            made[node].update_arg(_SLOTS[node.target], _slot(node) - stretch.slot)
     graph.output(tuple(made[stretch.nodes[i]] for i in sorted(piece.outputs)))
     return fx.GraphModule(nn.Module(), graph)

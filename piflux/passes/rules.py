@@ -24,6 +24,7 @@ from piflux.passes.plan import (
     Value,
     example_size,
     expr,
+    is_value,
     known,
     known_equal,
     same,
@@ -130,6 +131,11 @@ def mutates(node: fx.Node) -> bool:
     name = op_name(node)
     method = name.endswith("_") and name not in ("and_", "or_", "not_", "is_")
     return method and not name.endswith("__") or name in _IN_PLACE or "out" in node.kwargs
+
+
+def only_computes(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, a number, or a tuple of them, and does nothing else."""
+    return is_value(node) and not mutates(node) and not node.is_impure()
 
 
 # --- helpers -------------------------------------------------------------------------------------
