@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -95,11 +96,15 @@ class Compiler:
         self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
-        if self.inner is not lookup_backend("eager"):
-            run_passes(gm, ctx, (outline,))
+        if self.inner is lookup_backend("eager"):
+            return self.inner(gm, list(example_inputs))
+        from piflux.inductor import sends_first  # imports inductor, which takes seconds
+
+        run_passes(gm, ctx, (outline,))
+        with sends_first() if ctx.world_size > 1 else contextlib.nullcontext():
             if any(gm.children()):
                 return compile_pieces(gm, self.inner)
-        return self.inner(gm, list(example_inputs))
+            return self.inner(gm, list(example_inputs))
 
 
 class _PerCall:

@@ -101,7 +101,8 @@ def _ordered(
     for attention in filter(sends.__contains__, nodes):
         needed = _needed(sends[attention], rest)
         place(node for node in rest if node in needed)
-        place(takewhile(lambda node: node is not attention, rest))
+        ahead = list(rest)
+        place(ahead[: ahead.index(attention)])
         place(_beside(list(rest), sends, below))
         place([attention])
     place(rest)
