@@ -15,8 +15,8 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
-from piflux.passes.plan import Context, example_size, expr, is_value, known, tensors
-from piflux.passes.rules import is_attention, only_computes
+from piflux.passes.plan import Context, example_size, expr, known, tensors
+from piflux.passes.rules import is_attention, is_value, only_computes
 from piflux.runtime.ops import slots_from
 
 # The most that is looked for; a block of a known model attends at most twice.

@@ -14,8 +14,6 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-
 
 class Axis(NamedTuple):
     """Dimension `dim` of a node's value; `item` says which tensor where a node returns several."""
@@ -203,10 +201,3 @@ def plain_name(node: fx.Node) -> str:
 def known(value: Any) -> Any:
     """An argument's value at compile time: a node's example, or the argument itself."""
     return value.meta.get("example_value") if isinstance(value, fx.Node) else value
-
-
-def is_value(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, a number, or a tuple of them."""
-    value = known(node)
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return all(isinstance(x, (Tensor, *_NUMBERS)) for x in values)

@@ -24,13 +24,14 @@ from piflux.passes.plan import (
     Value,
     example_size,
     expr,
-    is_value,
     known,
     known_equal,
     same,
     sizes,
     tensors,
 )
+
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class Link(NamedTuple):
@@ -133,8 +134,15 @@ def mutates(node: fx.Node) -> bool:
     return method and not name.endswith("__") or name in _IN_PLACE or "out" in node.kwargs
 
 
+def is_value(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, a number, or a tuple of them."""
+    value = known(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(x, (torch.Tensor, *NUMBERS)) for x in values)
+
+
 def only_computes(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, a number, or a tuple of them, and does nothing else."""
+    """Whether a node gives values and does nothing else."""
     return is_value(node) and not mutates(node) and not node.is_impure()
 
 
