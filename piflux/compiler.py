@@ -43,7 +43,7 @@ PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
     shard,  # sizes are read off the whole example values, so before they change
-    overlap,  # reorders nodes, which those above may be asked to name in their order
+    overlap,  # after shard: cuts take their places in the order, too
     propagate,  # last: every example value becomes that of a part
 )
 # `hoist`, `enclose` and `outline` come after, once the report has been read off single nodes.
