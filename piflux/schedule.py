@@ -62,7 +62,9 @@ class Schedule:
             choices = ", ".join(repr(name) for name in get_args(Policy))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
-            raise ValueError(f"unknown sync {self.sync!r}: choose 'gather', 'recompute' or 'auto'")
+            raise ValueError(
+                f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for the faster"
+            )
         if self.policy == "gather" and self.sync == "recompute":
             raise ValueError(
                 "the policy 'gather' has sync steps only: recomputing them all is one rank's work "

@@ -99,7 +99,7 @@ def test_ranks_that_were_told_otherwise(ranks):
 
 
 def test_anything_else_is_refused():
-    with pytest.raises(ValueError, match="'sometimes': choose 'gather', 'recompute' or 'auto'"):
+    with pytest.raises(ValueError, match="'sometimes': choose 'gather' or 'recompute', or 'auto'"):
         piflux.parallelize(tiny_flux(), sync="sometimes")
 
 
