@@ -63,7 +63,7 @@ class Schedule:
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
             raise ValueError(
-                f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for the faster"
+                f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for either"
             )
         if self.policy == "gather" and self.sync == "recompute":
             raise ValueError(

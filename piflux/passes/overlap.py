@@ -20,9 +20,9 @@ _ARGUMENTS = [argument.name for argument in _CACHED._schema.arguments]
 def overlap(gm: fx.GraphModule, ctx: Context) -> int:
     """Split each attention into a send and the rest. Returns the number of attentions.
 
-    What leads to an attention's keys and values comes first, then the send, then all that waits
-    neither for this attention nor for the next one's keys: query projections, other streams, an
-    MLP that runs beside. While it computes, the keys and values travel.
+    What leads to an attention's keys and values comes first, then the send, then what else is there
+    before the attention or does not wait for it: query projections, other streams, an MLP that runs
+    beside. While it computes, the keys and values travel.
 
     Before:
 
