@@ -89,8 +89,9 @@ def parallelize(
         sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
-            the whole step without any traffic, for links slower than that. It compiles a second
-            graph.
+            the whole step without any traffic, for links slower than that, and a second graph is
+            compiled. 'auto' measures the link and two kernels at the first call, and chooses what
+            is faster, on all ranks alike; `explain` says why.
         order: 1: attention reads remembered keys and values moved on to this step's noise level,
             by the change between their last two versions, which takes a second cache. 0: it reads
             them as they were.

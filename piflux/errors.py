@@ -48,8 +48,11 @@ class NoAttention(CompileError):
     """The captured graph holds no scaled_dot_product_attention, so there is nothing to split."""
 
 
-class RanksDisagree(PifluxError):
-    """The ranks were called with different inputs, settings or versions."""
+class RanksDisagree(CompileError):
+    """The ranks were called with different inputs, settings or versions.
+
+    Settings are compared when the first graph is compiled, inputs in an image's first step.
+    """
 
 
 class StepsUnforeseen(PifluxError):

@@ -46,6 +46,7 @@ class GraphReport:
         sync_bytes: what a rank sends in a sync step.
         steady_bytes: what a rank sends in any other step.
         cache_bytes: keys and values that a rank holds for each stream, between steps.
+        why_sync: how `sync='auto'` was decided; empty if it was given.
     """
 
     schedule: Schedule
@@ -55,9 +56,12 @@ class GraphReport:
     sync_bytes: int
     steady_bytes: int
     cache_bytes: int
+    why_sync: str = ""
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule) -> GraphReport:
+    def of(
+        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
+    ) -> GraphReport:
         plan, world_size = ctx.plan, ctx.world_size
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
@@ -88,6 +92,7 @@ class GraphReport:
             0 if schedule.sync == "recompute" else final + sent,
             steady,
             held,
+            why_sync,
         )
 
     def __str__(self) -> str:
@@ -99,6 +104,7 @@ class GraphReport:
             + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
             + (", recomputed" if s.sync == "recompute" else "")
             + (", predicted between" if s.predicts else ""),
+            *([f"  sync by '{s.sync}'".ljust(25) + self.why_sync] if self.why_sync else []),
             f"  attentions rewritten   {self.attentions}",
             f"  nodes on a part        {self.local_nodes}",
             f"  sent in a sync step    {_human(self.sync_bytes)} a rank",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Policy = Literal["gather", "rotate", "displaced"]
-Sync = Literal["gather", "recompute"]
+Sync = Literal["gather", "recompute", "auto"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (README, Drift).
@@ -42,7 +42,7 @@ class Schedule:
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
             'recompute' has each rank compute all tokens by itself, which is cheaper where links
-            are slow.
+            are slow, 'auto' is either of them, chosen when the first graph is compiled.
         order: how attention guesses what remembered keys and values have become: 0, as they were;
             1, moved on by the change between their last two versions.
 
@@ -62,7 +62,9 @@ class Schedule:
             choices = ", ".join(repr(name) for name in get_args(Policy))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
-            raise ValueError(f"unknown sync {self.sync!r}: choose 'gather' or 'recompute'")
+            raise ValueError(
+                f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for either"
+            )
         if self.policy == "gather" and self.sync == "recompute":
             raise ValueError(
                 "the policy 'gather' has sync steps only: recomputing them all is one rank's work "
