@@ -47,12 +47,12 @@ class Block(NamedTuple):
 
 
 def blocks(language: str) -> list[Any]:
-    """Of all pages, as parameters of a test."""
+    """Of all pages, as parameters of a test; what several pages show is there once."""
+    found = [b for path in PAGES for b in _blocks(path) if b.language == language]
+    unique = {(block.text, block.printed): block for block in reversed(found)}
     return [
         pytest.param(block, id=f"{block.path.relative_to(ROOT)}:{block.line}")
-        for path in PAGES
-        for block in _blocks(path)
-        if block.language == language
+        for block in reversed(unique.values())
     ]
 
 
