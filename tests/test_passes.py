@@ -9,6 +9,7 @@ from graphs import capture, layouts, text, transformed
 from torch import nn
 
 from piflux.compiler import PASSES
+from piflux.passes.enclose import enclose
 from piflux.passes.outline import outline
 
 
@@ -34,9 +35,10 @@ def after(count):
     return gm, transformed(gm, passes=PASSES[:count])
 
 
-def outlined():
+def then(last):
+    """The graph after all of `PASSES`, and then `last`."""
     gm, ctx = after(len(PASSES))
-    outline(gm, ctx)
+    last(gm, ctx)
     return gm
 
 
@@ -182,7 +184,7 @@ return (getitem_whole,)
 
     def test_outline(self):
         self.assertExpectedInline(
-            text(outlined()),
+            text(then(outline)),
             """\
 text: (1, 4, 8)
 image: (1, 7, 8)
@@ -202,7 +204,7 @@ return (getitem_whole,)
 
     def test_outlined_block(self):
         self.assertExpectedInline(
-            text(outlined().piece_1),
+            text(then(outline).piece_1),
             """\
 x: (1, 6, 8)
 linear: (1, 6, 8) = linear(x, 0.weight, 0.bias)
@@ -213,5 +215,46 @@ transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
 flatten: (1, 6, 8) = transpose_1.flatten(2)
 x_1: (1, 6, 8) = add(x, flatten)
 return (x_1,)
+""",
+        )
+
+    def test_enclose(self):
+        self.assertExpectedInline(
+            text(then(enclose)),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+head: (1, 4, 8) = head(text, image, 0.weight, 0.bias, 1.weight, 1.bias)
+getitem_1: (1, 4, 8) = getitem(head, 0)
+getitem_whole: (1, 7, 8) = piflux.unshard(getitem_1, 1, [7], 2, 'piflux')
+return (getitem_whole,)
+""",
+        )
+
+    def test_enclosed_head(self):
+        self.assertExpectedInline(
+            text(then(enclose).head),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+text_part: (1, 2, 8) = piflux.shard(text, 1, [4], 2, 'piflux')
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+x: (1, 6, 8) = cat([text_part, image_part], 1)
+linear: (1, 6, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 6, 2, 4) = linear.reshape((1, 6, 2, 4))
+q: (1, 2, 6, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 6, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 6, 8) = transpose_1.flatten(2)
+x_1: (1, 6, 8) = add(x, flatten)
+linear_1: (1, 6, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 6, 2, 4) = linear_1.reshape((1, 6, 2, 4))
+q_1: (1, 2, 6, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 6, 4) = piflux.cached_sdpa(q_1, q_1, q_1, None, None, False, [4, 7], 1, 2, 'piflux')
+transpose_3: (1, 6, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 6, 8) = transpose_3.flatten(2)
+x_2: (1, 6, 8) = add(x_1, flatten_1)
+getitem: (1, 4, 8) = getitem(x_2, (:, 2:))
+return (getitem,)
 """,
         )
