@@ -1,4 +1,4 @@
-"""One small model through the passes, one after the other: what the documentation shows."""
+"""A small model through the passes, one after the other: what the documentation shows."""
 
 # ruff: noqa: E501 (snapshots)
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from piflux.compiler import PASSES
 from piflux.passes.enclose import enclose
+from piflux.passes.hoist import hoist
 from piflux.passes.outline import outline
 
 
@@ -29,6 +30,19 @@ class Model(nn.Module):
         return x[:, 4:]
 
 
+class Timed(nn.Module):
+    """Attention over an image to which a vector made of the time is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+
+    def forward(self, image, time):
+        shift = self.embed(torch.sin(time[:, None] * torch.arange(8.0)))
+        q = (image + shift[:, None])[:, None]
+        return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
 def after(count):
     """The graph of 4 text and 7 image tokens after the first `count` passes for 2 ranks."""
     gm = capture(Model(), torch.randn(1, 4, 8), torch.randn(1, 7, 8))
@@ -39,6 +53,13 @@ def then(last):
     """The graph after all of `PASSES`, and then `last`."""
     gm, ctx = after(len(PASSES))
     last(gm, ctx)
+    return gm
+
+
+def timed(*last):
+    """The graph of the model with a time after all of `PASSES`, and then `last`."""
+    gm = capture(Timed(), torch.randn(1, 7, 8), torch.ones(1))
+    transformed(gm, passes=(*PASSES, *last))
     return gm
 
 
@@ -256,5 +277,60 @@ flatten_1: (1, 6, 8) = transpose_3.flatten(2)
 x_2: (1, 6, 8) = add(x_1, flatten_1)
 getitem: (1, 4, 8) = getitem(x_2, (:, 2:))
 return (getitem,)
+""",
+        )
+
+    def test_timed(self):
+        self.assertExpectedInline(
+            text(timed()),
+            """\
+time: (1)
+image: (1, 7, 8)
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+getitem: (1, 1) = getitem(time, (:, None))
+arange: (8) = arange(8.0)
+mul: (1, 8) = mul(getitem, arange)
+sin: (1, 8) = sin(mul)
+shift: (1, 8) = linear(sin, embed.weight, embed.bias)
+getitem_1: (1, 1, 8) = getitem(shift, (:, None))
+add: (1, 4, 8) = add(image_part, getitem_1)
+q: (1, 1, 4, 8) = getitem(add, (:, None))
+scaled_dot_product_attention: (1, 1, 4, 8) = piflux.cached_sdpa(q, q, q, None, None, False, [7], 0, 2, 'piflux')
+getitem_3: (1, 4, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_3_whole: (1, 7, 8) = piflux.unshard(getitem_3, 1, [7], 2, 'piflux')
+return (getitem_3_whole,)
+""",
+        )
+
+    def test_hoist(self):
+        self.assertExpectedInline(
+            text(timed(hoist)),
+            """\
+time: (1)
+image: (1, 7, 8)
+hoisted: (1, 8) = hoisted(time, embed.weight, embed.bias)
+shift_1: (1, 8) = getitem(hoisted, 0)
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+getitem_1: (1, 1, 8) = getitem(shift_1, (:, None))
+add: (1, 4, 8) = add(image_part, getitem_1)
+q: (1, 1, 4, 8) = getitem(add, (:, None))
+scaled_dot_product_attention: (1, 1, 4, 8) = piflux.cached_sdpa(q, q, q, None, None, False, [7], 0, 2, 'piflux')
+getitem_3: (1, 4, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_3_whole: (1, 7, 8) = piflux.unshard(getitem_3, 1, [7], 2, 'piflux')
+return (getitem_3_whole,)
+""",
+        )
+
+    def test_hoisted(self):
+        self.assertExpectedInline(
+            text(timed(hoist).hoisted),
+            """\
+time: (1)
+getitem: (1, 1) = getitem(time, (:, None))
+arange: (8) = arange(8.0)
+mul: (1, 8) = mul(getitem, arange)
+sin: (1, 8) = sin(mul)
+shift: (1, 8) = linear(sin, embed.weight, embed.bias)
+return (shift,)
 """,
         )
