@@ -12,8 +12,8 @@ the second. A block `source` becomes the source of what it names.
 
 import ast
 import difflib
-import inspect
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +27,22 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
 
     def replace(match: re.Match[str]) -> str:
         indent, kind, names = match[1], match[2], match[3].split()
-        found = [
-            _source(root, name) if kind == "source" else _snapshot(root, name) for name in names
-        ]
-        language = "python" if kind == "source" else "text"
-        if len(found) == 2:
-            before, after = (text.splitlines() for text in found)
-            language, found = "diff", ["\n".join(_difference(before, after))]
-        lines = [f"```{language}", *"\n".join(found).strip().splitlines(), "```"]
+        if kind == "source":
+            language, (text,) = "python", [_source(root, name) for name in names]
+        elif len(names) == 1:
+            language, text = "text", _snapshot(root, names[0])
+        else:
+            language, text = "diff", _difference(*(_snapshot(root, name) for name in names))
+        lines = [f"```{language}", *text.splitlines(), "```"]
         return "\n".join(indent + line for line in lines)
 
     return BLOCK.sub(replace, markdown)
 
 
-def _difference(before: list[str], after: list[str]) -> list[str]:
+def _difference(before: str, after: str) -> str:
     """Both in full: what left, what came and what stayed, each line with its mark."""
-    return [line for line in difflib.ndiff(before, after) if not line.startswith("?")]
+    lines = difflib.ndiff(before.splitlines(), after.splitlines())
+    return "\n".join(line for line in lines if not line.startswith("?"))
 
 
 def _snapshot(root: Path, name: str) -> str:
@@ -61,7 +61,7 @@ def _snapshot(root: Path, name: str) -> str:
 
 def _source(root: Path, name: str) -> str:
     node, text = _node(root, name)
-    return inspect.cleandoc("\n" + (ast.get_source_segment(text, node, padded=True) or ""))
+    return textwrap.dedent(ast.get_source_segment(text, node, padded=True) or "")
 
 
 def _node(root: Path, name: str) -> tuple[ast.AST, str]:
