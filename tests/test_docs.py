@@ -23,6 +23,7 @@ from markdown_it import MarkdownIt
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.run import get_args_parser
 from typer.core import TyperGroup
+from typer.testing import CliRunner
 
 import piflux
 from piflux import cli, compiler, demo
@@ -176,6 +177,12 @@ PROGRAMS = {
 }
 
 
+def is_explained(block: Block) -> bool:
+    """Whether it shows what `piflux explain` prints, of the model that is here."""
+    first, *shown = block.text.splitlines()
+    return first.startswith("$ piflux explain") and "--model" not in first and bool(shown)
+
+
 @pytest.mark.parametrize("block", blocks("console"))
 def test_commands_exist(block: Block) -> None:
     lines = [line for line in block.text.splitlines() if line.startswith("$ ")]
@@ -183,6 +190,13 @@ def test_commands_exist(block: Block) -> None:
     for line in lines:
         program, *words = shlex.split(line[2:], comments=True)
         PROGRAMS[program.removeprefix(".venv/bin/")](words)
+
+
+@pytest.mark.parametrize("block", [b for b in blocks("console") if is_explained(b.values[0])])
+def test_explain_prints_what_is_shown(block: Block) -> None:
+    command, shown = block.text.split("\n", 1)
+    result = CliRunner().invoke(cli.app, shlex.split(command)[2:])
+    assert result.output == shown
 
 
 @pytest.mark.parametrize(
