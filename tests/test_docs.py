@@ -138,7 +138,10 @@ def parse_piflux(words: list[str]) -> None:
 
 def parse_torchrun(words: list[str]) -> None:
     given = get_args_parser().parse_args(words)
-    if given.training_script == "examples/run_flux.py":
+    if given.module:
+        assert given.training_script == "piflux"
+        parse_piflux(given.training_script_args)
+    elif given.training_script == "examples/run_flux.py":
         spec = importlib.util.spec_from_file_location("run_flux", ROOT / given.training_script)
         assert spec is not None and spec.loader is not None
         script = importlib.util.module_from_spec(spec)
@@ -207,6 +210,7 @@ def test_explain_prints_what_is_shown(block: Block) -> None:
         ("piflux bench --ranks 1", WRONG_USAGE),
         ("torchrun --np=2 script.py", SystemExit),
         ("torchrun examples/run_flux.py --weights=none", WRONG_USAGE),
+        ("torchrun -m piflux draw", WRONG_USAGE),
         ("make everything", AssertionError),
         ("pip install '.[everything]'", AssertionError),
         ("python tests/test_everything.py", AssertionError),
