@@ -4,6 +4,7 @@ from piflux.api import explain as explain
 from piflux.api import generation as generation
 from piflux.api import parallelize as parallelize
 from piflux.compiler import backend as backend
+from piflux.errors import CannotCapture as CannotCapture
 from piflux.errors import CannotShard as CannotShard
 from piflux.errors import NoAttention as NoAttention
 from piflux.errors import PifluxError as PifluxError

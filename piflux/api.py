@@ -11,10 +11,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import Unsupported
 
 from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
-from piflux.integrations.diffusers import is_pipeline, parallel_pipeline, transformers_of
+from piflux.integrations.diffusers import (
+    has_step_cache,
+    is_pipeline,
+    parallel_pipeline,
+    refuse_step_caches,
+    transformers_of,
+)
 from piflux.report import Report
 from piflux.schedule import BEST_SYNC_STEPS, Policy, Sync
 
@@ -48,8 +55,14 @@ class ParallelModule(nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_device(self._piflux_compiler.runtime.ranks, parameter.device)
+        if has_step_cache(self):
+            refuse_step_caches(self)
         with torch.no_grad(), self._piflux_settings:
-            return self._piflux_compiled(*args, **kwargs)
+            try:
+                return self._piflux_compiled(*args, **kwargs)
+            except Unsupported:
+                refuse_step_caches(self)
+                raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
@@ -104,6 +117,7 @@ def parallelize(
         ValueError: a setting out of range, a target already parallelized, a foreign group.
         TypeError: a target that is neither a module nor a pipeline.
         RuntimeError: CUDA asked for where there is none.
+        CannotCapture: one of diffusers' step caches is enabled; at the next call, if it is later.
         CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
     """
     settings: dict[str, Any] = {
@@ -139,6 +153,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "this module is already wrapped by torch.compile: pass the original module; "
             "parallelize compiles it"
         )
+    refuse_step_caches(target)
     check_device(
         compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )

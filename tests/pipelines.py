@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -560,6 +560,26 @@ def lora_fused(studio: Studio) -> None:
     studio.draw(pipe, **PROMPT)
 
 
+def step_cache(config: Callable[..., Any], studio: Studio, *, late: bool = False) -> None:
+    """Enabled before the pipeline is parallelized, or else after an image."""
+    pipe = build(diffusers.FluxPipeline)
+    if late:
+        pipe = studio.parallel(pipe)
+        studio.draw(pipe, **PROMPT)
+    pipe.transformer.enable_cache(config())
+    studio.draw(pipe if late else studio.parallel(pipe), 1, **PROMPT)
+
+
+def mag_cache() -> diffusers.MagCacheConfig:
+    return diffusers.MagCacheConfig(num_inference_steps=STEPS, mag_ratios=torch.ones(STEPS))
+
+
+def pyramid_attention_broadcast() -> diffusers.PyramidAttentionBroadcastConfig:
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    )
+
+
 FLUX_1 = (
     Case("FLUX.1-dev", dev),
     Case("FLUX.1-schnell", schnell, ranks=(2, 3)),
@@ -594,6 +614,28 @@ FLUX_1 = (
     Case("FLUX.1-dev, LoRA loaded later", lora_after),
     Case("FLUX.1-dev, LoRAs swapped between images", loras_swapped),
     Case("FLUX.1-dev, LoRA fused", lora_fused),
+    Case(
+        "FLUX.1-dev, First Block Cache",
+        partial(step_cache, diffusers.FirstBlockCacheConfig),
+        error="FirstBlockCacheConfig is enabled",
+        remark="one graph is run in every step",
+    ),
+    Case(
+        "FLUX.1-dev, First Block Cache enabled later",
+        partial(step_cache, diffusers.FirstBlockCacheConfig, late=True),
+        error="FirstBlockCacheConfig is enabled",
+    ),
+    Case(
+        "FLUX.1-dev, TaylorSeer Cache",
+        partial(step_cache, diffusers.TaylorSeerCacheConfig),
+        error="TaylorSeerCacheConfig is enabled",
+    ),
+    Case("FLUX.1-dev, MagCache", partial(step_cache, mag_cache), error="MagCacheConfig is enabled"),
+    Case(
+        "FLUX.1-dev, Pyramid Attention Broadcast",
+        partial(step_cache, pyramid_attention_broadcast),
+        error="PyramidAttentionBroadcastConfig is enabled",
+    ),
 )
 
 

@@ -17,7 +17,7 @@ import torch
 from pipelines import CASES, Case, Drawn, on_ranks, plainly
 from ranks import Failure, Ranks
 
-from piflux.errors import CannotShard
+from piflux.errors import PifluxError
 
 TABLE = Path(__file__).parents[1] / "docs" / "support.md"
 EXACT = 1e-4
@@ -36,7 +36,8 @@ than what it found. `python tests/test_pipelines.py --write` writes this file.
 - `rotate`: `runs` says that its schedule ran, sync steps and others, that its first step was exact,
   that all ranks drew the same, and that no step but an image's first compiled a graph, or how many
   did.
-- `refused`: it raised `CannotShard`. `fails`: it raised something else. The remark has its message.
+- `refused`: it raised one of piflux's own errors. `fails`: it raised another. The remark has its
+  message.
 """
 
 
@@ -117,7 +118,7 @@ def found(ranks: Ranks, case: Case) -> Row:
         if failures:
             assert len(failures) == 2 * n, failures
             assert case.error and all(case.error in f.message for f in failures), failures
-            statuses |= {"refused" if f.isa(CannotShard) else "fails" for f in failures}
+            statuses |= {"refused" if f.isa(PifluxError) else "fails" for f in failures}
             continue
         assert not case.error, "it is drawn, against what its case says"
         assert all(result["gather"][0].graphs[0] > 0 for result in results)

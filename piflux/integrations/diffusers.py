@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from piflux.errors import CannotCapture
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import ProcessRanks
 
@@ -39,6 +40,34 @@ def transformers_of(pipe: Any) -> dict[str, nn.Module]:
             "another denoiser call piflux.parallelize on the module itself"
         )
     return modules
+
+
+def has_step_cache(model: nn.Module) -> bool:
+    """Whether `enable_cache` was called; free, unlike `refuse_step_caches`."""
+    return getattr(model, "is_cache_enabled", False)
+
+
+def refuse_step_caches(model: nn.Module) -> None:
+    """diffusers' step caches decide in Python, block by block, what a step computes or reuses.
+
+    The one graph of all steps can't. Nor would it go together: a block that is left out leaves
+    other ranks waiting in their collectives, or remembered keys and values older than they are
+    taken for.
+
+    Raises:
+        CannotCapture: `model` has one, by `enable_cache` or by hooks of its blocks.
+    """
+    caches = [type(model._cache_config).__name__] if has_step_cache(model) else []
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        hooks = registry.hooks.values() if registry is not None else ()
+        caches += [type(hook).__name__ for hook in hooks if hook._is_stateful]
+    if caches:
+        raise CannotCapture(
+            f"{caches[0]} is enabled on this {type(model).__name__}: what it computes changes from "
+            "step to step, but piflux captures one graph and runs it in every step. Disable it (in "
+            "diffusers: transformer.disable_cache()); to save time take fewer steps or more ranks"
+        )
 
 
 class ParallelPipeline:
