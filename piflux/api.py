@@ -62,7 +62,11 @@ class ParallelModule(nn.Module):
                 return self._piflux_compiled(*args, **kwargs)
             except Unsupported:
                 refuse_step_caches(self)
-                raise
+                if self._piflux_compiler.reports:
+                    raise
+            # Dynamo need not follow how a first call makes what later ones find: rotary tables.
+            self._piflux_target(*args, **kwargs)
+            return self._piflux_compiled(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import flux_inputs, tiny_flux
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 import piflux
 
@@ -84,6 +85,55 @@ def test_nothing_outlives_the_parallel_module(inner):
     assert caches() is None
     again = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
     assert (again(x) - model(x)).abs().max() < 1e-6
+
+
+class Scaled(Attention):
+    """A first call makes a table, and notes whether a call was plain, as no graph can."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = None
+        self.plain_calls = 0
+
+    def forward(self, x, broken=False):
+        if self.table is None:
+            with torch.device("cpu"):
+                self.table = torch.arange(8) / 8
+        if not torch.compiler.is_compiling():
+            self.plain_calls += 1
+        if broken:
+            torch._dynamo.graph_break()
+        return super().forward(x * self.table)
+
+
+def test_what_a_first_call_makes_is_made_by_a_plain_one():
+    parallel = piflux.parallelize(Scaled(), group=piflux.virtual_ranks(2), inner="eager")
+    x = torch.randn(1, 6, 8)
+    results = [parallel(x) for _ in range(3)]
+    assert parallel.plain_calls == 1
+    assert len(piflux.explain(parallel).graphs) == 1
+    want = parallel._piflux_target(x)
+    assert all((result - want).abs().max() < 1e-6 for result in results)
+
+
+def test_a_model_that_can_be_captured_makes_no_plain_call():
+    model, x = Scaled(), torch.randn(1, 6, 8)
+    model.table = torch.arange(8) / 8
+    assert piflux.parallelize(model, inner="eager")(x).isfinite().all()
+    assert model.plain_calls == 0
+
+
+def test_a_graph_break_after_a_plain_call_is_an_error():
+    """At the first call after one plain try, later without."""
+    x = torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(Scaled(), inner="eager")
+    with pytest.raises(Unsupported, match="graph_break"):
+        parallel(x, broken=True)
+    assert parallel.plain_calls == 1
+    parallel(x)
+    with pytest.raises(Unsupported, match="graph_break"):
+        parallel(x, broken=True)
+    assert parallel.plain_calls == 1
 
 
 def test_results_carry_no_gradient():
