@@ -24,6 +24,7 @@ from piflux.integrations.diffusers import (
 )
 from piflux.report import Report
 from piflux.schedule import BEST_SYNC_STEPS, Policy, Sync
+from piflux.views import View, view_of
 
 Target = TypeVar("Target")
 
@@ -37,16 +38,10 @@ _DYNAMO = {
 }
 
 
-class ParallelModule(nn.Module):
-    """The class that a parallelized module's own class is mixed with.
-
-    The parallel module is a second view of the target: an instance of a subclass of the target's
-    class with the very same `__dict__`. So `config`, parameters, adapters and every attribute are
-    the target's, whichever of the two they are set on, and only the call differs.
-    """
+class ParallelModule(View, nn.Module):
+    """The class that a parallelized module's own class is mixed with; see `View`."""
 
     _piflux_compiler: Compiler
-    _piflux_target: nn.Module
     _piflux_compiled: Callable[..., Any]
     _piflux_settings: contextlib.AbstractContextManager[Any]
 
@@ -70,14 +65,6 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or pickle is of the target: process groups can't be copied."""
-        return _identity, (self._piflux_target,)
-
-
-def _identity(x: Any) -> Any:
-    return x
 
 
 def parallelize(
@@ -161,21 +148,14 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     check_device(
         compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )
-    cls = type(target)
-    # A class of its own, since whatever the instance holds, the target holds too. It goes by the
-    # target's name, which diffusers writes into configs and looks up again.
     call = _call(target)
-    members = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_piflux_compiler": compiler,
-        "_piflux_target": target,
-        "_piflux_settings": torch._dynamo.config.patch(_DYNAMO),
-        "_piflux_compiled": staticmethod(_compiled(call, compiler)),
-    }
-    view: Any = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
-    view.__dict__ = target.__dict__
+    view = view_of(
+        target,
+        ParallelModule,
+        _piflux_compiler=compiler,
+        _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
+        _piflux_compiled=staticmethod(_compiled(call, compiler)),
+    )
     # Dynamo would keep the code's graphs for good, and they the caches.
     weakref.finalize(view, torch._dynamo.eval_frame.reset_code, call.__code__).atexit = False
     return view
