@@ -102,7 +102,8 @@ def parallelize(
 
     Returns:
         For a module, a module of the same class. For a pipeline, a pipeline of the same class
-        whose every call is one generation and whose ranks start from the same noise.
+        whose every call is one generation, and whose ranks start from the same noise and decode
+        a band of the picture's rows each.
 
     Raises:
         ValueError: a setting out of range, a target already parallelized, a foreign group.
