@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from piflux.runtime.exchange import exchange, exchange_in_torch
+from piflux.runtime.memory import Places
 from piflux.runtime.slots import BELIEF, FARTHEST, Ages, Slot, clock_scale, log_snr
 
 
@@ -36,6 +37,11 @@ def test_without_a_clock_time_is_the_step():
     assert time(step=3) - time(step=5) == 2
 
 
+def own(part):
+    """Which of five tokens are of a part of two."""
+    return Places((5,), 2, part, torch.device("cpu")).sources >= 0
+
+
 def read_line(ages, now):
     ages.look(now)
     return ages.line.tolist()
@@ -47,7 +53,7 @@ def test_a_line_goes_through_both_versions():
     assert read_line(ages, at(3)) == [1] * 5  # one version knows no way
     ages.renew(at(3))
     assert read_line(ages, at(2)) == [1 + BELIEF] * 5
-    ages.renew_part(2, 1, at(2))
+    ages.renew_part(own(1), at(2))
     # At 1: two ticks after version 3, which was one tick after 4; one after 2, one after 3, which
     # for these tokens is the first of two versions and no longer the newer.
     assert ages.newer.tolist() == [True, True, False, False, False]
@@ -55,6 +61,27 @@ def test_a_line_goes_through_both_versions():
     assert ages.renew(at(1)).tolist() == [True, True, False, False, False]
     assert ages.newer.all()
     assert read_line(ages, at(0)) == [*[1 + BELIEF / 2] * 2, *[1 + BELIEF] * 3]
+
+
+def test_ages_begin_anew_where_they_are():
+    """As for a second image, whose recorded steps read the tensors of the first."""
+    ages = Ages((5,), at(4))
+    ages.renew(at(3))
+    ages.renew_part(own(1), at(2))
+    line, newer = ages.line, ages.newer
+    ages.begin(at(9))
+    assert ages.line is line and ages.newer is newer
+    assert newer.all() and read_line(ages, at(8)) == [1] * 5
+
+
+def test_places_turn_in_place():
+    places = Places((5, 3), 2, 0, torch.device("cpu"))
+    index, sources = places.index, places.sources
+    assert index.tolist() == [0, 1, 2, 5, 6]
+    assert sources.tolist() == [0, 1, 2, -1, -1, 3, 4, -1]
+    places.turn(1)
+    assert places.index is index and index.tolist() == [2, 3, 4, 6, 7]
+    assert places.sources is sources and sources.tolist() == [-1, -1, 0, 1, 2, -1, 3, 4]
 
 
 def test_times_next_to_each_other_do_not_leap():
@@ -73,30 +100,35 @@ def tokens(x):
 
 def test_a_slot_reads_what_its_versions_lead_to():
     slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
-    slot.renew(kv(3), ages.renew(at(3)))
+    slot.make_room(ages.renew(at(3)))
+    slot.first = kv(3)
     ages.look(at(2))
-    ages.renew_part(2, 1, at(2))
-    sources = ages.sources(2, 1)
+    ages.renew_part(own(1), at(2))
+    sources = Places((5,), 2, 1, torch.device("cpu")).sources
     assert sources.tolist() == [-1, -1, 0, 1, 2]
     keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=True)
     assert keys[0, 0, :, 0].tolist() == [3 + 2 * BELIEF] * 2 + [7] * 3
     assert torch.equal(values, -keys)
     assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1, 1, 7, 7, 7])
-    slot.renew(kv(9), ages.renew(at(1)))
+    slot.make_room(ages.renew(at(1)))
+    slot.first = kv(9)
     assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [3, 3, 7, 7, 7])
 
 
 def test_what_is_not_kept_is_only_read():
     slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
-    keys, _ = slot.predict(ages, ages.sources(2, 0), [x[..., :3, :] for x in kv(7)], keep=False)
+    sources = Places((5,), 2, 0, torch.device("cpu")).sources
+    keys, _ = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=False)
     assert keys[0, 0, :, 0].tolist() == [7, 7, 7, 1, 1]
     assert tokens(slot.first) == tokens(slot.second) == [1] * 5
 
 
 def test_a_slot_of_order_0_remembers_one_version():
     slot = Slot(kv(1))
-    slot.renew(kv(3))
-    read = slot.write((5,), 2, 0, [x[..., :3, :] for x in kv(7)])
+    slot.make_room()
+    slot.first = kv(3)
+    index = Places((5,), 2, 0, torch.device("cpu")).index
+    read = slot.write(index, [x[..., :3, :] for x in kv(7)])
     assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
     assert slot.second == []
 

@@ -54,9 +54,10 @@ def exchange_in_torch(
     dtype = torch.promote_types(first.dtype, line.dtype)
     weight = line[:, None].to(dtype)
     read = torch.lerp(second.to(dtype), first.to(dtype), weight).to(first.dtype)
-    own = sources >= 0
-    read[..., own, :] = fresh[..., sources[own], :]
+    own = (sources >= 0)[:, None]
+    placed = fresh.index_select(-2, sources.clamp(min=0))
     if keep:
-        for version, here in ((first, own & newer), (second, own & ~newer)):
-            version[..., here, :] = fresh[..., sources[here], :]
-    return read
+        # No indexing by masks: shapes that depend on data can't be recorded.
+        torch.where(own & newer[:, None], placed, first, out=first)
+        torch.where(own & ~newer[:, None], placed, second, out=second)
+    return torch.where(own, placed, read)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from piflux.parts import join, windows, write
+from piflux.parts import join
 from piflux.runtime.exchange import exchange
 from piflux.runtime.ranks import Gathering
 
@@ -70,15 +70,20 @@ class Ages:
 
     Attributes:
         line: (tokens,) in float32: attention reads second + line * (first - second).
-        newer: (tokens,) of bool: whether a token's first version is its newer one.
+        newer: (tokens,) of bool: whether a token's first version is its newer one. Both tensors
+            are written over, never replaced.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
-        self.lengths = lengths
         self.last = self.before = now.expand(sum(lengths))
         self.line = torch.ones_like(self.last)
         self.newer = torch.ones_like(self.last, dtype=torch.bool)
-        self._sources: dict[int, Tensor] = {}
+
+    def begin(self, now: Tensor) -> None:
+        """Every token has one version, its first, and nothing is known of before."""
+        self.last = self.before = now.expand(len(self.last))
+        self.line.fill_(1.0)
+        self.newer.fill_(True)
 
     def look(self, now: Tensor) -> None:
         """Point `line` at the time `now`, for tokens that get no new version."""
@@ -94,21 +99,11 @@ class Ages:
         self.newer.fill_(True)
         return was
 
-    def renew_part(self, world_size: int, part: int, now: Tensor) -> None:
-        """The tokens of one part have a new version, where the older of two was."""
-        own = self.sources(world_size, part) >= 0
+    def renew_part(self, own: Tensor, now: Tensor) -> None:
+        """Tokens where `own` is set have a new version, where the older of two was."""
         self.before = torch.where(own, self.last, self.before)
         self.last = torch.where(own, now, self.last)
         self.newer.logical_xor_(own)
-
-    def sources(self, world_size: int, part: int) -> Tensor:
-        """(tokens,) in int32: where in a part each token stands; -1 if it is of another."""
-        if part not in self._sources:
-            places = torch.full(self.newer.shape, -1, dtype=torch.int32)
-            for w in windows(self.lengths, world_size, part):
-                places[w.full : w.full + w.length] = torch.arange(w.local, w.local + w.length)
-            self._sources[part] = places.to(self.newer.device)
-        return self._sources[part]
 
 
 @dataclass
@@ -127,26 +122,51 @@ class Slot:
     coming: list[Gathering] = field(default_factory=list)
     parts: tuple[int, ...] = ()
 
-    def renew(self, whole: list[Tensor], newer: Tensor | None = None) -> None:
-        """A sync step's keys and values become the first version.
+    @classmethod
+    def like(cls, fresh: Sequence[Tensor], tokens: int, *, two: bool) -> Slot:
+        """An empty slot for keys and values like `fresh`, but of so many tokens.
 
         Args:
-            whole: not read by anyone else.
+            two: whether it has a second version.
+        """
+        shapes = [(*x.shape[:-2], tokens, x.shape[-1]) for x in fresh]
+        first = [x.new_empty(shape) for x, shape in zip(fresh, shapes, strict=True)]
+        return cls(first, [torch.empty_like(x) for x in first] if two else [])
+
+    def fits(self, fresh: Sequence[Tensor], tokens: int) -> bool:
+        """Whether keys and values like `fresh`, but of so many tokens, are of this slot's kind."""
+        return all(
+            (x.shape[:-2], tokens, x.shape[-1], x.dtype, x.device)
+            == (y.shape[:-2], y.shape[-2], y.shape[-1], y.dtype, y.device)
+            for x, y in zip(fresh, self.first, strict=True)
+        )
+
+    def begin(self) -> None:
+        """The first version is all that is known."""
+        for first, second in zip(self.first, self.second, strict=False):
+            second.copy_(first)
+
+    def make_room(self, newer: Tensor | None = None) -> None:
+        """Before a sync step's keys and values are written as the first version.
+
+        Args:
             newer: whether the first was each token's newer version; None: it was for all.
         """
         if self.second and newer is None:
-            self.second = self.first
+            self.first, self.second = self.second, self.first
         elif newer is not None:
             for first, second in zip(self.first, self.second, strict=True):
                 torch.where(newer[:, None], first, second, out=second)
-        self.first = whole
 
-    def write(
-        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """One part's keys and values of this step, over what was remembered. Returns the whole."""
+    def write(self, index: Tensor, fresh: Sequence[Tensor]) -> list[Tensor]:
+        """One part's keys and values of this step, over what was remembered. Returns the whole.
+
+        Args:
+            index: see `Places`.
+            fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
+        """
         for whole, x in zip(self.first, fresh, strict=True):
-            write(whole, -2, lengths, world_size, part, x)
+            whole.index_copy_(-2, index, x)
         return self.first
 
     def predict(
@@ -156,7 +176,7 @@ class Slot:
 
         Args:
             ages: which look at this step's time, and know of the part's new version if it is kept.
-            sources: see `Ages.sources`.
+            sources: see `Places`.
             fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
             keep: whether to remember them, over the older version of each token.
         """
