@@ -1,8 +1,12 @@
 """What parallelize returns, on one rank."""
 
+import ast
 import copy
 import gc
+import inspect
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -23,6 +27,18 @@ class Attention(nn.Module):
     def forward(self, x):
         q = self.project(x)[:, None]
         return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+def test_public_names():
+    """What a type checker reads in `__init__` is there at run time, without torch at first."""
+    (block,) = [x for x in ast.parse(inspect.getsource(piflux)).body if isinstance(x, ast.If)]
+    typed = {alias.asname for line in block.body for alias in line.names}
+    assert typed == set().union(*piflux._HOMES.values()) <= set(dir(piflux))
+    assert all(getattr(piflux, name).__name__ == name for name in typed)
+    with pytest.raises(AttributeError, match="nothing"):
+        piflux.nothing  # noqa: B018
+    code = "import sys, piflux; assert 'torch' not in sys.modules; piflux.parallelize"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @torch.no_grad()
