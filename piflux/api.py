@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
 from piflux.compiler import Compiler, make_compiler
@@ -28,11 +28,26 @@ from piflux.views import View, view_of
 
 Target = TypeVar("Target")
 
+
+class _LoggerMethod(str):
+    """What passes for a method of loggers in a set, and for its name in a record of that set.
+
+    torch 2.11 sorts the functions that its config holds to write them as JSON, and logs at each
+    compilation that it can't.
+    """
+
+    __slots__ = ()
+
+    def __eq__(self, other: object) -> bool:
+        return other is getattr(logging.Logger, self)
+
+    def __hash__(self) -> int:
+        return hash(getattr(logging.Logger, self))
+
+
 _DYNAMO = {
     # Models that warn of deprecated inputs would break the graph at the warning.
-    "ignore_logger_methods": {
-        getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")
-    },
+    "ignore_logger_methods": set(map(_LoggerMethod, ("debug", "info", "warning", "error"))),
     # One graph for each set of optional inputs, adapters and static or dynamic sizes.
     "recompile_limit": 64,
 }
@@ -197,7 +212,7 @@ def _compilers(target: Any) -> list[Compiler]:
 
 
 @contextlib.contextmanager
-def generation(target: Any) -> Iterator[None]:
+def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None]:
     """One image: inside the block calls are its denoise steps, and the first is step 0.
 
     A parallelized pipeline does this by itself at every call. Without it the beginning of an image
@@ -206,13 +221,18 @@ def generation(target: Any) -> Iterator[None]:
 
     Args:
         target: what `parallelize` gave.
+        timesteps: (steps,): those that the model will be called with, in any order, or the
+            scheduler's, which diffusers' models get as thousandths. What depends on them alone is
+            then computed for all steps at once.
 
     Raises:
         TypeError: the target isn't parallelized.
+        StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
+    foreseen = None if timesteps is None else lambda: timesteps
     with contextlib.ExitStack() as stack:
         for compiler in _compilers(target):
-            stack.enter_context(compiler.runtime.generation())
+            stack.enter_context(compiler.runtime.generation(foreseen))
         yield
 
 

@@ -4,6 +4,8 @@ import ast
 import copy
 import gc
 import inspect
+import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 
 import piflux
+from piflux.api import _DYNAMO
 
 
 class Attention(nn.Module):
@@ -150,6 +153,27 @@ def test_a_graph_break_after_a_plain_call_is_an_error():
     with pytest.raises(Unsupported, match="graph_break"):
         parallel(x, broken=True)
     assert parallel.plain_calls == 1
+
+
+class Deprecated(Attention):
+    def forward(self, x):
+        logging.getLogger("a model").warning("deprecated")
+        return super().forward(x)
+
+
+def test_a_model_that_warns_is_captured():
+    parallel = piflux.parallelize(Deprecated(), inner="eager")
+    assert parallel(torch.randn(1, 6, 8)).isfinite().all()
+    assert len(piflux.explain(parallel).graphs) == 1
+
+
+def test_the_settings_of_dynamo_can_be_recorded():
+    """As torch 2.11 does at each compilation."""
+    recorded = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in _DYNAMO.items()
+    }
+    methods = json.loads(json.dumps(recorded))["ignore_logger_methods"]
+    assert methods == ["debug", "error", "info", "warning"]
 
 
 def test_results_carry_no_gradient():

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflux.bands import Bands, MixesRows
-from piflux.errors import CannotCapture
+from piflux.errors import CannotCapture, StepsUnforeseen
 from piflux.groups import serves
-from piflux.runtime.cache import Runtime
+from piflux.runtime.cache import Foreseen, Runtime
 from piflux.runtime.ranks import ProcessRanks
 from piflux.views import View, view_of
 
@@ -85,22 +85,42 @@ class ParallelPipeline(View):
     """The class that a parallelized pipeline's own class is mixed with."""
 
     _piflux_runtimes: list[Runtime]
+    _piflux_foresees = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
         call = super().__call__  # type: ignore[misc]
         group = _process_group(self._piflux_runtimes)
+        signature = inspect.signature(call)
+        bound = signature.bind_partial(*args, **kwargs)
         together = False
         if group is not None:
-            signature = inspect.signature(call)
-            bound = signature.bind_partial(*args, **kwargs)
             together = _meet(bound.arguments, "generator" in signature.parameters, group)
-            args, kwargs = bound.args, bound.kwargs
+        states = [(x, x.get_state()) for x in _generators(bound.arguments)]
+        with _set(_TOGETHER, together):
+            try:
+                return self._piflux_draw(self._piflux_timesteps, *bound.args, **bound.kwargs)
+            except StepsUnforeseen:
+                log.warning(
+                    "%s calls its transformer at other times than its scheduler's: drawn once "
+                    "more, and from now on without knowing them",
+                    type(self).__name__,
+                )
+                self._piflux_foresees = False
+                for generator, state in states:
+                    generator.set_state(state)
+                return self._piflux_draw(None, *bound.args, **bound.kwargs)
+
+    def _piflux_draw(self, foreseen: Foreseen | None, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for runtime in self._piflux_runtimes:
-                stack.enter_context(runtime.generation())
-            stack.enter_context(_set(_TOGETHER, together))
-            return call(*args, **kwargs)
+                stack.enter_context(runtime.generation(foreseen))
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _piflux_timesteps(self) -> Any:
+        """Of the image under way; its scheduler has them when the transformer is first called."""
+        scheduler = getattr(self, "scheduler", None)
+        return getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
 
 
 class ParallelDecoder(View):
@@ -159,6 +179,13 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
                 **{**getattr(pipe, "_progress_bar_config", {}), "disable": True}
             )
     return view
+
+
+def _generators(arguments: Mapping[str, Any]) -> list[torch.Generator]:
+    """Those that a call draws from."""
+    given = arguments.get("generator")
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return [x for x in several if isinstance(x, torch.Generator)]
 
 
 def _process_group(runtimes: list[Runtime]) -> dist.ProcessGroup | None:
