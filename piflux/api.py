@@ -38,11 +38,16 @@ class _LoggerMethod(str):
 
     __slots__ = ()
 
+    @property
+    def method(self) -> FunctionType:
+        found: FunctionType = getattr(logging.Logger, str(self))
+        return found
+
     def __eq__(self, other: object) -> bool:
-        return other is getattr(logging.Logger, self)
+        return other is self.method
 
     def __hash__(self) -> int:
-        return hash(getattr(logging.Logger, self))
+        return hash(self.method)
 
 
 _DYNAMO = {

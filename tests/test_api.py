@@ -21,6 +21,8 @@ from torch._dynamo.exc import Unsupported
 import piflux
 from piflux.api import _DYNAMO
 
+log = logging.getLogger(__name__)
+
 
 class Attention(nn.Module):
     def __init__(self):
@@ -157,7 +159,7 @@ def test_a_graph_break_after_a_plain_call_is_an_error():
 
 class Deprecated(Attention):
     def forward(self, x):
-        logging.getLogger("a model").warning("deprecated")
+        log.warning("deprecated")
         return super().forward(x)
 
 
