@@ -1,14 +1,38 @@
 """piflux: diffusion transformers split over ranks by rewriting their graphs."""
 
-from piflux.api import explain as explain
-from piflux.api import generation as generation
-from piflux.api import parallelize as parallelize
-from piflux.compiler import backend as backend
-from piflux.errors import CannotShard as CannotShard
-from piflux.errors import NoAttention as NoAttention
-from piflux.errors import PifluxError as PifluxError
-from piflux.errors import RanksDisagree as RanksDisagree
-from piflux.runtime.ranks import virtual_ranks as virtual_ranks
-from piflux.schedule import Schedule as Schedule
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from piflux.api import explain as explain
+    from piflux.api import generation as generation
+    from piflux.api import parallelize as parallelize
+    from piflux.compiler import backend as backend
+    from piflux.errors import CannotCapture as CannotCapture
+    from piflux.errors import CannotShard as CannotShard
+    from piflux.errors import NoAttention as NoAttention
+    from piflux.errors import PifluxError as PifluxError
+    from piflux.errors import RanksDisagree as RanksDisagree
+    from piflux.runtime.ranks import virtual_ranks as virtual_ranks
+    from piflux.schedule import Schedule as Schedule
+else:
+    _HOMES = {
+        "api": ("explain", "generation", "parallelize"),
+        "compiler": ("backend",),
+        "errors": ("CannotCapture", "CannotShard", "NoAttention", "PifluxError", "RanksDisagree"),
+        "runtime.ranks": ("virtual_ranks",),
+        "schedule": ("Schedule",),
+    }
+
+    def __getattr__(name: str) -> Any:
+        # At the first use: torch takes seconds to import, in which the command must take Ctrl-C.
+        for module, names in _HOMES.items():
+            if name in names:
+                return getattr(import_module(f"{__name__}.{module}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return [*globals(), *(name for names in _HOMES.values() for name in names)]
+
 
 __version__ = "0.1.0"

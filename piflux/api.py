@@ -11,35 +11,57 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import Unsupported
 
 from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
-from piflux.integrations.diffusers import is_pipeline, parallel_pipeline, transformers_of
+from piflux.integrations.diffusers import (
+    has_step_cache,
+    is_pipeline,
+    parallel_pipeline,
+    refuse_step_caches,
+    transformers_of,
+)
 from piflux.report import Report
 from piflux.schedule import BEST_SYNC_STEPS, Policy, Sync
+from piflux.views import View, view_of
 
 Target = TypeVar("Target")
 
+
+class _LoggerMethod(str):
+    """What passes for a method of loggers in a set, and for its name in a record of that set.
+
+    torch 2.11 sorts the functions that its config holds to write them as JSON, and logs at each
+    compilation that it can't.
+    """
+
+    __slots__ = ()
+
+    @property
+    def method(self) -> FunctionType:
+        found: FunctionType = getattr(logging.Logger, str(self))
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return other is self.method
+
+    def __hash__(self) -> int:
+        return hash(self.method)
+
+
 _DYNAMO = {
     # Models that warn of deprecated inputs would break the graph at the warning.
-    "ignore_logger_methods": {
-        getattr(logging.Logger, name) for name in ("debug", "info", "warning", "error")
-    },
+    "ignore_logger_methods": set(map(_LoggerMethod, ("debug", "info", "warning", "error"))),
     # One graph for each set of optional inputs, adapters and static or dynamic sizes.
     "recompile_limit": 64,
 }
 
 
-class ParallelModule(nn.Module):
-    """The class that a parallelized module's own class is mixed with.
-
-    The parallel module is a second view of the target: an instance of a subclass of the target's
-    class with the very same `__dict__`. So `config`, parameters, adapters and every attribute are
-    the target's, whichever of the two they are set on, and only the call differs.
-    """
+class ParallelModule(View, nn.Module):
+    """The class that a parallelized module's own class is mixed with; see `View`."""
 
     _piflux_compiler: Compiler
-    _piflux_target: nn.Module
     _piflux_compiled: Callable[..., Any]
     _piflux_settings: contextlib.AbstractContextManager[Any]
 
@@ -48,19 +70,21 @@ class ParallelModule(nn.Module):
         parameter = next(self.parameters(), None)
         if parameter is not None:
             check_device(self._piflux_compiler.runtime.ranks, parameter.device)
+        if has_step_cache(self):
+            refuse_step_caches(self)
         with torch.no_grad(), self._piflux_settings:
+            try:
+                return self._piflux_compiled(*args, **kwargs)
+            except Unsupported:
+                refuse_step_caches(self)
+                if self._piflux_compiler.reports:
+                    raise
+            # Dynamo need not follow how a first call makes what later ones find: rotary tables.
+            self._piflux_target(*args, **kwargs)
             return self._piflux_compiled(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy or pickle is of the target: process groups can't be copied."""
-        return _identity, (self._piflux_target,)
-
-
-def _identity(x: Any) -> Any:
-    return x
 
 
 def parallelize(
@@ -99,12 +123,14 @@ def parallelize(
 
     Returns:
         For a module, a module of the same class. For a pipeline, a pipeline of the same class
-        whose every call is one generation and whose ranks start from the same noise.
+        whose every call is one generation, and whose ranks start from the same noise and decode
+        a band of the picture's rows each.
 
     Raises:
         ValueError: a setting out of range, a target already parallelized, a foreign group.
         TypeError: a target that is neither a module nor a pipeline.
         RuntimeError: CUDA asked for where there is none.
+        CannotCapture: one of diffusers' step caches is enabled; at the next call, if it is later.
         CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
     """
     settings: dict[str, Any] = {
@@ -140,24 +166,18 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "this module is already wrapped by torch.compile: pass the original module; "
             "parallelize compiles it"
         )
+    refuse_step_caches(target)
     check_device(
         compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )
-    cls = type(target)
-    # A class of its own, since whatever the instance holds, the target holds too. It goes by the
-    # target's name, which diffusers writes into configs and looks up again.
     call = _call(target)
-    members = {
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_piflux_compiler": compiler,
-        "_piflux_target": target,
-        "_piflux_settings": torch._dynamo.config.patch(_DYNAMO),
-        "_piflux_compiled": staticmethod(_compiled(call, compiler)),
-    }
-    view: Any = object.__new__(type(cls.__name__, (ParallelModule, cls), members))
-    view.__dict__ = target.__dict__
+    view = view_of(
+        target,
+        ParallelModule,
+        _piflux_compiler=compiler,
+        _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
+        _piflux_compiled=staticmethod(_compiled(call, compiler)),
+    )
     # Dynamo would keep the code's graphs for good, and they the caches.
     weakref.finalize(view, torch._dynamo.eval_frame.reset_code, call.__code__).atexit = False
     return view

@@ -48,6 +48,10 @@ class NoAttention(CompileError):
     """The captured graph holds no scaled_dot_product_attention, so there is nothing to split."""
 
 
+class CannotCapture(PifluxError):
+    """The model does something from step to step that no captured graph does."""
+
+
 class RanksDisagree(CompileError):
     """The ranks were called with different inputs, settings or versions.
 

@@ -82,13 +82,19 @@ def _destroy() -> None:
         dist.destroy_process_group()
 
 
+def serves(ranks: Ranks | None, device: torch.device) -> bool:
+    """Whether the ranks can send each other tensors of `device`."""
+    if not isinstance(ranks, ProcessRanks):
+        return True
+    served = dist.get_backend_config(ranks.group)
+    return device.type in dict(pair.split(":") for pair in served.split(",") if ":" in pair)
+
+
 def check_device(ranks: Ranks | None, device: torch.device) -> None:
     """Raises RuntimeError where the ranks' process group can't move tensors of `device`."""
-    if not isinstance(ranks, ProcessRanks):
-        return
-    served = dist.get_backend_config(ranks.group)
-    if device.type not in dict(pair.split(":") for pair in served.split(",") if ":" in pair):
+    if isinstance(ranks, ProcessRanks) and not serves(ranks, device):
         raise RuntimeError(
-            f"the model is on {device.type}, but the process group serves only {served}: move the "
-            "model, or initialise torch.distributed with 'cpu:gloo,cuda:nccl'"
+            f"the model is on {device.type}, but the process group serves only "
+            f"{dist.get_backend_config(ranks.group)}: move the model, or initialise "
+            "torch.distributed with 'cpu:gloo,cuda:nccl'"
         )

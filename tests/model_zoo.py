@@ -213,7 +213,8 @@ def wan_clocks_inputs(hw: tuple[int, int], text: int) -> Inputs:
 # ----------------------------------------------------------------------------------------- Z-Image
 
 
-def fresh_z_image() -> nn.Module:
+def z_image() -> nn.Module:
+    """A first call makes its rotary tables, in a way that Dynamo can't follow."""
     from diffusers.models.transformers.transformer_z_image import ZImageTransformer2DModel
 
     model = ZImageTransformer2DModel(
@@ -228,14 +229,6 @@ def fresh_z_image() -> nn.Module:
         axes_lens=[128, 32, 32],
     )
     return _draw(model, 0)
-
-
-def z_image() -> nn.Module:
-    """A first call makes its rotary tables, in a way that Dynamo can't follow."""
-    model = fresh_z_image()
-    with torch.no_grad():
-        model(**z_image_inputs((2, 2), 2))
-    return model
 
 
 def z_image_inputs(hw: tuple[int, int], text: int) -> Inputs:

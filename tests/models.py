@@ -13,6 +13,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 HEAD_DIM = 16
 TEXT_DIM = 24
@@ -177,3 +179,62 @@ def _draw(model: nn.Module, seed: int) -> nn.Module:
             else:
                 weight.copy_(0.3 * noise)
     return model.eval()
+
+
+class Int8Weight(torch.Tensor):
+    """A matrix as 8-bit integers, with a scale for each row, as quantization libraries wrap it.
+
+    Attributes:
+        values: (rows, columns), int8.
+        scales: (rows, 1), of the dtype in which it computes.
+        clipped: at how many standard deviations a row's values end.
+    """
+
+    values: Tensor
+    scales: Tensor
+    clipped: float
+
+    @staticmethod
+    def __new__(cls, values: Tensor, scales: Tensor, clipped: float) -> Tensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=scales.dtype, device=values.device
+        )
+
+    def __init__(self, values: Tensor, scales: Tensor, clipped: float) -> None:
+        self.values, self.scales, self.clipped = values, scales, clipped
+
+    def __repr__(self) -> str:
+        return f"Int8Weight({tuple(self.shape)}, clipped={self.clipped})"
+
+    @classmethod
+    def of(cls, weight: Tensor, clipped: float = 3.0) -> "Int8Weight":
+        scales = clipped / 127 * weight.std(1, keepdim=True)
+        values = (weight / scales).round().clamp(-127, 127)
+        return cls(values.to(torch.int8), scales, clipped)
+
+    def __tensor_flatten__(self):
+        # A list, as many subclasses have it: it can be compared, not hashed.
+        return ["values", "scales"], [self.clipped]
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["values"], inner["scales"], *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.detach.default:
+            weight = args[0]
+            return return_and_correct_aliasing(
+                op, args, kwargs, cls(weight.values, weight.scales, weight.clipped)
+            )
+        plain = tree_map_only(cls, lambda x: x.values * x.scales, (args, kwargs or {}))
+        return op(*plain[0], **plain[1])
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    """The same model, with its linear layers' weights in 8 bits."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = Int8Weight.of(module.weight.detach())
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    return model

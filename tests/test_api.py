@@ -1,8 +1,14 @@
 """What parallelize returns, on one rank."""
 
+import ast
 import copy
 import gc
+import inspect
+import json
+import logging
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -10,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from models import flux_inputs, tiny_flux
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 import piflux
+from piflux.api import _DYNAMO
+
+log = logging.getLogger(__name__)
 
 
 class Attention(nn.Module):
@@ -22,6 +32,18 @@ class Attention(nn.Module):
     def forward(self, x):
         q = self.project(x)[:, None]
         return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+def test_public_names():
+    """What a type checker reads in `__init__` is there at run time, without torch at first."""
+    (block,) = [x for x in ast.parse(inspect.getsource(piflux)).body if isinstance(x, ast.If)]
+    typed = {alias.asname for line in block.body for alias in line.names}
+    assert typed == set().union(*piflux._HOMES.values()) <= set(dir(piflux))
+    assert all(getattr(piflux, name).__name__ == name for name in typed)
+    with pytest.raises(AttributeError, match="nothing"):
+        piflux.nothing  # noqa: B018
+    code = "import sys, piflux; assert 'torch' not in sys.modules; piflux.parallelize"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @torch.no_grad()
@@ -84,6 +106,76 @@ def test_nothing_outlives_the_parallel_module(inner):
     assert caches() is None
     again = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
     assert (again(x) - model(x)).abs().max() < 1e-6
+
+
+class Scaled(Attention):
+    """A first call makes a table, and notes whether a call was plain, as no graph can."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = None
+        self.plain_calls = 0
+
+    def forward(self, x, broken=False):
+        if self.table is None:
+            with torch.device("cpu"):
+                self.table = torch.arange(8) / 8
+        if not torch.compiler.is_compiling():
+            self.plain_calls += 1
+        if broken:
+            torch._dynamo.graph_break()
+        return super().forward(x * self.table)
+
+
+def test_what_a_first_call_makes_is_made_by_a_plain_one():
+    parallel = piflux.parallelize(Scaled(), group=piflux.virtual_ranks(2), inner="eager")
+    x = torch.randn(1, 6, 8)
+    results = [parallel(x) for _ in range(3)]
+    assert parallel.plain_calls == 1
+    assert len(piflux.explain(parallel).graphs) == 1
+    want = parallel._piflux_target(x)
+    assert all((result - want).abs().max() < 1e-6 for result in results)
+
+
+def test_a_model_that_can_be_captured_makes_no_plain_call():
+    model, x = Scaled(), torch.randn(1, 6, 8)
+    model.table = torch.arange(8) / 8
+    assert piflux.parallelize(model, inner="eager")(x).isfinite().all()
+    assert model.plain_calls == 0
+
+
+def test_a_graph_break_after_a_plain_call_is_an_error():
+    """At the first call after one plain try, later without."""
+    x = torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(Scaled(), inner="eager")
+    with pytest.raises(Unsupported, match="graph_break"):
+        parallel(x, broken=True)
+    assert parallel.plain_calls == 1
+    parallel(x)
+    with pytest.raises(Unsupported, match="graph_break"):
+        parallel(x, broken=True)
+    assert parallel.plain_calls == 1
+
+
+class Deprecated(Attention):
+    def forward(self, x):
+        log.warning("deprecated")
+        return super().forward(x)
+
+
+def test_a_model_that_warns_is_captured():
+    parallel = piflux.parallelize(Deprecated(), inner="eager")
+    assert parallel(torch.randn(1, 6, 8)).isfinite().all()
+    assert len(piflux.explain(parallel).graphs) == 1
+
+
+def test_the_settings_of_dynamo_can_be_recorded():
+    """As torch 2.11 does at each compilation."""
+    recorded = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in _DYNAMO.items()
+    }
+    methods = json.loads(json.dumps(recorded))["ignore_logger_methods"]
+    assert methods == ["debug", "error", "info", "warning"]
 
 
 def test_results_carry_no_gradient():

@@ -409,6 +409,38 @@ def test_ctrl_c_while_ranks_start(tmp_path: Path) -> None:
     assert log.count("interrupted") == 1
 
 
+WHILE_IMPORTING = """
+import importlib.abc, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            signal.raise_signal({signal!r})
+
+sys.meta_path.insert(0, Finder())
+sys.argv = ["piflux", "generate", "--help"]
+from piflux.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["torch", "torch._C", "torch.distributed", "typer"])
+def test_ctrl_c_while_the_command_is_imported(module):
+    """Which takes seconds; in some of these places an exception would be swallowed."""
+    code = WHILE_IMPORTING.format(module=module, signal=int(signal.SIGINT))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+def test_a_command_that_ignores_interrupts_is_imported():
+    """As a shell's background jobs do."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + WHILE_IMPORTING.format(
+        module="typer", signal=int(signal.SIGINT)
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "Usage" in done.stdout
+
+
 def test_a_benchmark_is_interrupted(tmp_path: Path) -> None:
     """torchrun and its ranks, which the command started, end with it."""
     options = ("--row=rotate", "--steps=9999", "--height=64", "--width=64", f"--out={tmp_path}")

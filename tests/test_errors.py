@@ -4,6 +4,7 @@ import os
 import time
 from unittest import mock
 
+import diffusers
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,6 +62,63 @@ def test_parallelizing_twice():
     assert_all([caught(piflux.parallelize, once, inner="eager")], ValueError, "already")
     pipe = piflux.parallelize(tiny_pipeline(), inner="eager")
     assert_all([caught(piflux.parallelize, pipe, inner="eager")], ValueError, "already")
+
+
+STEP_CACHES = [
+    diffusers.FirstBlockCacheConfig(),
+    diffusers.TaylorSeerCacheConfig(),
+    diffusers.MagCacheConfig(num_inference_steps=4, mag_ratios=torch.ones(4)),
+    diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+    ),
+    diffusers.FasterCacheConfig(current_timestep_callback=lambda: 500, is_guidance_distilled=True),
+]
+
+
+@pytest.mark.parametrize("config", STEP_CACHES, ids=lambda config: type(config).__name__)
+def test_a_step_cache_is_refused(config):
+    """By its name, until it is disabled."""
+    model = tiny_flux()
+    model.enable_cache(config)
+    refusal = caught(piflux.parallelize, model, inner="eager")
+    assert_all([refusal], piflux.CannotCapture, type(config).__name__, "disable_cache()")
+    model.disable_cache()
+    piflux.parallelize(model, inner="eager")
+
+
+def step_cached(rank, group):
+    """Enabled after an image."""
+    parallel = piflux.parallelize(tiny_flux(), group=group, inner="eager")
+    before = parallel(**flux_inputs()).sample
+    parallel.enable_cache(diffusers.FirstBlockCacheConfig())
+    refusal = caught(parallel, **flux_inputs())
+    parallel.disable_cache()
+    return refusal, before, parallel(**flux_inputs()).sample
+
+
+def test_a_step_cache_enabled_later_is_refused(ranks):
+    refusals, before, after = zip(*ranks(2, step_cached), strict=True)
+    assert_all(refusals, piflux.CannotCapture, "FirstBlockCacheConfig", "disable_cache()")
+    for x, y in zip(before, after, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_a_step_cache_on_the_blocks_alone_is_refused():
+    """Applied without `enable_cache`, before and after."""
+    model = tiny_flux()
+    parallel = piflux.parallelize(model, inner="eager")
+    diffusers.hooks.apply_first_block_cache(model, diffusers.FirstBlockCacheConfig())
+    refusals = [
+        caught(piflux.parallelize, model, inner="eager"),
+        caught(parallel, **flux_inputs()),
+    ]
+    assert_all(refusals, piflux.CannotCapture, "FBCHeadBlockHook is enabled")
+
+
+def test_hooks_that_remember_nothing_are_no_step_cache():
+    model = tiny_flux()
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    piflux.parallelize(model, inner="eager")
 
 
 def outside(rank, group):

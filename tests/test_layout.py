@@ -302,3 +302,34 @@ def test_flux_boundaries_are_those_its_authors_wrote_down(dynamic):
     assert "proj_out" in weight.name
     assert decided.joins[output, value] == (plan["proj_out"].gather_dim,)
     assert len(decided.layout(Axis(value.node, 1))) == 1
+
+
+def rotated_jointly(text, image, angles):
+    """Queries and keys share rotary angles, values share nothing; a second attention follows."""
+    q, k, v = (torch.cat([text * n, image * n], 1) for n in (1, 2, 3))
+    x = F.scaled_dot_product_attention((q * angles)[:, None], (k * angles)[:, None], v[:, None])
+    return attend(x[:, 0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_more_ranks_than_tokens_is_what_a_refusal_says(dynamic):
+    """Not what it led to: angles keep queries and keys together, values fall out."""
+    inputs = torch.randn(1, 3, 8), torch.randn(1, 16, 8), torch.randn(19, 8)
+    gm = capture(rotated_jointly, *inputs, dynamic=dynamic)
+    with pytest.raises(CannotShard, match="a run of 3 tokens can't be cut into 4 parts") as error:
+        transformed(gm, world_size=4, passes=DECIDE)
+    assert error.value.op == "torch.cat"
+    assert transformed(gm, world_size=3, passes=DECIDE).plan.local
+
+
+def values_apart(x, values):
+    """Keys are of the tokens that queries have, values of others."""
+    x = attend(x)
+    return F.scaled_dot_product_attention(x[:, None], x[:, None], values[:, None])
+
+
+def test_keys_of_tokens_without_their_values_are_refused():
+    gm = capture(values_apart, torch.randn(1, 6, 8), torch.randn(1, 6, 8))
+    with pytest.raises(CannotShard, match="only one of keys and values carries tokens") as error:
+        transformed(gm, passes=DECIDE)
+    assert error.value.node == "scaled_dot_product_attention_1"

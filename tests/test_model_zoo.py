@@ -4,23 +4,18 @@
 remembered keys and values are the fresh ones; so it is judged on still latents, part by part.
 """
 
-import re
-
 import pytest
 import torch
 from model_zoo import (
     CASES,
     SIZES,
     VARIANTS,
-    fresh_z_image,
     sana,
     sana_inputs,
     z_image,
     z_image_batch,
-    z_image_inputs,
 )
 from torch import Tensor
-from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
@@ -111,17 +106,6 @@ def test_linear_attention_is_refused():
     with pytest.raises(CannotShard, match="linear attention") as error:
         model(**sana_inputs(*SIZES[0]))
     assert "sana_transformer.py" in str(error.value)
-
-
-def test_z_image_makes_its_rotary_tables_at_a_plain_call():
-    """Dynamo can't follow `with torch.device(..)`: the first call has to be the plain model's."""
-    model = fresh_z_image()
-    parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner="eager")
-    inputs = z_image_inputs(*SIZES[0])
-    with pytest.raises(Unsupported, match=re.escape('with torch.device("cpu")')):
-        parallel(**inputs)
-    want = exact(model, inputs)
-    assert_exact(samples(parallel, inputs), want, "after a plain call")
 
 
 def test_z_image_pads_prompts_of_unequal_length_between_attentions():

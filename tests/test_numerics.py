@@ -11,7 +11,15 @@ from importlib import metadata
 import pytest
 import torch
 import torch.distributed as dist
-from models import control_samples, denoise, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from models import (
+    control_samples,
+    denoise,
+    flux_inputs,
+    quantized,
+    sd3_inputs,
+    tiny_flux,
+    tiny_sd3,
+)
 from oracle import Oracle, window
 from peft import LoraConfig, get_peft_model_state_dict
 from ranks import Pool, free_port
@@ -119,6 +127,17 @@ def test_gather_in_half_precision(ranks, dtype):
         assert (got - truth).abs().max() <= 2 * rounding + torch.finfo(dtype).eps
 
 
+def quantized_flux():
+    return quantized(tiny_flux())
+
+
+def test_gather_of_a_quantized_model(ranks):
+    """Its weights are tensors of a subclass, which wrap 8-bit integers."""
+    inputs = flux_inputs()
+    assert (exact(quantized_flux(), inputs) - exact(tiny_flux(), inputs)).abs().max() > 0.1
+    judge_gather(ranks, 3, quantized_flux, [inputs])
+
+
 def returned(rank, group):
     model = tiny_flux()
     parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
@@ -203,6 +222,11 @@ def judge_image(ranks, n, build, inputs, options, *, inner="eager", tolerance=EX
 def test_four_ranks_equal_the_oracle(ranks, policy):
     """35 image and 13 text tokens: both overlap where parts meet."""
     judge_image(ranks, 4, partial(tiny_flux, double=2), flux_inputs(), {"policy": policy})
+
+
+@pytest.mark.parametrize("policy", ["rotate", "displaced"])
+def test_a_quantized_model_equals_the_oracle(ranks, policy):
+    judge_image(ranks, 2, quantized_flux, flux_inputs(), {"policy": policy})
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])

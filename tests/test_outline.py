@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from expecttest import TestCase
 from graphs import capture, text, transformed
-from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from models import Int8Weight, flux_inputs, quantized, sd3_inputs, tiny_flux, tiny_sd3
 from test_numerics import EXACT, needs_compiler, sample
 from test_virtual_ranks import image, settings
 from torch import nn
@@ -174,6 +174,41 @@ def test_what_does_more_than_compute_stays(block):
     assert outlined(block)[0] == 0
 
 
+class Quantized(Blocks):
+    """Each weight is 8 bits wide and clipped at so many standard deviations."""
+
+    def __init__(self, clipped, dtypes):
+        super().__init__(plain, len(clipped))
+        torch.manual_seed(0)
+        weights = [Int8Weight.of(torch.randn(4, 4), c) for c in clipped]
+        for weight, dtype in zip(weights, dtypes, strict=True):
+            weight.values = weight.values.to(dtype)
+        self.weights = nn.ParameterList(nn.Parameter(w, requires_grad=False) for w in weights)
+
+
+@pytest.mark.parametrize(
+    "clipped, dtypes, blocks",
+    [
+        ((3.0, 3.0, 3.0), (torch.int8, torch.int8, torch.int8), 3),
+        ((3.0, 3.0, 2.0), (torch.int8, torch.int8, torch.int8), 2),
+        ((3.0, 3.0, 3.0), (torch.int8, torch.int8, torch.int16), 2),
+    ],
+    ids=["alike", "another context", "another dtype inside"],
+)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_weights_of_a_subclass_are_arguments_if_they_are_alike(clipped, dtypes, blocks, dynamic):
+    """In what they wrap, and in what they are rebuilt from."""
+    model, x = Quantized(clipped, dtypes), torch.randn(1, 6, 4)
+    gm = capture(model, x, dynamic=dynamic)
+    assert outline(gm, transformed(gm, 1, ())) == blocks
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        model, backend=piflux.backend, options={"inner": "aot_eager"}, fullgraph=True
+    )
+    with torch.no_grad():
+        assert (compiled(x) - model(x)).abs().max() <= EXACT
+
+
 class Sized(Blocks):
     """Every block reads a size that was taken before the first."""
 
@@ -261,6 +296,15 @@ def test_pieces_compute_the_very_same(options):
     got = drawn(model, inputs, inner, options)
     assert torch.equal(got, drawn(model, inputs, "eager", options))
     assert inner.calls == 2 * PIECES
+
+
+def test_pieces_of_a_quantized_model():
+    model, inputs, inner = quantized(tiny_flux(double=2, single=3)), flux_inputs(), Inner()
+    got = drawn(model, inputs, inner, {"policy": "rotate"})
+    assert torch.equal(got, drawn(model, inputs, "eager", {"policy": "rotate"}))
+    assert inner.calls == 2 * PIECES
+    through_aot = drawn(model, inputs, "aot_eager", {"policy": "rotate"})
+    assert (through_aot - got).abs().max() <= EXACT
 
 
 def test_pieces_of_another_model():

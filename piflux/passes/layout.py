@@ -77,7 +77,8 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
     short = _begin_at_early_runs(gm.graph, flows, ctx.world_size)
     marked = _mark(gm.graph, flows)
     plan = Plan(layouts=_name(gm.graph, flows, marked))
-    if short and not _sharing(gm.graph, flows, plan):
+    # Cut off from the short run, some attention's keys, values or queries may be tokens, not all.
+    if short and (not _sharing(gm.graph, flows, plan) or _half_sharing(gm.graph, flows, plan)):
         first = min(short, key=list(gm.graph.nodes).index)
         raise _too_short(first, short[first], ctx.world_size)
     _place(gm.graph, flows, plan)
@@ -285,6 +286,15 @@ def _sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> set[fx.
     }
 
 
+def _half_sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> list[fx.Node]:
+    """The attentions of which either the keys or the values are of tokens that queries have."""
+    return [
+        node
+        for node in filter(is_attention, graph.nodes)
+        if len({axis in plan.layouts for axis in flows[node].attended}) == 2
+    ]
+
+
 def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
     """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
     sharing = _sharing(graph, flows, plan)
@@ -295,9 +305,8 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
             "no attention reads keys and values of the tokens it serves: the model mixes them by "
             "other means, such as linear attention or convolutions, which piflux can't split",
         )
-    for node in set(filter(is_attention, graph.nodes)) - sharing:
-        if any(axis in plan.layouts for axis in flows[node].attended):
-            raise CannotShard(node, "only one of keys and values carries tokens that queries have")
+    for node in _half_sharing(graph, flows, plan):
+        raise CannotShard(node, "only one of keys and values carries tokens that queries have")
     downstream = _reach(graph.nodes, sharing, "all_input_nodes")
     upstream = _reach(reversed(graph.nodes), sharing, "users")
     mixed = {node: _mixed(node, _flow(node, flows), plan) for node in graph.nodes}

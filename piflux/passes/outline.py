@@ -236,13 +236,36 @@ def _described(value: Any) -> Any:
         return tuple(map(_described, value))
     if not isinstance(value, Tensor):
         return str(value)
-    if _wraps(value):
-        return id(value)  # what it wraps would have to be compared as well
-    return value.dtype, str(value.device), *map(_stated, (*value.shape, *value.stride()))
+    outside = value.dtype, str(value.device), *map(_stated, (*value.shape, *value.stride()))
+    if not _wraps(value):
+        return outside
+    wrapper: Any = value
+    names, context = wrapper.__tensor_flatten__()
+    inside = [getattr(wrapper, name) for name in names]
+    if any(isinstance(size, torch.SymInt) for x in (value, *inside) for size in _sizes(x)):
+        return id(value)  # the context may hold sizes, too
+    return type(value), outside, _Context(context), *map(_described, inside)
 
 
 def _wraps(value: object) -> bool:
     return is_traceable_wrapper_subclass(value)
+
+
+class _Context:
+    """What a tensor subclass is rebuilt from, beside the tensors that it wraps.
+
+    It can be compared, as Dynamo does before it calls a graph with another instance, but need not
+    be hashable.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Context) and bool(self.context == other.context)
+
+    def __hash__(self) -> int:
+        return hash(_Context)
 
 
 def _stated(size: int | torch.SymInt) -> str:

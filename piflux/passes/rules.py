@@ -102,14 +102,15 @@ def flow(node: fx.Node) -> Flow:
 
 def _find(node: fx.Node) -> Rule | None:
     name = op_name(node)
-    if name in RULES:
-        return RULES[name]
+    return RULES.get(name) or (pointwise if is_pointwise(name) else None)
+
+
+def is_pointwise(name: str) -> bool:
+    """Whether PyTorch declares the op of this name pointwise."""
     packet = getattr(torch.ops.aten, name, None) if name else None
-    if packet is not None and any(
+    return packet is not None and any(
         torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
-    ):
-        return pointwise
-    return None
+    )
 
 
 def op_name(node: fx.Node) -> str:
