@@ -5,8 +5,18 @@ import math
 import pytest
 import torch
 
-from piflux.runtime.exchange import exchange, exchange_in_torch
-from piflux.runtime.slots import BELIEF, FARTHEST, Ages, Slot, clock_scale, log_snr
+from piflux.runtime.exchange import (
+    advance,
+    changes,
+    compress,
+    compress_in_torch,
+    exchange,
+    exchange_changes,
+    exchange_changes_in_torch,
+    exchange_in_torch,
+    row_bytes,
+)
+from piflux.runtime.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
 
 
 def at(value):
@@ -101,6 +111,71 @@ def test_a_slot_of_order_0_remembers_one_version():
     assert slot.second == []
 
 
+class Arrived:
+    """An all-gather that has ended."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def wait(self):
+        return self.pieces
+
+
+def change_of(slot):
+    """Of the first key's numbers, whose one scale each of `kv`'s tokens has."""
+    numbers, scales = changes(slot.changes[0], 2)
+    return (numbers * scales)[0, 0, :, 0].tolist()
+
+
+def test_a_slot_of_changes_reads_what_they_lead_to():
+    """`kv` has one value a token, whose change is a scale of 127 steps, without an error."""
+    slot, ages = ChangeSlot.of(kv(1)), Ages((5,), at(4))
+    assert change_of(slot) == [0] * 5
+    slot.renew(kv(128), ages.renew(at(3)))
+    ages.look(at(2))
+    ages.renew_part(2, 1, at(2))
+    fresh = [x[..., :3, :] for x in kv(1)]
+    keys, values = slot.predict(ages, ages.sources(2, 1), fresh, keep=True)
+    assert keys[0, 0, :, 0].tolist() == [128 + 127 * BELIEF] * 2 + [1] * 3
+    assert torch.equal(values, -keys)
+    assert tokens(slot.version) == [128, 128, 1, 1, 1]
+    assert change_of(slot) == [127, 127, -127, -127, -127]
+    slot.renew(kv(1), ages.renew(at(1)))
+    assert tokens(slot.version) == [1] * 5
+    assert change_of(slot) == [-127, -127, 0, 0, 0]
+
+
+def test_a_slot_of_changes_lands_what_all_have_sent():
+    """Five tokens in two parts that share the middle one; every rank adds the same changes."""
+    slots = [ChangeSlot.of(kv(1)) for _ in range(2)]
+    sent = [
+        slot.packets((5,), 2, part, [x[..., :3, :] for x in kv(value)])
+        for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
+    ]
+    for slot in slots:
+        slot.coming = [Arrived(*pieces) for pieces in zip(*sent, strict=True)]
+        slot.parts = (0, 1)
+        slot.land((5,))
+        assert tokens(slot.version) == [128, 128, 255, 255, 255]
+        assert change_of(slot) == [127, 127, 254, 254, 254]
+        slot.land((5,))  # there is nothing to land twice
+        assert tokens(slot.version) == [128, 128, 255, 255, 255]
+
+
+def test_errors_of_sent_changes_do_not_grow():
+    """Each change makes good for what the last one's rounding took away."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 5, 8)
+    slot, errors = ChangeSlot.of([keys.clone()]), []
+    for _ in range(100):
+        keys = keys + 0.1 * torch.randn(keys.shape)
+        slot.coming = [Arrived(slot.packets((5,), 1, 0, [keys])[0])]
+        slot.parts = (0,)
+        slot.land((5,))
+        errors.append((slot.version[0] - keys).abs().max())
+    assert max(errors) < 2 * max(errors[:5]) < 1e-2
+
+
 # --------------------------------------------------------------------------------------- exchange
 
 gpu = pytest.mark.skipif(
@@ -180,3 +255,86 @@ def test_exchange_takes_heads_without_a_batch():
     one = [x[0] for x in args[:3]] + list(args[3:])
     whole = exchange_in_torch(*(x.clone() for x in args), True)
     assert torch.equal(exchange_in_torch(*one, True), whole[0])
+
+
+# ---------------------------------------------------------------------------------------- changes
+
+
+def number_by_number(new, old):
+    """What `compress` is to do, in float64 and in words: what rows say, and their scales."""
+    change = new.double() - old.double()
+    scales = (change.abs().amax(-1, keepdim=True) / 127).float().double()
+    return torch.where(scales == 0, 0.0, (change / scales).round() * scales), scales
+
+
+def check_compress(function, dtype, device="cpu"):
+    old, _, new, *_ = versions(dtype)
+    old = old[..., : new.shape[-2], :].contiguous()
+    old[..., 3, :] = new[..., 3, :]
+    rows = function(new.to(device), old.to(device)).cpu()
+    assert rows.shape == (*new.shape[:-1], row_bytes(new.shape[-1]))
+    numbers, scales = changes(rows, new.shape[-1])
+    want, want_scales = number_by_number(new, old)
+    torch.testing.assert_close(scales.double(), want_scales, rtol=1e-6, atol=0)
+    # Half way between two numbers either will do.
+    assert ((numbers * scales - want).abs() <= 1.001 * want_scales).all()
+    assert ((numbers * scales - want).abs() > 1e-3 * want_scales).double().mean() < 0.01
+    assert numbers.abs().amax(-1).unique().tolist() == [0, 127]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_rounds_each_number(dtype):
+    check_compress(compress_in_torch, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_by_kernel_rounds_each_number(dtype):
+    check_compress(compress, dtype, "cuda")
+
+
+def check_exchange_changes(function, dtype, keep, device="cpu"):
+    version, before, fresh, sources, ahead, _ = versions(dtype)
+    rows = compress_in_torch(version, before)
+    moved = version.double().clone()
+    advance(moved, rows)
+    args = [x.to(device) for x in (version.clone(), rows.clone(), fresh, sources, ahead)]
+    got = function(*args, keep)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    want = version.double() + ahead[:, None].double() * (moved - version.double())
+    own = sources >= 0
+    want[..., own, :] = fresh.double()
+    torch.testing.assert_close(got.cpu(), want.to(dtype))
+    kept, kept_rows = version.clone(), rows.clone()
+    if keep:
+        kept[..., own, :] = fresh
+        kept_rows[..., own, :] = compress_in_torch(fresh, version[..., own, :])
+    assert torch.equal(args[0].cpu(), kept)
+    for mine, theirs in zip(
+        changes(args[1].cpu(), fresh.shape[-1]), changes(kept_rows, fresh.shape[-1]), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-6, atol=1)
+        assert (mine != theirs).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_of_changes(dtype, keep):
+    check_exchange_changes(exchange_changes_in_torch, dtype, keep)
+
+
+@gpu
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_of_changes_by_kernel(dtype, keep):
+    check_exchange_changes(exchange_changes, dtype, keep, "cuda")
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 64])
+def test_rows_of_any_head_dim(head_dim):
+    new, old = torch.randn(2, 2, 3, 4, head_dim)
+    numbers, scales = changes(compress(new, old), head_dim)
+    assert numbers.shape == new.shape
+    assert scales.shape == (2, 3, 4, 1)
+    assert ((numbers * scales - (new - old)).abs() <= 0.501 * scales).all()

@@ -21,7 +21,7 @@ from torch import Tensor
 from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.ranks import Ranks
-from piflux.runtime.slots import Slot
+from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
 
@@ -187,6 +187,8 @@ class Runtime:
                 if (rank, slot) in stream.slots:
                     stream.slots[rank, slot].land(lengths)
                     stream.slots[rank, slot].renew(keep, newer if policy == "rotate" else None)
+                elif self.schedule.compresses:
+                    stream.slots[rank, slot] = ChangeSlot.of(keep)
                 else:
                     second = [_copy(x) for x in keep] if predicts else []
                     stream.slots[rank, slot] = Slot(keep, second)
@@ -199,9 +201,11 @@ class Runtime:
             ages, sources = stream.ages(ranks.rank, lengths, world_size, part, own)
             read = kept.predict(ages, sources, fresh, keep=own)
         else:
+            assert isinstance(kept, Slot)
             read = kept.write(lengths, world_size, part, fresh)
         if policy == "displaced":
-            kept.coming = [ranks.gather(x) for x in fresh]
+            sent = kept.packets(lengths, world_size, part, fresh)
+            kept.coming = [ranks.gather(x) for x in sent]
             kept.parts = step.parts
         return read
 

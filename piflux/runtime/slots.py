@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from piflux.parts import join, windows, write
-from piflux.runtime.exchange import exchange
+from piflux.parts import cut, join, windows, write
+from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, row_bytes
 from piflux.runtime.ranks import Gathering
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
@@ -69,23 +69,26 @@ class Ages:
         now: the time of the sync step that computed them all, a scalar.
 
     Attributes:
-        line: (tokens,) in float32: attention reads second + line * (first - second).
+        ahead: (tokens,) in float32: attention reads a token's last version, moved on by so many
+            times its change since the one before.
+        line: likewise: that is second + line * (first - second).
         newer: (tokens,) of bool: whether a token's first version is its newer one.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
         self.lengths = lengths
         self.last = self.before = now.expand(sum(lengths))
+        self.ahead = torch.zeros_like(self.last)
         self.line = torch.ones_like(self.last)
         self.newer = torch.ones_like(self.last, dtype=torch.bool)
         self._sources: dict[int, Tensor] = {}
 
     def look(self, now: Tensor) -> None:
-        """Point `line` at the time `now`, for tokens that get no new version."""
+        """Point `ahead` and `line` at the time `now`, for tokens that get no new version."""
         gap = self.before - self.last
         ahead = (BELIEF * (self.last - now) / gap).clamp(-FARTHEST, FARTHEST)
-        ahead = torch.where(gap == 0, 0.0, ahead)
-        torch.where(self.newer, 1 + ahead, -ahead, out=self.line)
+        self.ahead = torch.where(gap == 0, 0.0, ahead)
+        torch.where(self.newer, 1 + self.ahead, -self.ahead, out=self.line)
 
     def renew(self, now: Tensor) -> Tensor:
         """Every token has a new version, its first. Returns what `newer` was before."""
@@ -166,10 +169,79 @@ class Slot:
             for first, second, x in versions
         ]
 
+    def packets(
+        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """What the other ranks need of this one's keys and values, to `land` it in the next step.
+
+        Args: as for `write`.
+        """
+        return fresh
+
     def land(self, lengths: Sequence[int]) -> None:
         """What was sent in the last step has arrived, or is waited for: the first version."""
         if self.coming and self.second:
             self.first, self.second = self.second, self.first
         for x, gathering in zip(self.first, self.coming, strict=False):
             join(gathering.wait(), self.parts, -2, lengths, x)
+        self.coming = []
+
+
+@dataclass
+class ChangeSlot:
+    """A `Slot` of each token's last version and of its change until then, in 8 bits.
+
+    What travels is the change as well: from what all ranks remember of a part to what one of them
+    has computed. All add the same rounded change to the same version, so what rounding took away is
+    in the next change, and no error grows (error feedback: Seide et al. 2014).
+
+    Attributes:
+        version: keys and values, each (batch, heads, all tokens, head dim).
+        changes: those of each in rows; see `piflux.runtime.exchange`.
+        coming: `displaced`: the all-gathers of the last step's changes.
+        parts: the part that each rank computed when it sent `coming`.
+    """
+
+    version: list[Tensor]
+    changes: list[Tensor]
+    coming: list[Gathering] = field(default_factory=list)
+    parts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, whole: list[Tensor]) -> ChangeSlot:
+        """A first sync step's keys and values, which have not changed yet."""
+        rows = [
+            x.new_zeros((*x.shape[:-1], row_bytes(x.shape[-1])), dtype=torch.uint8) for x in whole
+        ]
+        return cls(whole, rows)
+
+    def renew(self, whole: list[Tensor], newer: Tensor | None = None) -> None:
+        """See `Slot.renew`."""
+        self.changes = [compress(x, old) for x, old in zip(whole, self.version, strict=True)]
+        self.version = whole
+
+    def predict(
+        self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
+    ) -> list[Tensor]:
+        """See `Slot.predict`."""
+        held = zip(self.version, self.changes, fresh, strict=True)
+        return [
+            exchange_changes(version, rows, x, sources, ages.ahead, keep)
+            for version, rows, x in held
+        ]
+
+    def packets(
+        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
+    ) -> Sequence[Tensor]:
+        """See `Slot.packets`."""
+        return [
+            compress(x, cut(version, -2, lengths, world_size, part))
+            for version, x in zip(self.version, fresh, strict=True)
+        ]
+
+    def land(self, lengths: Sequence[int]) -> None:
+        """See `Slot.land`."""
+        for version, rows, gathering in zip(self.version, self.changes, self.coming, strict=False):
+            join(gathering.wait(), self.parts, -2, lengths, rows)
+            advance(version, rows)
         self.coming = []

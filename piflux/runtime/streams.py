@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.runtime.slots import Ages, Slot, clock_scale, log_snr
+from piflux.runtime.slots import Ages, ChangeSlot, Slot, clock_scale, log_snr
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
@@ -81,7 +81,7 @@ class Stream:
     conditions: list[Seen]
     used: int
     index: int = -1
-    slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
+    slots: dict[tuple[int, int], Slot | ChangeSlot] = field(default_factory=dict)
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0
