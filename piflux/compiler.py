@@ -13,6 +13,7 @@ from torch._dynamo.exc import InvalidBackend
 
 from piflux.errors import CompileError
 from piflux.groups import resolve_group
+from piflux.passes.enclose import HEAD, enclose
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
 from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
@@ -23,8 +24,10 @@ from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
 from piflux.pieces import Inner, compile_pieces
 from piflux.report import GraphReport
+from piflux.runtime import replay
 from piflux.runtime.cache import Runtime
 from piflux.runtime.ranks import Ranks, VirtualRanks
+from piflux.runtime.replay import Recorded
 from piflux.runtime.streams import Roles
 from piflux.schedule import BEST_SYNC_STEPS, Compression, Policy, Schedule, Sync, read_settings
 
@@ -34,7 +37,7 @@ PASSES = (
     shard,  # sizes are read off the whole example values, so before they change
     propagate,  # last: every example value becomes that of a part
 )
-# `outline` comes after, once the report and the roles have been read off single nodes.
+# `enclose` and `outline` come after, once the report and the roles have been read off single nodes.
 
 
 class Compiler:
@@ -74,7 +77,7 @@ class Compiler:
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
         self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
         roles = _roles(gm, ctx.plan)
-        compiled = self._compile(gm, ctx, example_inputs)
+        compiled = self._compile(gm, ctx, example_inputs, roles)
         return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled, whole)
 
     def _whole(
@@ -90,14 +93,39 @@ class Compiler:
         return self._compile(uncut, ctx, example_inputs)
 
     def _compile(
-        self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
+        self,
+        gm: fx.GraphModule,
+        ctx: Context,
+        example_inputs: Sequence[Any],
+        roles: Roles | None = None,
     ) -> Callable[..., Any]:
-        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
-        if self.inner is not lookup_backend("eager"):
-            run_passes(gm, ctx, (outline,))
-            if any(gm.children()):
-                return compile_pieces(gm, self.inner)
-        return self.inner(gm, list(example_inputs))
+        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none.
+
+        Args:
+            roles: of the inputs, where steady steps may be recorded.
+        """
+        if self.inner is lookup_backend("eager"):
+            return self.inner(gm, list(example_inputs))
+        if roles is not None and self._records(gm):
+            run_passes(gm, ctx, (enclose,))
+        head = next(iter(gm.children()), None)
+        run_passes(gm if head is None else head, ctx, (outline,))  # type: ignore[arg-type]
+        if not any(gm.children()):
+            return self.inner(gm, list(example_inputs))
+        compiled = compile_pieces(gm, self.inner)
+        if head is not None and roles is not None:
+            recorded = Recorded(self.runtime, getattr(gm, HEAD), _moving(gm, roles))
+            setattr(gm, HEAD, recorded)
+            self.runtime.recycles = True
+        return compiled
+
+    def _records(self, gm: fx.GraphModule) -> bool:
+        """Whether steady steps hold no collective but the last and can be recorded."""
+        schedule = self.runtime.schedule
+        nodes = (n for n in gm.graph.nodes if n.op != "placeholder")
+        devices = {x.device.type for n in nodes for x in tensors(n)}
+        rotates = schedule.policy == "rotate" and schedule.world_size > 1
+        return rotates and devices == {replay.DEVICE}
 
 
 class _PerCall:
@@ -119,7 +147,11 @@ class _PerCall:
         runtime = self.runtime
         assert runtime.ranks is not None
         with runtime.call(self, self.roles, args) as step:
-            return runtime.ranks.run(step.sync, self.part, self.whole, args)
+            return runtime.ranks.run(step.sync, self._part, self.whole, args)
+
+    def _part(self, *args: Any) -> Any:
+        self.runtime.turn()
+        return self.part(*args)
 
 
 def backend(
@@ -226,6 +258,14 @@ def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:
         else:
             (latents if node in upstream else conditions).append(position)
     return Roles(tuple(latents), tuple(clocks), tuple(conditions), names)
+
+
+def _moving(gm: fx.GraphModule, roles: Roles) -> list[int]:
+    """The arguments of the graph's head that are other tensors at each call."""
+    inputs = gm.graph.find_nodes(op="placeholder")
+    moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
+    (call,) = gm.graph.find_nodes(op="call_module", target=HEAD)
+    return [i for i, node in enumerate(call.args) if node in moving]
 
 
 def _is_looked_up(node: fx.Node) -> bool:

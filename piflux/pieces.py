@@ -16,7 +16,7 @@ Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:
-    """Compile each piece of an outlined graph once. Returns the graph as a callable.
+    """Compile each piece of a graph, and each piece of those, once. Returns it as a callable.
 
     Raises:
         Exception: whatever `inner` raises.
@@ -25,10 +25,13 @@ def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:
     mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     for name, piece in list(gm.named_children()):
         assert isinstance(piece, fx.GraphModule)
-        fakes = [_settled(known(n)) for n in piece.graph.find_nodes(op="placeholder")]
-        # Captured values belong to another fake mode than the one that Dynamo hands to backends.
-        with tracing(TracingContext(mode)):
-            compiled = inner(piece, fakes)
+        if any(piece.children()):
+            compiled = compile_pieces(piece, inner)
+        else:
+            fakes = [_settled(known(n)) for n in piece.graph.find_nodes(op="placeholder")]
+            # Captured values are of another fake mode than the one that Dynamo hands to backends.
+            with tracing(TracingContext(mode)):
+                compiled = inner(piece, fakes)
         delattr(gm, name)
         setattr(gm, name, compiled)
     return gm.forward

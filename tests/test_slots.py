@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from piflux.parts import places
 from piflux.runtime.exchange import (
     advance,
     changes,
@@ -16,6 +17,7 @@ from piflux.runtime.exchange import (
     exchange_in_torch,
     row_bytes,
 )
+from piflux.runtime.memory import Places
 from piflux.runtime.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
 
 
@@ -46,6 +48,11 @@ def test_without_a_clock_time_is_the_step():
     assert time(step=3) - time(step=5) == 2
 
 
+def own(part):
+    """Which of five tokens are of a part of two."""
+    return Places((5,), 2, part, torch.device("cpu")).sources >= 0
+
+
 def read_line(ages, now):
     ages.look(now)
     return ages.line.tolist()
@@ -57,7 +64,7 @@ def test_a_line_goes_through_both_versions():
     assert read_line(ages, at(3)) == [1] * 5  # one version knows no way
     ages.renew(at(3))
     assert read_line(ages, at(2)) == [1 + BELIEF] * 5
-    ages.renew_part(2, 1, at(2))
+    ages.renew_part(own(1), at(2))
     # At 1: two ticks after version 3, which was one tick after 4; one after 2, one after 3, which
     # for these tokens is the first of two versions and no longer the newer.
     assert ages.newer.tolist() == [True, True, False, False, False]
@@ -65,6 +72,27 @@ def test_a_line_goes_through_both_versions():
     assert ages.renew(at(1)).tolist() == [True, True, False, False, False]
     assert ages.newer.all()
     assert read_line(ages, at(0)) == [*[1 + BELIEF / 2] * 2, *[1 + BELIEF] * 3]
+
+
+def test_ages_begin_anew_where_they_are():
+    """As for a second image, whose recorded steps read the tensors of the first."""
+    ages = Ages((5,), at(4))
+    ages.renew(at(3))
+    ages.renew_part(own(1), at(2))
+    line, newer = ages.line, ages.newer
+    ages.begin(at(9))
+    assert ages.line is line and ages.newer is newer
+    assert newer.all() and read_line(ages, at(8)) == [1] * 5
+
+
+def test_places_turn_in_place():
+    places = Places((5, 3), 2, 0, torch.device("cpu"))
+    index, sources = places.index, places.sources
+    assert index.tolist() == [0, 1, 2, 5, 6]
+    assert sources.tolist() == [0, 1, 2, -1, -1, 3, 4, -1]
+    places.turn(1)
+    assert places.index is index and index.tolist() == [2, 3, 4, 6, 7]
+    assert places.sources is sources and sources.tolist() == [-1, -1, 0, 1, 2, -1, 3, 4]
 
 
 def test_times_next_to_each_other_do_not_leap():
@@ -83,30 +111,35 @@ def tokens(x):
 
 def test_a_slot_reads_what_its_versions_lead_to():
     slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
-    slot.renew(kv(3), ages.renew(at(3)))
+    slot.make_room(ages.renew(at(3)))
+    slot.first = kv(3)
     ages.look(at(2))
-    ages.renew_part(2, 1, at(2))
-    sources = ages.sources(2, 1)
+    ages.renew_part(own(1), at(2))
+    sources = Places((5,), 2, 1, torch.device("cpu")).sources
     assert sources.tolist() == [-1, -1, 0, 1, 2]
     keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=True)
     assert keys[0, 0, :, 0].tolist() == [3 + 2 * BELIEF] * 2 + [7] * 3
     assert torch.equal(values, -keys)
     assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1, 1, 7, 7, 7])
-    slot.renew(kv(9), ages.renew(at(1)))
+    slot.make_room(ages.renew(at(1)))
+    slot.first = kv(9)
     assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [3, 3, 7, 7, 7])
 
 
 def test_what_is_not_kept_is_only_read():
     slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
-    keys, _ = slot.predict(ages, ages.sources(2, 0), [x[..., :3, :] for x in kv(7)], keep=False)
+    sources = Places((5,), 2, 0, torch.device("cpu")).sources
+    keys, _ = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=False)
     assert keys[0, 0, :, 0].tolist() == [7, 7, 7, 1, 1]
     assert tokens(slot.first) == tokens(slot.second) == [1] * 5
 
 
 def test_a_slot_of_order_0_remembers_one_version():
     slot = Slot(kv(1))
-    slot.renew(kv(3))
-    read = slot.write((5,), 2, 0, [x[..., :3, :] for x in kv(7)])
+    slot.make_room()
+    slot.first = kv(3)
+    index = Places((5,), 2, 0, torch.device("cpu")).index
+    read = slot.write(index, [x[..., :3, :] for x in kv(7)])
     assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
     assert slot.second == []
 
@@ -121,58 +154,78 @@ class Arrived:
         return self.pieces
 
 
+def sync(slot, value, *, alone=False):
+    if not alone:
+        slot.make_room()
+    for x, y in zip(slot.first, kv(value), strict=True):
+        x.copy_(y)
+    slot.settle(alone=alone)
+
+
+def slot_of_changes(value):
+    slot = ChangeSlot.like(kv(value), 5)
+    sync(slot, value, alone=True)
+    return slot
+
+
 def change_of(slot):
     """Of the first key's numbers, whose one scale each of `kv`'s tokens has."""
-    numbers, scales = changes(slot.changes[0], 2)
+    numbers, scales = changes(slot.second[0], 2)
     return (numbers * scales)[0, 0, :, 0].tolist()
 
 
 def test_a_slot_of_changes_reads_what_they_lead_to():
     """`kv` has one value a token, whose change is a scale of 127 steps, without an error."""
-    slot, ages = ChangeSlot.of(kv(1)), Ages((5,), at(4))
+    slot, ages = slot_of_changes(1), Ages((5,), at(4))
+    where = slot.first[0], slot.second[0]
     assert change_of(slot) == [0] * 5
-    slot.renew(kv(128), ages.renew(at(3)))
+    ages.renew(at(3))
+    sync(slot, 128)
     ages.look(at(2))
-    ages.renew_part(2, 1, at(2))
-    fresh = [x[..., :3, :] for x in kv(1)]
-    keys, values = slot.predict(ages, ages.sources(2, 1), fresh, keep=True)
+    ages.renew_part(own(1), at(2))
+    sources = Places((5,), 2, 1, torch.device("cpu")).sources
+    keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(1)], keep=True)
     assert keys[0, 0, :, 0].tolist() == [128 + 127 * BELIEF] * 2 + [1] * 3
     assert torch.equal(values, -keys)
-    assert tokens(slot.version) == [128, 128, 1, 1, 1]
+    assert tokens(slot.first) == [128, 128, 1, 1, 1]
     assert change_of(slot) == [127, 127, -127, -127, -127]
-    slot.renew(kv(1), ages.renew(at(1)))
-    assert tokens(slot.version) == [1] * 5
+    sync(slot, 1)
+    assert tokens(slot.first) == [1] * 5
     assert change_of(slot) == [-127, -127, 0, 0, 0]
+    # Recorded steps read where they lie.
+    assert slot.first[0] is where[0] and slot.second[0] is where[1]
 
 
 def test_a_slot_of_changes_lands_what_all_have_sent():
     """Five tokens in two parts that share the middle one; every rank adds the same changes."""
-    slots = [ChangeSlot.of(kv(1)) for _ in range(2)]
+    slots = [slot_of_changes(1) for _ in range(2)]
     sent = [
-        slot.packets((5,), 2, part, [x[..., :3, :] for x in kv(value)])
+        slot.packets(places((5,), 2, part), [x[..., :3, :] for x in kv(value)])
         for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
     ]
     for slot in slots:
         slot.coming = [Arrived(*pieces) for pieces in zip(*sent, strict=True)]
         slot.parts = (0, 1)
         slot.land((5,))
-        assert tokens(slot.version) == [128, 128, 255, 255, 255]
+        assert tokens(slot.first) == [128, 128, 255, 255, 255]
         assert change_of(slot) == [127, 127, 254, 254, 254]
         slot.land((5,))  # there is nothing to land twice
-        assert tokens(slot.version) == [128, 128, 255, 255, 255]
+        assert tokens(slot.first) == [128, 128, 255, 255, 255]
 
 
 def test_errors_of_sent_changes_do_not_grow():
     """Each change makes good for what the last one's rounding took away."""
     torch.manual_seed(0)
     keys = torch.randn(1, 2, 5, 8)
-    slot, errors = ChangeSlot.of([keys.clone()]), []
+    slot, errors = ChangeSlot.like([keys], 5), []
+    slot.first[0].copy_(keys)
+    slot.settle(alone=True)
     for _ in range(100):
         keys = keys + 0.1 * torch.randn(keys.shape)
-        slot.coming = [Arrived(slot.packets((5,), 1, 0, [keys])[0])]
+        slot.coming = [Arrived(slot.packets(torch.arange(5), [keys])[0])]
         slot.parts = (0,)
         slot.land((5,))
-        errors.append((slot.version[0] - keys).abs().max())
+        errors.append((slot.first[0] - keys).abs().max())
     assert max(errors) < 2 * max(errors[:5]) < 1e-2
 
 

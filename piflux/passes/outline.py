@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
 from piflux.passes.plan import Context, example_size, expr, known, tensors
-from piflux.passes.rules import is_attention, mutates
+from piflux.passes.rules import is_attention, is_value, only_computes
 from piflux.runtime.ops import slots_from
 
 # The most that is looked for; a block of a known model attends at most twice.
@@ -25,7 +25,6 @@ ATTENTIONS_A_BLOCK = 4
 _CACHED = torch.ops.piflux.cached_sdpa.default
 _SLOT = [argument.name for argument in _CACHED._schema.arguments].index("slot")
 _SOURCES = ("placeholder", "get_attr")
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -60,7 +59,7 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     """
     sources = [n for n in gm.graph.nodes if n.op in _SOURCES]
     nodes = [n for n in gm.graph.nodes if n.op not in (*_SOURCES, "output")]
-    if not all(map(_is_value, sources)) or not all(map(_only_computes, nodes)):
+    if not all(map(is_value, sources)) or not all(map(only_computes, nodes)):
         return 0
     nodes = [n for n in nodes if _number(n) is None]
     symbols = {expr(known(n)): n for n in sources if isinstance(known(n), torch.SymInt)}
@@ -132,17 +131,6 @@ class _Piece:
     stretch: _Stretch
     outputs: set[int] = field(default_factory=set)
     calls: int = 0
-
-
-def _is_value(node: fx.Node) -> bool:
-    """Whether a node gives a tensor, a number, or a tuple of them."""
-    value = known(node)
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return all(isinstance(x, (Tensor, *_NUMBERS)) for x in values)
-
-
-def _only_computes(node: fx.Node) -> bool:
-    return _is_value(node) and not mutates(node) and not node.is_impure()
 
 
 def _number(node: fx.Node) -> int | float | None:

@@ -31,6 +31,8 @@ from piflux.passes.plan import (
     tensors,
 )
 
+NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
+
 
 class Link(NamedTuple):
     """`length` tokens that stand at `start` along `source` stand at `at` along `target`.
@@ -130,6 +132,18 @@ def mutates(node: fx.Node) -> bool:
     name = op_name(node)
     method = name.endswith("_") and name not in ("and_", "or_", "not_", "is_")
     return method and not name.endswith("__") or name in _IN_PLACE or "out" in node.kwargs
+
+
+def is_value(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, a number, or a tuple of them."""
+    value = known(node)
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(x, (torch.Tensor, *NUMBERS)) for x in values)
+
+
+def only_computes(node: fx.Node) -> bool:
+    """Whether a node gives values and does nothing else."""
+    return is_value(node) and not mutates(node) and not node.is_impure()
 
 
 # --- helpers -------------------------------------------------------------------------------------

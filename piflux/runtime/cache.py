@@ -20,7 +20,8 @@ from torch import Tensor
 
 from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
-from piflux.runtime.ranks import Ranks
+from piflux.runtime.memory import Memory, Places
+from piflux.runtime.ranks import Gathering, Ranks
 from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
@@ -43,6 +44,8 @@ class Runtime:
 
     Attributes:
         first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
+        recycles: whether memory is kept for the next image of the same shapes, since steps are
+            recorded; see `piflux.runtime.replay`.
     """
 
     def __init__(self, schedule: Schedule, ranks: Ranks | None, name: str | None = None) -> None:
@@ -53,6 +56,8 @@ class Runtime:
         self.streams: list[Stream] = []
         self.calls = 0
         self.first_slot = 0
+        self.recycles = False
+        self._spare: dict[Any, list[Memory]] = {}
         self._now: tuple[Stream, Step] | None = None
         _RUNTIMES[self.name] = self
 
@@ -73,13 +78,19 @@ class Runtime:
             raise RuntimeError(f"no call of {self.name!r} is under way")
         return self._now
 
+    @property
+    def rank(self) -> int:
+        """Whose part is being computed."""
+        return self._ranks.rank
+
     def reset(self) -> None:
         """Forget every stream; the next call is a generation's first step."""
         for stream in self.streams:
-            for slot in stream.slots.values():
+            for slot in stream.memory.slots.values():
                 # A collective that is still under way must not outlive its buffers.
                 for gathering in slot.coming:
                     gathering.wait()
+        self._retire(self.streams)
         self.streams.clear()
 
     @contextlib.contextmanager
@@ -102,7 +113,7 @@ class Runtime:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
         """
         try:
-            stream = self._stream(graph, roles.pick(roles.conditions, args))
+            stream = self._stream(graph, roles, args)
             self._advance(stream, roles, args)
             self._now = stream, self.schedule.step(stream.index)
             self.first_slot = 0
@@ -115,18 +126,33 @@ class Runtime:
         finally:
             self._now = None
 
-    def _stream(self, graph: object, conditions: list[Tensor]) -> Stream:
+    def _stream(self, graph: object, roles: Roles, args: Sequence[Any]) -> Stream:
+        conditions = roles.pick(roles.conditions, args)
         self.calls += 1
-        self.streams = [s for s in self.streams if self.calls - s.used <= STALE_CALLS]
+        stale = [s for s in self.streams if self.calls - s.used > STALE_CALLS]
+        if stale:
+            self._retire(stale)
+            self.streams = [s for s in self.streams if s not in stale]
         for stream in self.streams:
             if stream.graph is graph and all(
                 seen.again(x) for seen, x in zip(stream.conditions, conditions, strict=True)
             ):
                 stream.used = self.calls
                 return stream
-        stream = Stream(graph, [Seen(x) for x in conditions], self.calls)
+        shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
+        kind = graph, tuple(shapes)
+        spare = self._spare.get(kind)
+        memory = spare.pop() if spare else Memory()
+        stream = Stream(graph, [Seen(x) for x in conditions], self.calls, kind, memory)
         self.streams.append(stream)
         return stream
+
+    def _retire(self, streams: Sequence[Stream]) -> None:
+        """Keep what these streams' images leave for the next ones, in place of what was left."""
+        if self.recycles:
+            self._spare = {}
+            for stream in streams:
+                self._spare.setdefault(stream.kind, []).append(stream.memory)
 
     def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
         ranks = self.ranks
@@ -140,9 +166,12 @@ class Runtime:
             device = next(iter(roles.inputs(args).values())).device
             if ranks.any(not goes_on, device):
                 stream.restart()
+                if not self.recycles:
+                    stream.memory = Memory()
         stream.index += 1
         if self.schedule.predicts:
             stream.tick(roles.pick(roles.clocks, args))
+            stream.memory.begin_sync()
         if stream.index == 0:
             settings = {"schedule": self.schedule, "explicit generation": self.explicit}
             ranks.agree(fingerprint(settings, roles.inputs(args)))
@@ -151,6 +180,23 @@ class Runtime:
         """The part that the rank being computed has at this step."""
         return self.now[1].parts[self._ranks.rank]
 
+    def turn(self) -> None:
+        """The rank being computed begins its part of this step."""
+        stream, step = self.now
+        predicts = self.schedule.predicts and not step.sync
+        stream.memory.turn(
+            self.rank,
+            self.schedule.world_size,
+            self.part(),
+            stream.now if predicts else None,
+            own=self.schedule.policy == "rotate",
+        )
+
+    def places(self, lengths: Sequence[int], device: torch.device) -> Places:
+        """Where the tokens of the part at hand stand among segments of these lengths."""
+        world_size = self.schedule.world_size
+        return self.now[0].memory.places(tuple(lengths), world_size, self.part(), device)
+
     def gather(self, piece: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
         """The whole dimension `dim` from every rank's part."""
         pieces = self._ranks.gather(piece).wait()
@@ -158,7 +204,7 @@ class Runtime:
 
     def exchange(
         self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
         Args:
@@ -170,42 +216,62 @@ class Runtime:
         Returns:
             Keys and values, each (batch, heads, all tokens, head dim).
         """
-        stream, step = self.now
-        ranks, policy, predicts = self._ranks, self.schedule.policy, self.schedule.predicts
+        ranks, step = self._ranks, self.now[1]
         lengths = tuple(lengths)
         slot += self.first_slot
-        if step.sync and world_size > 1:
-            coming = [ranks.gather(x) for x in fresh]
-            whole = [join(g.wait(), step.parts, -2, lengths) for g in coming]
-        elif step.sync:
-            whole = list(fresh)
         if step.sync:
-            for rank in ranks.here if policy != "gather" else ():
-                # Copies where the values are the graph's, or of several ranks.
-                keep = whole if world_size > 1 else [_copy(x) for x in whole]
-                newer = stream.synced(rank, lengths, keep[0].device) if predicts else None
-                if (rank, slot) in stream.slots:
-                    stream.slots[rank, slot].land(lengths)
-                    stream.slots[rank, slot].renew(keep, newer if policy == "rotate" else None)
-                elif self.schedule.compresses:
-                    stream.slots[rank, slot] = ChangeSlot.of(keep)
-                else:
-                    second = [_copy(x) for x in keep] if predicts else []
-                    stream.slots[rank, slot] = Slot(keep, second)
-            return whole
-        part = self.part()
-        kept = stream.slots[ranks.rank, slot]
+            coming = [ranks.gather(x) for x in fresh] if world_size > 1 else []
+            if self.schedule.policy == "gather":
+                return [join(x.wait(), step.parts, -2, lengths) for x in coming] or fresh
+            for rank in ranks.here:
+                kept = self._fill(rank, slot, fresh, coming, lengths)
+            return kept if world_size > 1 else fresh
+        return self._remember(slot, fresh, lengths)
+
+    def _fill(
+        self,
+        rank: int,
+        slot: int,
+        fresh: Sequence[Tensor],
+        coming: Sequence[Gathering],
+        lengths: tuple[int, ...],
+    ) -> Sequence[Tensor]:
+        """A sync step's keys and values into a rank's slot; returns them."""
+        (stream, step), schedule = self.now, self.schedule
+        memory, tokens, first = stream.memory, sum(lengths), self.now[1].index == 0
+        kept = memory.slots.get((rank, slot))
+        if kept is None or not kept.fits(fresh, tokens):
+            kind = ChangeSlot if schedule.compresses else Slot
+            kept = memory.slots[rank, slot] = kind.like(fresh, tokens, two=schedule.predicts)
+            memory.replays.clear()  # of the slots' former addresses
         kept.land(lengths)
-        if predicts:
-            own = policy == "rotate"  # displaced: all ranks' are kept, as they arrive
-            ages, sources = stream.ages(ranks.rank, lengths, world_size, part, own)
-            read = kept.predict(ages, sources, fresh, keep=own)
+        if schedule.predicts:
+            newer = memory.synced(rank, lengths, stream.now, fresh[0].device, first=first)
+            if not first:
+                kept.make_room(newer if schedule.policy == "rotate" else None)
+        for whole, gathering in zip(kept.first, coming, strict=False):
+            join(gathering.wait(), step.parts, -2, lengths, whole)
+        for whole, x in zip(kept.first, () if coming else fresh, strict=False):
+            whole.copy_(x)
+        kept.settle(alone=first)
+        return kept.first
+
+    def _remember(
+        self, slot: int, fresh: Sequence[Tensor], lengths: tuple[int, ...]
+    ) -> Sequence[Tensor]:
+        """Keys and values of a steady step: one part fresh, the others as they are remembered."""
+        (stream, step), ranks, policy = self.now, self._ranks, self.schedule.policy
+        places = self.places(lengths, fresh[0].device)
+        kept = stream.memory.slots[ranks.rank, slot]
+        kept.land(lengths)
+        if self.schedule.predicts:
+            # displaced: all ranks' are kept, as they arrive.
+            ages, keep = stream.memory.ages(ranks.rank, lengths), policy == "rotate"
+            read = kept.predict(ages, places.sources, fresh, keep=keep)
         else:
-            assert isinstance(kept, Slot)
-            read = kept.write(lengths, world_size, part, fresh)
+            read = kept.write(places.index, fresh)
         if policy == "displaced":
-            sent = kept.packets(lengths, world_size, part, fresh)
-            kept.coming = [ranks.gather(x) for x in sent]
+            kept.coming = [ranks.gather(x) for x in kept.packets(places.index, fresh)]
             kept.parts = step.parts
         return read
 
@@ -213,7 +279,3 @@ class Runtime:
     def _ranks(self) -> Ranks:
         assert self.ranks is not None, "one rank alone runs a graph without piflux's ops"
         return self.ranks
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)

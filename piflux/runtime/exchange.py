@@ -63,12 +63,13 @@ def exchange_in_torch(
     dtype = torch.promote_types(first.dtype, line.dtype)
     weight = line[:, None].to(dtype)
     read = torch.lerp(second.to(dtype), first.to(dtype), weight).to(first.dtype)
-    own = sources >= 0
-    read[..., own, :] = fresh[..., sources[own], :]
+    own = (sources >= 0)[:, None]
+    placed = fresh.index_select(-2, sources.clamp(min=0))
     if keep:
-        for version, here in ((first, own & newer), (second, own & ~newer)):
-            version[..., here, :] = fresh[..., sources[here], :]
-    return read
+        # No indexing by masks: shapes that depend on data can't be recorded.
+        torch.where(own & newer[:, None], placed, first, out=first)
+        torch.where(own & ~newer[:, None], placed, second, out=second)
+    return torch.where(own, placed, read)
 
 
 def row_bytes(head_dim: int) -> int:
@@ -149,10 +150,9 @@ def exchange_changes_in_torch(
     numbers, scales = changes(rows, version.shape[-1])
     change = numbers.to(dtype) * scales.to(dtype)
     read = (version.to(dtype) + ahead[:, None].to(dtype) * change).to(version.dtype)
-    own = sources >= 0
-    new = fresh[..., sources[own], :]
-    read[..., own, :] = new
+    own = (sources >= 0)[:, None]
+    placed = fresh.index_select(-2, sources.clamp(min=0))
     if keep:
-        rows[..., own, :] = compress_in_torch(new, version[..., own, :])
-        version[..., own, :] = new
-    return read
+        torch.where(own, compress_in_torch(placed, version), rows, out=rows)
+        torch.where(own, placed, version, out=version)
+    return torch.where(own, placed, read)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.parts import cut, part_length
+from piflux.parts import part_length
 from piflux.runtime.cache import Runtime
 
 
@@ -24,7 +24,7 @@ from piflux.runtime.cache import Runtime
 )
 def shard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
     """This rank's part of `x` at this step: (.., sum(lengths), ..) -> (.., part tokens, ..)."""
-    return cut(x, dim, lengths, world_size, Runtime.named(runtime).part())
+    return x.index_select(dim, Runtime.named(runtime).places(lengths, x.device).index)
 
 
 @shard.register_fake

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from piflux.parts import cut, join, windows, write
+from piflux.parts import join
 from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, row_bytes
 from piflux.runtime.ranks import Gathering
 
@@ -72,22 +72,28 @@ class Ages:
         ahead: (tokens,) in float32: attention reads a token's last version, moved on by so many
             times its change since the one before.
         line: likewise: that is second + line * (first - second).
-        newer: (tokens,) of bool: whether a token's first version is its newer one.
+        newer: (tokens,) of bool: whether a token's first version is its newer one. These tensors
+            are written over, never replaced.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
-        self.lengths = lengths
         self.last = self.before = now.expand(sum(lengths))
         self.ahead = torch.zeros_like(self.last)
         self.line = torch.ones_like(self.last)
         self.newer = torch.ones_like(self.last, dtype=torch.bool)
-        self._sources: dict[int, Tensor] = {}
+
+    def begin(self, now: Tensor) -> None:
+        """Every token has one version, its first, and nothing is known of before."""
+        self.last = self.before = now.expand(len(self.last))
+        self.ahead.fill_(0.0)
+        self.line.fill_(1.0)
+        self.newer.fill_(True)
 
     def look(self, now: Tensor) -> None:
         """Point `ahead` and `line` at the time `now`, for tokens that get no new version."""
         gap = self.before - self.last
         ahead = (BELIEF * (self.last - now) / gap).clamp(-FARTHEST, FARTHEST)
-        self.ahead = torch.where(gap == 0, 0.0, ahead)
+        self.ahead.copy_(torch.where(gap == 0, 0.0, ahead))
         torch.where(self.newer, 1 + self.ahead, -self.ahead, out=self.line)
 
     def renew(self, now: Tensor) -> Tensor:
@@ -97,21 +103,11 @@ class Ages:
         self.newer.fill_(True)
         return was
 
-    def renew_part(self, world_size: int, part: int, now: Tensor) -> None:
-        """The tokens of one part have a new version, where the older of two was."""
-        own = self.sources(world_size, part) >= 0
+    def renew_part(self, own: Tensor, now: Tensor) -> None:
+        """Tokens where `own` is set have a new version, where the older of two was."""
         self.before = torch.where(own, self.last, self.before)
         self.last = torch.where(own, now, self.last)
         self.newer.logical_xor_(own)
-
-    def sources(self, world_size: int, part: int) -> Tensor:
-        """(tokens,) in int32: where in a part each token stands; -1 if it is of another."""
-        if part not in self._sources:
-            places = torch.full(self.newer.shape, -1, dtype=torch.int32)
-            for w in windows(self.lengths, world_size, part):
-                places[w.full : w.full + w.length] = torch.arange(w.local, w.local + w.length)
-            self._sources[part] = places.to(self.newer.device)
-        return self._sources[part]
 
 
 @dataclass
@@ -130,26 +126,55 @@ class Slot:
     coming: list[Gathering] = field(default_factory=list)
     parts: tuple[int, ...] = ()
 
-    def renew(self, whole: list[Tensor], newer: Tensor | None = None) -> None:
-        """A sync step's keys and values become the first version.
+    @classmethod
+    def like(cls, fresh: Sequence[Tensor], tokens: int, *, two: bool) -> Slot:
+        """An empty slot for keys and values like `fresh`, but of so many tokens.
 
         Args:
-            whole: not read by anyone else.
+            two: whether it has a second version.
+        """
+        shapes = [(*x.shape[:-2], tokens, x.shape[-1]) for x in fresh]
+        first = [x.new_empty(shape) for x, shape in zip(fresh, shapes, strict=True)]
+        return cls(first, [torch.empty_like(x) for x in first] if two else [])
+
+    def fits(self, fresh: Sequence[Tensor], tokens: int) -> bool:
+        """Whether keys and values like `fresh`, but of so many tokens, are of this slot's kind."""
+        return all(
+            (x.shape[:-2], tokens, x.shape[-1], x.dtype, x.device)
+            == (y.shape[:-2], y.shape[-2], y.shape[-1], y.dtype, y.device)
+            for x, y in zip(fresh, self.first, strict=True)
+        )
+
+    def make_room(self, newer: Tensor | None = None) -> None:
+        """Before a sync step's keys and values are written as the first version.
+
+        Args:
             newer: whether the first was each token's newer version; None: it was for all.
         """
         if self.second and newer is None:
-            self.second = self.first
+            self.first, self.second = self.second, self.first
         elif newer is not None:
             for first, second in zip(self.first, self.second, strict=True):
                 torch.where(newer[:, None], first, second, out=second)
-        self.first = whole
 
-    def write(
-        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """One part's keys and values of this step, over what was remembered. Returns the whole."""
+    def settle(self, *, alone: bool) -> None:
+        """After a sync step's keys and values were written as the first version.
+
+        Args:
+            alone: whether they are all that is known.
+        """
+        for first, second in zip(self.first, self.second if alone else (), strict=False):
+            second.copy_(first)
+
+    def write(self, index: Tensor, fresh: Sequence[Tensor]) -> list[Tensor]:
+        """One part's keys and values of this step, over what was remembered. Returns the whole.
+
+        Args:
+            index: see `Places`.
+            fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
+        """
         for whole, x in zip(self.first, fresh, strict=True):
-            write(whole, -2, lengths, world_size, part, x)
+            whole.index_copy_(-2, index, x)
         return self.first
 
     def predict(
@@ -159,7 +184,7 @@ class Slot:
 
         Args:
             ages: which look at this step's time, and know of the part's new version if it is kept.
-            sources: see `Ages.sources`.
+            sources: see `Places`.
             fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
             keep: whether to remember them, over the older version of each token.
         """
@@ -169,9 +194,7 @@ class Slot:
             for first, second, x in versions
         ]
 
-    def packets(
-        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    def packets(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the other ranks need of this one's keys and values, to `land` it in the next step.
 
         Args: as for `write`.
@@ -188,60 +211,63 @@ class Slot:
 
 
 @dataclass
-class ChangeSlot:
-    """A `Slot` of each token's last version and of its change until then, in 8 bits.
+class ChangeSlot(Slot):
+    """A slot of each token's last version and, in place of another, of the change until then.
 
     What travels is the change as well: from what all ranks remember of a part to what one of them
     has computed. All add the same rounded change to the same version, so what rounding took away is
     in the next change, and no error grows (error feedback: Seide et al. 2014).
 
     Attributes:
-        version: keys and values, each (batch, heads, all tokens, head dim).
-        changes: those of each in rows; see `piflux.runtime.exchange`.
+        first: the last versions.
+        second: their changes, in rows; see `piflux.runtime.exchange`.
         coming: `displaced`: the all-gathers of the last step's changes.
-        parts: the part that each rank computed when it sent `coming`.
     """
 
-    version: list[Tensor]
-    changes: list[Tensor]
-    coming: list[Gathering] = field(default_factory=list)
-    parts: tuple[int, ...] = ()
+    _before: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, whole: list[Tensor]) -> ChangeSlot:
-        """A first sync step's keys and values, which have not changed yet."""
+    def like(cls, fresh: Sequence[Tensor], tokens: int, *, two: bool = True) -> ChangeSlot:
+        """See `Slot.like`."""
+        first = Slot.like(fresh, tokens, two=False).first
+        shapes = [(*x.shape[:-1], row_bytes(x.shape[-1])) for x in first]
         rows = [
-            x.new_zeros((*x.shape[:-1], row_bytes(x.shape[-1])), dtype=torch.uint8) for x in whole
+            x.new_empty(shape, dtype=torch.uint8) for x, shape in zip(first, shapes, strict=True)
         ]
-        return cls(whole, rows)
+        return cls(first, rows)
 
-    def renew(self, whole: list[Tensor], newer: Tensor | None = None) -> None:
-        """See `Slot.renew`."""
-        self.changes = [compress(x, old) for x, old in zip(whole, self.version, strict=True)]
-        self.version = whole
+    def make_room(self, newer: Tensor | None = None) -> None:
+        """See `Slot.make_room`."""
+        self._before = [x.clone() for x in self.first]
+
+    def settle(self, *, alone: bool) -> None:
+        """See `Slot.settle`."""
+        for rows in self.second if alone else ():
+            rows.zero_()
+        for rows, now, before in zip(self.second, self.first, self._before, strict=False):
+            rows.copy_(compress(now, before))
+        self._before = []
 
     def predict(
         self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
     ) -> list[Tensor]:
         """See `Slot.predict`."""
-        held = zip(self.version, self.changes, fresh, strict=True)
+        held = zip(self.first, self.second, fresh, strict=True)
         return [
             exchange_changes(version, rows, x, sources, ages.ahead, keep)
             for version, rows, x in held
         ]
 
-    def packets(
-        self, lengths: Sequence[int], world_size: int, part: int, fresh: Sequence[Tensor]
-    ) -> Sequence[Tensor]:
+    def packets(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
         """See `Slot.packets`."""
         return [
-            compress(x, cut(version, -2, lengths, world_size, part))
-            for version, x in zip(self.version, fresh, strict=True)
+            compress(x, version.index_select(-2, index))
+            for version, x in zip(self.first, fresh, strict=True)
         ]
 
     def land(self, lengths: Sequence[int]) -> None:
         """See `Slot.land`."""
-        for version, rows, gathering in zip(self.version, self.changes, self.coming, strict=False):
+        for version, rows, gathering in zip(self.first, self.second, self.coming, strict=False):
             join(gathering.wait(), self.parts, -2, lengths, rows)
             advance(version, rows)
         self.coming = []

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.runtime.slots import Ages, ChangeSlot, Slot, clock_scale, log_snr
+from piflux.runtime.memory import Memory
+from piflux.runtime.slots import clock_scale, log_snr
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
@@ -64,14 +65,16 @@ class Seen:
 
 @dataclass
 class Stream:
-    """The calls of one generation that share conditions, and their cache slots.
+    """The calls of one generation that share conditions, and what they remember.
 
     Attributes:
         graph: the compiled graph that they run.
         conditions: what they share.
         used: the number of the latest call.
+        kind: what another stream has to share to use the same memory: graph and shapes.
+        memory: keys and values.
         index: the latest step, -1 before the first.
-        slots: by rank and attention.
+        now: the step's time, a scalar; see `log_snr`.
         clocks: the latest values, where the generation is inferred.
         latents: likewise.
         direction: the way in which the clocks move, 0 as long as they have not.
@@ -80,63 +83,24 @@ class Stream:
     graph: object
     conditions: list[Seen]
     used: int
+    kind: Any = None
+    memory: Memory = field(default_factory=Memory)
     index: int = -1
-    slots: dict[tuple[int, int], Slot | ChangeSlot] = field(default_factory=dict)
+    now: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0
     _scales: list[Tensor] = field(default_factory=list)
-    # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
-    _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
-    # Those that know of this step, with what the first slot's exchange found.
-    _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
-    _now: Tensor = field(default_factory=lambda: torch.tensor(0.0))
 
     def restart(self) -> None:
+        """The next step is the first."""
         self.index, self.direction = -1, 0
-        self.slots.clear()
 
     def tick(self, clocks: Sequence[Tensor]) -> None:
         """A step begins at these clocks."""
         if self.index == 0:
             self._scales = [clock_scale(clock) for clock in clocks]
-        self._now = log_snr(clocks, self._scales, self.index)
-        self._told.clear()
-
-    def synced(self, rank: int, lengths: tuple[int, ...], device: torch.device) -> Tensor:
-        """This step computes all tokens of the segments `lengths` that `rank` remembers.
-
-        Returns:
-            (tokens,) of bool: whether a token's first version was its newer one.
-        """
-        key = rank, lengths
-        if key not in self._told:
-            now = self._now.to(device)
-            if self.index == 0:
-                self._ages[key] = Ages(lengths, now)
-            self._told[key] = self._ages[key].renew(now)
-        return self._told[key]
-
-    def ages(
-        self, rank: int, lengths: tuple[int, ...], world_size: int, part: int, keep: bool
-    ) -> tuple[Ages, Tensor]:
-        """The ages that look at this step's time, and the sources of `part`.
-
-        Args:
-            keep: whether the part's new versions alone are remembered; else all, as they arrive.
-        """
-        key = rank, lengths
-        ages = self._ages[key]
-        sources = ages.sources(world_size, part)
-        if key not in self._told:
-            now = self._now.to(sources.device)
-            ages.look(now)
-            if keep:
-                ages.renew_part(world_size, part, now)
-            else:
-                ages.renew(now)
-            self._told[key] = sources
-        return ages, sources
+        self.now = log_snr(clocks, self._scales, self.index)
 
     def observe(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
         """Whether this call is certainly the next step after the last observed one.

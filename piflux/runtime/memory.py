@@ -1,0 +1,137 @@
+"""What a stream remembers between its steps, and the tables that steps read to know their part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from piflux.parts import places
+from piflux.runtime.replay import Replay
+from piflux.runtime.slots import Ages, Slot
+
+
+class Places:
+    """Where the tokens of the part at hand stand, in tensors that are written over at each turn.
+
+    So the part is data: a recorded step (`piflux.runtime.replay`) serves every part.
+
+    Args:
+        lengths: of the segments whose tokens these are.
+        world_size: the number of parts.
+        part: the part at hand.
+        device: where the tables are.
+
+    Attributes:
+        index: (part tokens,) in int64: the place of each in the whole.
+        sources: (all tokens,) in int32: where in the part a token stands; -1 if it is of another.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], world_size: int, part: int, device: torch.device
+    ) -> None:
+        every = torch.stack([places(lengths, world_size, p) for p in range(world_size)])
+        sources = torch.full((world_size, sum(lengths)), -1, dtype=torch.int32)
+        sources.scatter_(1, every, torch.arange(every.shape[1], dtype=torch.int32).expand_as(every))
+        self._every = every.to(device)
+        self._sources = sources.to(device)
+        self.index = self._every[part].clone()
+        self.sources = self._sources[part].clone()
+
+    def turn(self, part: int) -> None:
+        """Now `part` is at hand."""
+        self.index.copy_(self._every[part])
+        self.sources.copy_(self._sources[part])
+
+
+@dataclass(eq=False)
+class Memory:
+    """Cache slots and their ages, by rank.
+
+    It outlives its stream where steps are recorded, for the next stream of the same shapes: what is
+    recorded is tied to addresses.
+
+    Attributes:
+        slots: by rank and attention.
+        replays: by rank, its recorded steady step.
+        seen: by rank, what was the same at its last step that was not recorded; see `Recorded`.
+    """
+
+    slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
+    replays: dict[int, Replay] = field(default_factory=dict)
+    seen: dict[int, Any] = field(default_factory=dict)
+    # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
+    _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
+    _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)
+    # Those that know of this sync step, with what the first slot's exchange found.
+    _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+
+    def places(
+        self, lengths: tuple[int, ...], world_size: int, part: int, device: torch.device
+    ) -> Places:
+        """The tables for segments of these lengths, with `part` at hand if they are new."""
+        key = lengths, device
+        if key not in self._places:
+            self._places[key] = Places(lengths, world_size, part, device)
+        return self._places[key]
+
+    def turn(self, rank: int, world_size: int, part: int, now: Tensor | None, *, own: bool) -> None:
+        """A rank begins its part of a step; what the step needs to know is written down for it.
+
+        Args:
+            rank: which.
+            world_size: the number of parts.
+            part: the rank's.
+            now: the step's time if this step predicts.
+            own: whether it then remembers its own part alone; else all, as they arrive.
+        """
+        for tables in self._places.values():
+            tables.turn(part)
+        if now is None:
+            return
+        for (whose, lengths), ages in self._ages.items():
+            if whose == rank:
+                here = now.to(ages.line.device)
+                ages.look(here)
+                if own:
+                    tables = self.places(lengths, world_size, part, here.device)
+                    ages.renew_part(tables.sources >= 0, here)
+                else:
+                    ages.renew(here)
+
+    def begin_sync(self) -> None:
+        """A sync step begins, which no age knows of."""
+        self._told.clear()
+
+    def synced(
+        self, rank: int, lengths: tuple[int, ...], now: Tensor, device: torch.device, *, first: bool
+    ) -> Tensor:
+        """This step computes all tokens of the segments `lengths` that `rank` remembers.
+
+        Args:
+            rank: which.
+            lengths: of the segments.
+            now: the step's time.
+            device: where the slots are.
+            first: whether nothing is remembered from before.
+
+        Returns:
+            (tokens,) of bool: whether a token's first version was its newer one.
+        """
+        key = rank, lengths
+        if key not in self._told:
+            here = now.to(device)
+            if key not in self._ages:
+                self._ages[key] = Ages(lengths, here)
+            ages = self._ages[key]
+            if first:
+                ages.begin(here)
+            self._told[key] = ages.renew(here)
+        return self._told[key]
+
+    def ages(self, rank: int, lengths: tuple[int, ...]) -> Ages:
+        """Of the slots of `rank` whose tokens are of segments of these lengths."""
+        return self._ages[rank, lengths]

@@ -1,0 +1,146 @@
+"""Steady steps as CUDA graphs: their kernels are recorded once, from then on launched at once.
+
+Where each rank has a small part to compute, the host can't issue kernels as fast as the GPU runs
+them. A steady step of `rotate` holds no collective but the last, computes the same shapes each
+time, and finds its part and its caches at fixed addresses, so one recording serves every later step
+and, since memory outlives its stream, every later image.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+if TYPE_CHECKING:
+    from piflux.runtime.cache import Runtime
+
+log = logging.getLogger(__name__)
+
+DEVICE = "cuda"
+"""Where work can be recorded."""
+
+Head = Callable[..., Sequence[Any]]
+
+
+def record(run: Callable[[], Sequence[Any]], pool: Any) -> tuple[Callable[[], None], Sequence[Any]]:
+    """Record what `run` launches on the GPU, without running it.
+
+    Args:
+        run: reads and writes tensors that stay where they are.
+        pool: the memory that recordings share; what one returns is read before another runs.
+
+    Returns:
+        What launches it again, and the tensors that `run` returned, which are then written over.
+    """
+    graph = torch.cuda.CUDAGraph()
+    # Of this thread alone: NCCL's watchdog polls events from its own.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        outputs = run()
+    return graph.replay, outputs
+
+
+class Replay:
+    """One recorded step of one rank.
+
+    Args:
+        head: what to record.
+        args: its arguments.
+        moving: which of them are other tensors at each call. They are copied to fixed places; the
+            others must be at the same addresses again.
+        pool: see `record`.
+
+    Attributes:
+        key: what has to be the same at later calls; see `fixed`.
+    """
+
+    def __init__(self, head: Head, args: Sequence[Any], moving: Sequence[int], pool: Any) -> None:
+        self.key = fixed(args, moving)
+        self._moving = moving
+        self._copies = [_span(args[i]).clone() for i in moving]
+        held = list(args)
+        for i, copy in zip(moving, self._copies, strict=True):
+            held[i] = copy.as_strided(args[i].shape, args[i].stride(), 0)
+        self._launch, self._outputs = record(lambda: head(*held), pool)
+        self._held = held  # the recording reads their memory
+
+    def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
+        """What `head` returns for `args`; the tensors are written over by the next call."""
+        for i, copy in zip(self._moving, self._copies, strict=True):
+            copy.copy_(_span(args[i]))
+        self._launch()
+        return self._outputs
+
+
+class Recorded:
+    """A graph's head, the work before its last collective, which is recorded in steady steps.
+
+    Args:
+        runtime: of the model.
+        head: the compiled head.
+        moving: positions of its arguments that are other tensors at each call.
+    """
+
+    def __init__(self, runtime: Runtime, head: Head, moving: Sequence[int]) -> None:
+        self._runtime = runtime
+        self._head = head
+        self._moving = moving
+        self._pool: Any = None
+        self._fails = False
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        stream, step = self._runtime.now
+        if step.sync or self._fails or not self._can_be_recorded(args):
+            return self._head(*args)
+        rank, replays = self._runtime.rank, stream.memory.replays
+        key = fixed(args, self._moving)
+        if rank not in replays or replays[rank].key != key:
+            # Only what is the same twice in a row, so that nothing is recorded at each call. The
+            # first time also makes what kernels need at their first run.
+            replays.pop(rank, None)
+            if stream.memory.seen.get(rank) != key:
+                stream.memory.seen[rank] = key
+                return self._head(*args)
+            try:
+                replays[rank] = Replay(self._head, args, self._moving, self._shared_pool())
+            except RuntimeError as error:
+                self._fails = True
+                log.warning("steps are launched kernel by kernel, a recording failed: %s", error)
+                return self._head(*args)
+        return replays[rank](args)
+
+    def _can_be_recorded(self, args: Sequence[Any]) -> bool:
+        return all(
+            x.device.type == DEVICE or x.dim() == 0 and i not in self._moving
+            for i, x in enumerate(args)
+            if isinstance(x, Tensor)
+        )
+
+    def _shared_pool(self) -> Any:
+        if self._pool is None and torch.cuda.is_available():
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+def fixed(args: Sequence[Any], moving: Sequence[int]) -> tuple[Any, ...]:
+    """The arguments that don't move: numbers by value, tensors by where they are."""
+    return tuple(
+        _address(x) if isinstance(x, Tensor) else x for i, x in enumerate(args) if i not in moving
+    )
+
+
+def _address(x: Any) -> Any:
+    if is_traceable_wrapper_subclass(x):
+        names, _ = x.__tensor_flatten__()
+        return tuple(_address(getattr(x, name)) for name in names)
+    return x.item() if x.device.type != DEVICE else x.data_ptr()
+
+
+def _span(x: Tensor) -> Tensor:
+    """The memory from the first element of `x` to its last, as one dimension."""
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return x.as_strided((extent,), (1,))

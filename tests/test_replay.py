@@ -1,0 +1,235 @@
+"""Steady steps that are recorded once: the images stay the same, whatever changes between calls.
+
+A GPU records kernels in a CUDA graph. Its twin here is a tape of the ops that ran: played again, it
+knows the tensors by address and nothing of Python, so what a step left to Python would show.
+"""
+
+import itertools
+
+import pytest
+import torch
+from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from test_virtual_ranks import STEPS, image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import piflux
+from piflux.runtime import ops, replay
+
+SAME = 1e-6
+
+
+class Tape(TorchDispatchMode):
+    """Every op below piflux's own, with the tensors that it read and made."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "piflux":
+            # As on a GPU: Python runs while the tape does, and is not on it.
+            with self:
+                return getattr(ops, func._opname)._init_fn(*args, **kwargs)
+        made = func(*args, **kwargs)
+        self.steps.append((func, args, kwargs, made))
+        return made
+
+    def play(self):
+        for func, args, kwargs, made in self.steps:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Recorder:
+    """Stands in for `replay.record`, and counts."""
+
+    def __init__(self):
+        self.recorded = self.played = 0
+
+    def record(self, run, pool):
+        self.recorded += 1
+        tape = Tape()
+        with tape:
+            outputs = run()
+        # Recording launches nothing: what `run` computed by the way must not be needed.
+        for x in outputs:
+            if isinstance(x, torch.Tensor):
+                x.fill_(torch.nan)
+
+        def play():
+            self.played += 1
+            tape.play()
+
+        return play, outputs
+
+
+def as_captured(gm, example_inputs):
+    """An inner compiler, as 'eager' is, for which graphs are prepared as for inductor."""
+    return gm.forward
+
+
+def on_tape(monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "record", recorder.record)
+    return recorder
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    return on_tape(monkeypatch)
+
+
+def parallel(model, n, inner, **options):
+    return piflux.parallelize(model, group=piflux.virtual_ranks(n), inner=inner, **options)
+
+
+def check(n, cases, recorded, played, recorder, **options):
+    """Images of `cases`, one after the other, recorded and not, are the same."""
+    model = tiny_flux(double=2, single=2)
+    plain, taped = (parallel(model, n, inner, **options) for inner in ("eager", as_captured))
+    for inputs in cases:
+        assert (image(plain, inputs) - image(taped, inputs)).abs().max() <= SAME
+    assert (recorder.recorded, recorder.played) == (recorded, played)
+
+
+STEADY = STEPS - 2  # two sync steps by default
+
+
+@pytest.mark.parametrize("options", [{}, {"order": 0}])
+def test_one_recording_serves_all_parts_and_images(recorder, options):
+    """The first steady step of a rank runs as it is, the second is recorded."""
+    cases = [flux_inputs(seed=seed) for seed in range(3)]
+    check(3, cases, 3, 3 * (3 * STEADY - 1), recorder, **options)
+
+
+def test_refreshed_caches_stay_where_they_are(recorder):
+    check(2, [flux_inputs()], 2, 2 * (STEPS - 4), recorder, sync_steps=2, refresh_every=3)
+
+
+def test_another_size_is_recorded_anew(recorder):
+    small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
+    check(2, [small, large, small], 6, 3 * 2 * (STEADY - 1), recorder)
+
+
+def test_what_is_left_of_a_graph_computes_the_same(recorder):
+    """SD3 makes a picture of its tokens after they are gathered."""
+    model, inputs = tiny_sd3(), sd3_inputs()
+    plain, taped = parallel(model, 2, "eager"), parallel(model, 2, as_captured)
+    assert (image(plain, inputs) - image(taped, inputs)).abs().max() <= SAME
+    assert recorder.played == 2 * (STEADY - 1)
+
+
+def two_prompts(model):
+    """Steps of two prompts by turns, as guidance has them, twice."""
+    first, second = flux_inputs(seed=1), flux_inputs(seed=2)
+    latents = []
+    for seed in range(2):
+        x = flux_inputs(seed=seed)["hidden_states"]
+        with piflux.generation(model):
+            for now, then in itertools.pairwise(torch.linspace(1, 0, STEPS + 1)):
+                step = {"hidden_states": x, "timestep": now.expand(1), "return_dict": False}
+                a, b = (model(**prompt | step)[0] for prompt in (first, second))
+                x = x + (then - now) * (a + 0.5 * (a - b))
+        latents.append(x)
+    return torch.stack(latents)
+
+
+def test_each_prompt_has_its_recording(recorder):
+    model = tiny_flux()
+    want = two_prompts(parallel(model, 2, "eager"))
+    assert (two_prompts(parallel(model, 2, as_captured)) - want).abs().max() <= SAME
+    assert recorder.recorded == 4  # two ranks, two prompts
+    assert recorder.played == 2 * 2 * (2 * STEADY - 1)
+
+
+def weight(model):
+    return model.single_transformer_blocks[0].proj_out
+
+
+def test_parameters_may_change_in_place_and_may_move(recorder):
+    model, inputs = tiny_flux(), flux_inputs()
+    plain, taped = parallel(model, 2, "eager"), parallel(model, 2, as_captured)
+    images = [image(taped, inputs)]
+    with torch.no_grad():
+        weight(model).weight.mul_(1.5)
+    images.append(image(taped, inputs))
+    assert recorder.recorded == 2
+    assert (images[1] - image(plain, inputs)).abs().max() <= SAME
+    assert (images[1] - images[0]).abs().max() > 100 * SAME
+    with torch.no_grad():
+        weight(model).weight.data = weight(model).weight * 1.5
+    images.append(image(taped, inputs))
+    assert recorder.recorded == 4
+    assert (images[2] - image(plain, inputs)).abs().max() <= SAME
+
+
+def test_an_image_that_failed_leaves_nothing_to_the_next(recorder):
+    """Numbers that are not finite must not outlive the image that made them."""
+    model, inputs = tiny_flux(), flux_inputs()
+    taped = parallel(model, 2, as_captured)
+    assert (
+        not image(taped, inputs | {"pooled_projections": torch.full((1, 16), torch.inf)})
+        .isfinite()
+        .all()
+    )
+    want = image(parallel(model, 2, "eager"), inputs)
+    assert (image(taped, inputs) - want).abs().max() <= SAME
+
+
+@pytest.mark.parametrize("policy", ["gather", "displaced"])
+def test_steps_with_collectives_are_not_recorded(recorder, policy):
+    check(2, [flux_inputs()], 0, 0, recorder, policy=policy)
+
+
+def test_an_input_on_another_device_is_not_recorded(recorder, monkeypatch):
+    """What is read from the host's memory would be recorded as it was."""
+    monkeypatch.setattr(replay, "DEVICE", "cuda")
+    check(2, [flux_inputs()], 0, 0, recorder)
+
+
+def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
+    def fail(run, pool):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "record", fail)
+    model, inputs = tiny_flux(), flux_inputs()
+    got = image(parallel(model, 2, as_captured), inputs)
+    assert (got - image(parallel(model, 2, "eager"), inputs)).abs().max() <= SAME
+    assert [r.levelname for r in caplog.records if "not permitted" in r.message] == ["WARNING"]
+
+
+def real(rank, group):
+    """Two images by real ranks, recorded and not."""
+    images = []
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = on_tape(patch)
+        for inner in ("eager", as_captured):
+            model = piflux.parallelize(tiny_flux(), group=group, inner=inner)
+            images += [image(model, flux_inputs(seed=seed)) for seed in range(2)]
+    return images, recorder.recorded, recorder.played
+
+
+def test_over_real_ranks(ranks):
+    for (first, second, *taped), recorded, played in ranks(3, real):
+        assert (first - taped[0]).abs().max() <= SAME
+        assert (second - taped[1]).abs().max() <= SAME
+        assert (recorded, played) == (1, 2 * STEADY - 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins are above")
+@pytest.mark.parametrize("options", [{}, {"order": 0}])
+def test_cuda_graphs(options, caplog):
+    model = tiny_flux(double=2, single=2).cuda()
+    cases = [{k: v.cuda() for k, v in flux_inputs(seed=seed).items()} for seed in range(3)]
+    plain, recorded = (parallel(model, 3, inner, **options) for inner in ("eager", as_captured))
+    for inputs in cases:
+        assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
+    memories = [m for kind in recorded._piflux_compiler.runtime._spare.values() for m in kind]
+    assert [len(m.replays) for m in memories] == [3]
+    assert not caplog.records
