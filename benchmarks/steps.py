@@ -70,7 +70,7 @@ def image(call: nn.Module, inputs: dict[str, Tensor], steps: int) -> list[float]
     sigmas = torch.linspace(1, 0, steps + 1).tolist()
     timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
     marks = [mark(on_gpu)]
-    with piflux.generation(call):
+    with piflux.generation(call, timesteps=timesteps[:-1]):
         for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
             step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
             latents = latents + (then - now) * call(**step, return_dict=False)[0]
@@ -87,7 +87,7 @@ def last_step(
     latents = inputs["hidden_states"]
     timesteps = torch.linspace(1, 0, steps + 1, device=latents.device, dtype=latents.dtype)
     found: list[tuple[str, int, float]] = []
-    with piflux.generation(call):
+    with piflux.generation(call, timesteps=timesteps[:-1]):
         for i in range(steps):
             synchronize(latents.is_cuda)
             step = inputs | {"timestep": timesteps[i : i + 1]}

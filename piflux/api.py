@@ -10,7 +10,7 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from piflux.compiler import Compiler, make_compiler
 from piflux.groups import check_device
@@ -201,7 +201,7 @@ def _compilers(target: Any) -> list[Compiler]:
 
 
 @contextlib.contextmanager
-def generation(target: Any) -> Iterator[None]:
+def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None]:
     """One image: inside the block calls are its denoise steps, and the first is step 0.
 
     A parallelized pipeline does this by itself at every call. Without it the beginning of an image
@@ -210,13 +210,18 @@ def generation(target: Any) -> Iterator[None]:
 
     Args:
         target: what `parallelize` gave.
+        timesteps: (steps,): those that the model will be called with, in any order, or the
+            scheduler's, which diffusers' models get as thousandths. What depends on them alone is
+            then computed for all steps at once.
 
     Raises:
         TypeError: the target isn't parallelized.
+        StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
+    foreseen = None if timesteps is None else lambda: timesteps
     with contextlib.ExitStack() as stack:
         for compiler in _compilers(target):
-            stack.enter_context(compiler.runtime.generation())
+            stack.enter_context(compiler.runtime.generation(foreseen))
         yield
 
 

@@ -65,7 +65,7 @@ LINKS = {
 ROW_TIMEOUT_S = 1800
 
 Model = Callable[..., Any]
-Generation = Callable[[], contextlib.AbstractContextManager[Any]]
+Generation = Callable[[Tensor], contextlib.AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ class Row:
     """A way to run the model.
 
     Attributes:
-        prepare: from the untouched model to what is called at each step, and what opens an image.
+        prepare: from the untouched model to what is called at each step, and what opens an image
+            of given timesteps.
         alone: whether it is one rank's.
         needs_gpu: whether it has no CPU counterpart.
     """
@@ -162,7 +163,7 @@ def _piflux(**options: Any) -> Callable[[nn.Module, bool], tuple[Model, Generati
         # A CPU machine may have no C++ compiler for inductor.
         inner = "inductor" if on_gpu else "eager"
         parallel = piflux.parallelize(model, inner=inner, **options)
-        return parallel, lambda: piflux.generation(parallel)
+        return parallel, lambda timesteps: piflux.generation(parallel, timesteps=timesteps)
 
     return prepare
 
@@ -211,17 +212,14 @@ def measure(settings: Settings) -> Result:
     result = Result(settings.row, settings.ranks)
     with torch.no_grad():
         start = time.perf_counter()
-        with generation():
-            _image(call, inputs, 2)
+        _image(call, generation, inputs, 2)
         synchronize(on_gpu)
         result.first_call_s = time.perf_counter() - start
-        with generation():
-            _image(call, inputs, settings.steps)
+        _image(call, generation, inputs, settings.steps)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(settings.images):
-            with generation():
-                result.step_ms += _image(call, inputs, settings.steps)
+            result.step_ms += _image(call, generation, inputs, settings.steps)
     if on_gpu:
         result.peak_memory_gib = torch.cuda.max_memory_allocated() / 2**30
     _explain(call, result)
@@ -286,16 +284,19 @@ def random_flux(
     return model
 
 
-def _image(call: Model, inputs: dict[str, Tensor], steps: int) -> list[float]:
+def _image(
+    call: Model, generation: Generation, inputs: dict[str, Tensor], steps: int
+) -> list[float]:
     """One denoise loop of Euler steps: milliseconds of each."""
     latents = inputs["hidden_states"]
     sigmas = torch.linspace(1, 0, steps + 1).tolist()
     timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
     marks = [mark(latents.is_cuda)]
-    for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
-        step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
-        latents = latents + (then - now) * call(**step, return_dict=False)[0]
-        marks.append(mark(latents.is_cuda))
+    with generation(timesteps[:-1]):
+        for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+            step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
+            latents = latents + (then - now) * call(**step, return_dict=False)[0]
+            marks.append(mark(latents.is_cuda))
     return between(marks)
 
 

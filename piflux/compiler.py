@@ -14,18 +14,20 @@ from torch._dynamo.exc import InvalidBackend
 from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.enclose import HEAD, enclose
+from piflux.passes.hoist import HOISTED, hoist
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
-from piflux.passes.plan import Axis, Context, Plan, plain_name, tensors
+from piflux.passes.plan import Context, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
-from piflux.passes.rules import op_name
+from piflux.passes.roles import roles_of
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
-from piflux.pieces import Inner, compile_pieces
+from piflux.pieces import Inner, compile_piece, compile_pieces, replace
 from piflux.report import GraphReport
 from piflux.runtime import replay
 from piflux.runtime.cache import Runtime
+from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.replay import Recorded
 from piflux.runtime.streams import Roles
@@ -37,7 +39,7 @@ PASSES = (
     shard,  # sizes are read off the whole example values, so before they change
     propagate,  # last: every example value becomes that of a part
 )
-# `enclose` and `outline` come after, once the report and the roles have been read off single nodes.
+# `hoist`, `enclose` and `outline` come after, once the report has been read off single nodes.
 
 
 class Compiler:
@@ -76,9 +78,9 @@ class Compiler:
         # the machine it is developed on.
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
         self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
-        roles = _roles(gm, ctx.plan)
-        compiled = self._compile(gm, ctx, example_inputs, roles)
-        return compiled if world_size == 1 else _PerCall(self.runtime, roles, compiled, whole)
+        roles = roles_of(gm, ctx.plan)
+        compiled = self._compile(gm, ctx, example_inputs)
+        return _PerCall(self.runtime, roles, compiled, whole)
 
     def _whole(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any]
@@ -93,31 +95,30 @@ class Compiler:
         return self._compile(uncut, ctx, example_inputs)
 
     def _compile(
-        self,
-        gm: fx.GraphModule,
-        ctx: Context,
-        example_inputs: Sequence[Any],
-        roles: Roles | None = None,
+        self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
-        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none.
-
-        Args:
-            roles: of the inputs, where steady steps may be recorded.
-        """
+        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
         if self.inner is lookup_backend("eager"):
             return self.inner(gm, list(example_inputs))
-        if roles is not None and self._records(gm):
-            run_passes(gm, ctx, (enclose,))
-        head = next(iter(gm.children()), None)
-        run_passes(gm if head is None else head, ctx, (outline,))  # type: ignore[arg-type]
-        if not any(gm.children()):
-            return self.inner(gm, list(example_inputs))
-        compiled = compile_pieces(gm, self.inner)
-        if head is not None and roles is not None:
-            recorded = Recorded(self.runtime, getattr(gm, HEAD), _moving(gm, roles))
-            setattr(gm, HEAD, recorded)
+        roles, records = roles_of(gm, ctx.plan), self._records(gm)
+        run_passes(gm, ctx, (hoist, enclose))
+        calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
+        if HEAD not in calls:
+            run_passes(gm, ctx, (outline,))
+            pieces = any(gm.children())
+            return compile_pieces(gm, self.inner) if pieces else self.inner(gm, [*example_inputs])
+        run_passes(getattr(gm, HEAD), ctx, (outline,))
+        inputs = gm.graph.find_nodes(op="placeholder")
+        if HOISTED in calls:
+            clocks = _positions(calls[HOISTED], {inputs[i] for i in roles.clocks})
+            replace(gm, HOISTED, Hoisted(self.runtime, gm.get_submodule(HOISTED), clocks))
+        head = compile_piece(gm.get_submodule(HEAD), self.inner)
+        if records:
+            moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
+            head = Recorded(self.runtime, head, _positions(calls[HEAD], moving))
             self.runtime.recycles = True
-        return compiled
+        replace(gm, HEAD, head)
+        return gm.forward
 
     def _records(self, gm: fx.GraphModule) -> bool:
         """Whether steady steps hold no collective but the last and can be recorded."""
@@ -145,8 +146,11 @@ class _PerCall:
 
     def __call__(self, *args: Any) -> Any:
         runtime = self.runtime
-        assert runtime.ranks is not None
+        if runtime.ranks is None and not runtime.foresees:
+            return self.part(*args)  # a model like any other
         with runtime.call(self, self.roles, args) as step:
+            if runtime.ranks is None:
+                return self.part(*args)
             return runtime.ranks.run(step.sync, self._part, self.whole, args)
 
     def _part(self, *args: Any) -> Any:
@@ -220,70 +224,6 @@ def make_compiler(
     return Compiler(schedule, ranks, inner)
 
 
-def _roles(gm: fx.GraphModule, plan: Plan) -> Roles:
-    """Sort the graph's inputs: what the output's tokens come from is latent, small ones are clocks.
-
-    Read off the plan, so that it holds for any model: the segments of a joined output name the
-    places where they were born, and the inputs upstream of those are the latents.
-    """
-    output_segments = {
-        segment
-        for _, value in plan.joins
-        for dim in plan.joins[_, value]
-        for segment in plan.layout(Axis(value.node, dim, value.item))
-    }
-    births = {
-        value.node
-        for (_, value), dims in plan.cuts.items()
-        if any(
-            segment in output_segments
-            for dim in dims
-            for segment in plan.layout(Axis(value.node, dim, value.item))
-        )
-    }
-    upstream = set(births)
-    for node in reversed(gm.graph.nodes):
-        if any(user in upstream for user in node.users):
-            upstream.add(node)
-    latents: list[int] = []
-    clocks: list[int] = []
-    conditions: list[int] = []
-    names: dict[int, str] = {}
-    for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        if not tensors(node) or _is_of_the_model(node):
-            continue
-        names[position] = plain_name(node)
-        if tensors(node)[0].dim() <= 1 and not _is_looked_up(node):
-            clocks.append(position)
-        else:
-            (latents if node in upstream else conditions).append(position)
-    return Roles(tuple(latents), tuple(clocks), tuple(conditions), names)
-
-
-def _moving(gm: fx.GraphModule, roles: Roles) -> list[int]:
-    """The arguments of the graph's head that are other tensors at each call."""
-    inputs = gm.graph.find_nodes(op="placeholder")
-    moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
-    (call,) = gm.graph.find_nodes(op="call_module", target=HEAD)
-    return [i for i, node in enumerate(call.args) if node in moving]
-
-
-def _is_looked_up(node: fx.Node) -> bool:
-    """Whether an input indexes a table, as the labels of classes do and no clock."""
-    return any(
-        op_name(user) == "embedding"
-        or op_name(user) in ("getitem", "index_select")
-        and user.args[0] is not node
-        for user in node.users
-    )
-
-
-def _is_of_the_model(node: fx.Node) -> bool:
-    """Whether an input is a module's tensor, or a Python number that Dynamo made a tensor.
-
-    A parameter need not be the model's: prompts are learned, too.
-    """
-    argument = node.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    module = source is not None and "MODULE" in source.guard_source.name
-    return module or getattr(argument, "pass_arg_as_tensor", False)
+def _positions(call: fx.Node, nodes: set[fx.Node]) -> list[int]:
+    """Which arguments of a call are among `nodes`."""
+    return [i for i, node in enumerate(call.args) if node in nodes]

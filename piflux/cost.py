@@ -15,11 +15,9 @@ from typing import Any
 from torch import fx
 
 from piflux.passes.plan import Context, example_size, tensors
-from piflux.passes.rules import op_name
+from piflux.passes.rules import PRODUCTS, op_name
 from piflux.report import GraphReport
 from piflux.schedule import Policy, Schedule
-
-PRODUCTS = ("linear", "matmul", "mm", "bmm")
 
 PRICE_OF_EXACT = 0.05
 """Of a step's compute: what 'auto' pays for keys and values that are exact. A preference; nothing

@@ -52,6 +52,10 @@ class RanksDisagree(PifluxError):
     """The ranks were called with different inputs, settings or versions."""
 
 
+class StepsUnforeseen(PifluxError):
+    """An image's steps came at other times than were announced; what was drawn is not right."""
+
+
 class CannotLoad(PifluxError):
     """A folder's pipeline can't be read, or isn't one that is known."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,25 +16,36 @@ Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
 
 def compile_pieces(gm: fx.GraphModule, inner: Inner) -> Callable[..., Any]:
-    """Compile each piece of a graph, and each piece of those, once. Returns it as a callable.
+    """Compile each piece of a graph once. Returns the graph as a callable.
 
     Raises:
         Exception: whatever `inner` raises.
     """
-    values = map(known, gm.graph.find_nodes(op="placeholder"))
-    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
     for name, piece in list(gm.named_children()):
-        assert isinstance(piece, fx.GraphModule)
-        if any(piece.children()):
-            compiled = compile_pieces(piece, inner)
-        else:
-            fakes = [_settled(known(n)) for n in piece.graph.find_nodes(op="placeholder")]
-            # Captured values are of another fake mode than the one that Dynamo hands to backends.
-            with tracing(TracingContext(mode)):
-                compiled = inner(piece, fakes)
-        delattr(gm, name)
-        setattr(gm, name, compiled)
+        replace(gm, name, compile_piece(piece, inner))
     return gm.forward
+
+
+def compile_piece(piece: nn.Module, inner: Inner) -> Callable[..., Any]:
+    """Compile a module of a graph, or its own pieces if it has any. Returns it as a callable.
+
+    Raises:
+        Exception: whatever `inner` raises.
+    """
+    assert isinstance(piece, fx.GraphModule)
+    if any(piece.children()):
+        return compile_pieces(piece, inner)
+    values = list(map(known, piece.graph.find_nodes(op="placeholder")))
+    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
+    # Captured values belong to another fake mode than the one that Dynamo hands to backends.
+    with tracing(TracingContext(mode)):
+        return inner(piece, list(map(_settled, values)))
+
+
+def replace(gm: fx.GraphModule, name: str, function: Callable[..., Any]) -> None:
+    """Let a graph call `function` in place of its module `name`."""
+    delattr(gm, name)
+    setattr(gm, name, function)
 
 
 def _settled(value: Any) -> Any:

@@ -5,6 +5,8 @@ That it computes the same is for `test_replay.py` to show.
 
 # ruff: noqa: E501 (snapshots)
 
+import operator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from graphs import capture, text, transformed
 
 from piflux.compiler import PASSES
 from piflux.passes.enclose import enclose
+from piflux.passes.plan import Context
 
 
 def attend(x):
@@ -81,7 +84,7 @@ return (h,)
             """\
 s27: s27
 x: (1, s27, 4)
-head: (1, ((s27 + 1)//2), 4) = head(x, s27)
+head: (1, ((s27 + 1)//2), 4) = head(s27, x)
 truediv_1: (1, ((s27 + 1)//2), 4) = getitem(head, 0)
 truediv_whole: (1, s27, 4) = piflux.unshard(truediv_1, 1, [s27], 2, 'piflux')
 return (truediv_whole,)
@@ -89,8 +92,13 @@ return (truediv_whole,)
         )
 
 
-def test_on_one_rank_nothing_is_gathered():
-    assert enclosed(lambda x: attend(x) + 1, torch.randn(1, 6, 4), world_size=1)[0] == 0
+def test_on_one_rank_all_of_it_is_moved_and_once():
+    count, gm = enclosed(lambda x: attend(x) + 1, torch.randn(1, 6, 4), world_size=1)
+    assert [n.op for n in gm.graph.nodes if n.target != operator.getitem] == [
+        *("placeholder", "call_module", "output")
+    ]
+    assert count == len(gm.head.graph.nodes) - 2
+    assert enclose(gm, Context(1, "piflux")) == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from piflux.runtime.cache import Runtime
+from piflux.errors import StepsUnforeseen
+from piflux.runtime.cache import Foreseen, Runtime
 from piflux.runtime.ranks import ProcessRanks
+
+log = logging.getLogger(__name__)
 
 # Pipelines with two experts (Wan) name the second so; everyone has the first.
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -45,19 +49,40 @@ class ParallelPipeline:
     """The class that a parallelized pipeline's own class is mixed with."""
 
     _piflux_runtimes: list[Runtime]
+    _piflux_foresees = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
         call = super().__call__  # type: ignore[misc]
         group = _process_group(self._piflux_runtimes)
-        if group is not None:
-            bound = inspect.signature(call).bind_partial(*args, **kwargs).arguments
-            if "generator" in inspect.signature(call).parameters and bound.get("generator") is None:
-                kwargs["generator"] = _shared_generator(group)
+        bound = inspect.signature(call).bind_partial(*args, **kwargs).arguments
+        takes = "generator" in inspect.signature(call).parameters
+        if group is not None and takes and bound.get("generator") is None:
+            kwargs["generator"] = _shared_generator(group)
+        states = [(x, x.get_state()) for x in _generators(bound | kwargs)]
+        try:
+            return self._piflux_draw(self._piflux_timesteps, *args, **kwargs)
+        except StepsUnforeseen:
+            log.warning(
+                "%s calls its transformer at other times than its scheduler's: drawn once more, "
+                "and from now on without knowing them",
+                type(self).__name__,
+            )
+            self._piflux_foresees = False
+            for generator, state in states:
+                generator.set_state(state)
+            return self._piflux_draw(None, *args, **kwargs)
+
+    def _piflux_draw(self, foreseen: Foreseen | None, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
             for runtime in self._piflux_runtimes:
-                stack.enter_context(runtime.generation())
-            return call(*args, **kwargs)
+                stack.enter_context(runtime.generation(foreseen))
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _piflux_timesteps(self) -> Any:
+        """Of the image under way; its scheduler has them when the transformer is first called."""
+        scheduler = getattr(self, "scheduler", None)
+        return getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
 
 
 def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
@@ -83,6 +108,13 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
             **{**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         )
     return view
+
+
+def _generators(arguments: Mapping[str, Any]) -> list[torch.Generator]:
+    """Those that a call draws from."""
+    given = arguments.get("generator")
+    several = given if isinstance(given, (list, tuple)) else [given]
+    return [x for x in several if isinstance(x, torch.Generator)]
 
 
 def _process_group(runtimes: list[Runtime]) -> dist.ProcessGroup | None:

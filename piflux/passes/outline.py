@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
+from piflux.passes.extract import is_source
 from piflux.passes.plan import Context, example_size, expr, known, tensors
 from piflux.passes.rules import is_attention, is_value, only_computes
 from piflux.runtime.ops import slots_from
@@ -24,7 +25,6 @@ ATTENTIONS_A_BLOCK = 4
 
 _CACHED = torch.ops.piflux.cached_sdpa.default
 _SLOT = [argument.name for argument in _CACHED._schema.arguments].index("slot")
-_SOURCES = ("placeholder", "get_attr")
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -57,8 +57,8 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     tensor's size taken before them, and one that does more than compute: that writes in place,
     draws random numbers or switches a mode such as autocast.
     """
-    sources = [n for n in gm.graph.nodes if n.op in _SOURCES]
-    nodes = [n for n in gm.graph.nodes if n.op not in (*_SOURCES, "output")]
+    sources = [n for n in gm.graph.nodes if is_source(n)]
+    nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_source(n)]
     if not all(map(is_value, sources)) or not all(map(only_computes, nodes)):
         return 0
     nodes = [n for n in nodes if _number(n) is None]

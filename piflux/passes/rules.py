@@ -31,6 +31,9 @@ from piflux.passes.plan import (
     tensors,
 )
 
+PRODUCTS = ("linear", "matmul", "mm", "bmm")
+"""What multiplies matrices, by name."""
+
 NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 
 

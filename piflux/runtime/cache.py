@@ -10,7 +10,7 @@ by one call of a piece that repeated blocks share, and its output is always used
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from piflux.errors import StepsUnforeseen
 from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.memory import Memory, Places
@@ -25,6 +26,8 @@ from piflux.runtime.ranks import Gathering, Ranks
 from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
+
+Foreseen = Callable[[], "Tensor | None"]
 
 _RUNTIMES: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _NUMBERS = count()
@@ -44,6 +47,7 @@ class Runtime:
 
     Attributes:
         first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
+        foreseen: gives the times of all steps of the image under way, (steps,); None if unknown.
         recycles: whether memory is kept for the next image of the same shapes, since steps are
             recorded; see `piflux.runtime.replay`.
     """
@@ -56,6 +60,7 @@ class Runtime:
         self.streams: list[Stream] = []
         self.calls = 0
         self.first_slot = 0
+        self.foreseen: Foreseen = _unknown
         self.recycles = False
         self._spare: dict[Any, list[Memory]] = {}
         self._now: tuple[Stream, Step] | None = None
@@ -79,6 +84,16 @@ class Runtime:
         return self._now
 
     @property
+    def foresees(self) -> bool:
+        """Whether the times of an image's steps may be known before they come."""
+        return self.foreseen is not _unknown
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a call is."""
+        return self._now is not None
+
+    @property
     def rank(self) -> int:
         """Whose part is being computed."""
         return self._ranks.rank
@@ -94,16 +109,32 @@ class Runtime:
         self.streams.clear()
 
     @contextlib.contextmanager
-    def generation(self) -> Iterator[None]:
-        """One image: streams start at step 0 and end with the block."""
-        outer, self.explicit = self.explicit, True
+    def generation(self, foreseen: Foreseen | None = None) -> Iterator[None]:
+        """One image: streams start at step 0 and end with the block.
+
+        Args:
+            foreseen: gives the times of all steps, asked for at the first.
+
+        Raises:
+            StepsUnforeseen: at the end, if a step's time was another one.
+        """
+        outer = self.explicit, self.foreseen
+        self.explicit, self.foreseen = True, foreseen or _unknown
         self.streams.clear()
         try:
             yield
+            tables = [x for stream in self.streams for x in stream.tables.values() if x is not None]
             self.reset()
+            # Waits for the device, as whoever looks at the image does next.
+            if tables and not torch.stack([table.complete for table in tables]).all():
+                raise StepsUnforeseen(
+                    "a denoise step came at a time that is not one of the timesteps that were "
+                    "announced for the image: give piflux.generation those that the model is "
+                    "called with, or none"
+                )
         finally:
             self.streams.clear()
-            self.explicit = outer
+            self.explicit, self.foreseen = outer
 
     @contextlib.contextmanager
     def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Step]:
@@ -279,3 +310,7 @@ class Runtime:
     def _ranks(self) -> Ranks:
         assert self.ranks is not None, "one rank alone runs a graph without piflux's ops"
         return self.ranks
+
+
+def _unknown() -> None:
+    """Steps of which nothing is known before they come."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from piflux.parts import places
+from piflux.runtime.hoisted import Hoisted, Packed
 from piflux.runtime.replay import Replay
 from piflux.runtime.slots import Ages, Slot
 
@@ -58,11 +59,13 @@ class Memory:
         slots: by rank and attention.
         replays: by rank, its recorded steady step.
         seen: by rank, what was the same at its last step that was not recorded; see `Recorded`.
+        hoisted: this step's products of the time.
     """
 
     slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
     replays: dict[int, Replay] = field(default_factory=dict)
     seen: dict[int, Any] = field(default_factory=dict)
+    hoisted: dict[Hoisted, Packed] = field(default_factory=dict)
     # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
     _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
     _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)

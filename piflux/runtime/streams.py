@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from piflux.runtime.hoisted import Hoisted, Table
 from piflux.runtime.memory import Memory
 from piflux.runtime.slots import clock_scale, log_snr
 
@@ -78,6 +79,7 @@ class Stream:
         clocks: the latest values, where the generation is inferred.
         latents: likewise.
         direction: the way in which the clocks move, 0 as long as they have not.
+        tables: products of the time, of all steps where these are known.
     """
 
     graph: object
@@ -90,11 +92,13 @@ class Stream:
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0
+    tables: dict[Hoisted, Table | None] = field(default_factory=dict)
     _scales: list[Tensor] = field(default_factory=list)
 
     def restart(self) -> None:
         """The next step is the first."""
         self.index, self.direction = -1, 0
+        self.tables.clear()
 
     def tick(self, clocks: Sequence[Tensor]) -> None:
         """A step begins at these clocks."""

@@ -1,0 +1,177 @@
+"""Products of the time, computed for all steps of an image at once where their times are known.
+
+A pipeline's scheduler knows the times of all steps when the first begins, and `piflux.generation`
+can be told. Which step a call is, is then looked up by its time, on the device, so that steps may
+come in any order and the host waits for nothing. That every time was found is asked when the image
+ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from piflux.runtime.cache import Runtime
+
+# Rows of a table; FLUX's are 2 MB each. Who asks for more steps computes them one by one.
+MOST_STEPS = 256
+# Rows begin where inductor's kernels may read 16 bytes at once.
+ALIGNMENT = 64
+
+# What pipelines make of a scheduler's timestep before they hand it to the model, rounding included.
+FORMS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
+    lambda t, dtype: t.to(dtype),  # Stable Diffusion 3, Wan
+    lambda t, dtype: t.to(dtype) / 1000,  # FLUX, Qwen-Image
+    lambda t, dtype: (t / 1000).to(dtype),
+    lambda t, dtype: ((1000 - t) / 1000).to(dtype),  # Z-Image
+)
+
+
+class Hoisted:
+    """The module that `hoist` made of a graph's products of the time.
+
+    Args:
+        runtime: of the model.
+        module: computes them for one step.
+        clocks: positions of its arguments that are clocks.
+    """
+
+    def __init__(
+        self, runtime: Runtime, module: Callable[..., Sequence[Tensor]], clocks: Sequence[int]
+    ) -> None:
+        self._runtime = runtime
+        self._module = module
+        self._clocks = clocks
+
+    def __call__(self, *args: Any) -> Sequence[Tensor]:
+        """What the module returns; in the calls of a stream at the same addresses each time."""
+        runtime = self._runtime
+        if not runtime.under_way:
+            return self._module(*args)
+        stream = runtime.now[0]
+        if self not in stream.tables:
+            stream.tables[self] = self._table(args)
+        table, held = stream.tables[self], stream.memory.hoisted.get(self)
+        if table is None:
+            products = self._module(*args)
+            if held is None:
+                held = stream.memory.hoisted[self] = Packed(products)
+            held.write(products)
+        else:
+            if held is None:
+                held = stream.memory.hoisted[self] = Packed(table.products())
+            table.read([args[i] for i in self._clocks], held)
+        return held.views
+
+    def _table(self, args: Sequence[Any]) -> Table | None:
+        """The products of all steps; None if their times are not known, or this one's is not."""
+        times = self._runtime.foreseen()
+        if times is None or times.dim() != 1 or not 0 < len(times) <= MOST_STEPS:
+            return None
+        clocks = [args[i] for i in self._clocks]
+        forms = [
+            (number, form(times.to(clock.device), clock.dtype))
+            for number, clock in enumerate(clocks)
+            for form in FORMS
+            if clock.is_floating_point()
+        ]
+        if not forms:
+            return None
+        met = torch.stack([_equal(form, clocks[i]).any() for i, form in forms]).tolist()
+        found = [x for x, meets in zip(forms, met, strict=True) if meets]
+        if len({number for number, _ in found}) != 1:
+            return None  # no clock tells the time, or which one does is in doubt
+        number, every = found[0]
+
+        def products(time: Tensor) -> Sequence[Tensor]:
+            each = list(args)
+            each[self._clocks[number]] = time
+            return self._module(*each)
+
+        shape = clocks[number].shape
+        stacked = every.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+        return Table(every, number, clocks, torch.vmap(products)(stacked))
+
+
+class Packed:
+    """Tensors side by side in one buffer for each dtype.
+
+    Args:
+        like: what they are like.
+
+    Attributes:
+        buffers: by dtype, (elements,).
+        views: the tensors.
+    """
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self.buffers = {
+            dtype: torch.cat([_padded(x.reshape(1, -1)) for x in like if x.dtype == dtype], 1)[0]
+            for dtype in dict.fromkeys(x.dtype for x in like)
+        }
+        at = dict.fromkeys(self.buffers, 0)
+        self.views = []
+        for x in like:
+            self.views.append(self.buffers[x.dtype].narrow(0, at[x.dtype], x.numel()).view(x.shape))
+            at[x.dtype] += x.numel() + -x.numel() % ALIGNMENT
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        torch._foreach_copy_(self.views, list(tensors))
+
+
+class Table:
+    """The products of all steps of one stream.
+
+    Args:
+        times: (steps,): each one's time.
+        number: which clock tells it.
+        clocks: all of them, as they are at the first step; the others are to stand still.
+        rows: the products, each (steps, ...).
+
+    Attributes:
+        complete: whether every row that was read was there, a scalar on the device.
+    """
+
+    def __init__(
+        self, times: Tensor, number: int, clocks: Sequence[Tensor], rows: Sequence[Tensor]
+    ) -> None:
+        self._times = times
+        self._number = number
+        self._clocks = [x.clone() for x in clocks]
+        self._first = [x[0] for x in rows]
+        steps = len(times)
+        self._rows = {
+            dtype: torch.cat([_padded(x.reshape(steps, -1)) for x in rows if x.dtype == dtype], 1)
+            for dtype in dict.fromkeys(x.dtype for x in rows)
+        }
+        self.complete = torch.ones((), dtype=torch.bool, device=times.device)
+
+    def products(self) -> Sequence[Tensor]:
+        """Those of one step."""
+        return self._first
+
+    def read(self, clocks: Sequence[Tensor], into: Packed) -> None:
+        """Those of the step that the clocks show."""
+        here = _equal(self._times, clocks[self._number])
+        self.complete &= here.any()
+        for i, (now, then) in enumerate(zip(clocks, self._clocks, strict=True)):
+            if i != self._number:
+                self.complete &= (now == then).all()
+        index = here.to(torch.int8).argmax(dim=0, keepdim=True)
+        for dtype, rows in self._rows.items():
+            into.buffers[dtype].copy_(rows.index_select(0, index)[0])
+
+
+def _equal(times: Tensor, clock: Tensor) -> Tensor:
+    """(steps,) of bool: whether all of a clock shows each time."""
+    return (times[:, None] == clock.reshape(1, -1)).all(dim=1)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """(rows, elements), with zeros up to a multiple of ALIGNMENT elements."""
+    return F.pad(x, (0, -x.shape[1] % ALIGNMENT))
