@@ -79,9 +79,12 @@ def test_ages_begin_anew_where_they_are():
     ages = Ages((5,), at(4))
     ages.renew(at(3))
     ages.renew_part(own(1), at(2))
-    line, newer = ages.line, ages.newer
+    ages.look(at(1))
+    line, newer, ahead = ages.line, ages.newer, ages.ahead
+    assert ahead.tolist() == [2 * BELIEF] * 2 + [BELIEF] * 3
     ages.begin(at(9))
     assert ages.line is line and ages.newer is newer
+    assert ages.ahead is ahead and ahead.tolist() == [0] * 5
     assert newer.all() and read_line(ages, at(8)) == [1] * 5
 
 

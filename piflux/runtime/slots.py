@@ -242,9 +242,11 @@ class ChangeSlot(Slot):
 
     def settle(self, *, alone: bool) -> None:
         """See `Slot.settle`."""
-        for rows in self.second if alone else ():
-            rows.zero_()
-        for rows, now, before in zip(self.second, self.first, self._before, strict=False):
+        if alone:
+            for rows in self.second:
+                rows.zero_()
+            return
+        for rows, now, before in zip(self.second, self.first, self._before, strict=True):
             rows.copy_(compress(now, before))
         self._before = []
 
