@@ -37,7 +37,7 @@ from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.replay import Recorded
 from piflux.runtime.streams import Roles
-from piflux.schedule import BEST_SYNC_STEPS, Policy, Schedule, Sync, read_settings
+from piflux.schedule import BEST_SYNC_STEPS, Compression, Policy, Schedule, Sync, read_settings
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
@@ -205,8 +205,9 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
-    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order` and `inner`, as for
-    `parallelize`. Every compiled graph has its own caches; the beginning of an image is inferred.
+    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression` and
+    `inner`, as for `parallelize`. Every compiled graph has its own caches; the beginning of an
+    image is inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -233,6 +234,7 @@ def make_compiler(
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
+    compression: Compression = "none",
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -240,7 +242,7 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync, order and inner"
+            "sync_steps, refresh_every, sync, order, compression and inner"
         )
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
@@ -249,6 +251,7 @@ def make_compiler(
         "refresh_every": refresh_every,
         "sync": sync,
         "order": order,
+        "compression": compression,
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)

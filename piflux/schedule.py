@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 Policy = Literal["gather", "rotate", "displaced"]
 Sync = Literal["gather", "recompute", "auto"]
+Compression = Literal["none", "int8"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (README, Drift).
@@ -45,6 +46,8 @@ class Schedule:
             are slow, 'auto' is either of them, chosen when the first graph is compiled.
         order: how attention guesses what remembered keys and values have become: 0, as they were;
             1, moved on by the change between their last two versions.
+        compression: of that change, where it is remembered and where 'displaced' sends it: 'none',
+            or 'int8', which takes 8 bits a number and a scale for each token and head.
 
     Raises:
         ValueError: a field is out of range.
@@ -56,6 +59,7 @@ class Schedule:
     world_size: int = 1
     sync: Sync = "gather"
     order: int = 1
+    compression: Compression = "none"
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
@@ -87,11 +91,23 @@ class Schedule:
 
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 or 1, got {self.order!r}")
+        if self.compression not in get_args(Compression):
+            raise ValueError(f"unknown compression {self.compression!r}: choose 'none' or 'int8'")
+        if self.compression == "int8" and self.order == 0:
+            raise ValueError(
+                "compression='int8' is of the change between two versions, of which order=0 "
+                "remembers one: choose order=1, or compression='none'"
+            )
 
     @property
     def predicts(self) -> bool:
         """Whether attention reads predicted keys and values in some steps."""
         return self.order > 0 and self.policy != "gather" and self.world_size > 1
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the change that this predicts by is compressed."""
+        return self.predicts and self.compression == "int8"
 
     @property
     def first_syncs(self) -> tuple[int, ...]:
@@ -109,7 +125,7 @@ class Schedule:
         return Step(index, sync, parts)
 
 
-SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order")
+SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order", "compression")
 """What a schedule's file may hold."""
 
 

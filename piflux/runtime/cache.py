@@ -24,7 +24,7 @@ from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.memory import Memory, Places
 from piflux.runtime.ranks import Gathering, Ranks
-from piflux.runtime.slots import Slot
+from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
 
@@ -243,8 +243,9 @@ class Runtime:
 
         Args: as for `exchange`.
         """
-        step = self.now[1]
-        if world_size > 1 and (step.sync or self.schedule.policy == "displaced"):
+        step, schedule = self.now[1], self.schedule
+        onwards = schedule.policy == "displaced" and not schedule.compresses
+        if world_size > 1 and (step.sync or onwards):
             # What travels on behind its attention is copied: compilers write other things into
             # the memory of values that nobody reads any more.
             if not step.sync:
@@ -256,7 +257,7 @@ class Runtime:
     ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
-        They have been sent by `send`.
+        They have been sent by `send`, but for the changes that `displaced` sends compressed.
 
         Args:
             slot: which attention, counted from `first_slot`.
@@ -292,7 +293,8 @@ class Runtime:
         memory, tokens, first = stream.memory, sum(lengths), self.now[1].index == 0
         kept = memory.slots.get((rank, slot))
         if kept is None or not kept.fits(fresh, tokens):
-            kept = memory.slots[rank, slot] = Slot.like(fresh, tokens, two=schedule.predicts)
+            kind = ChangeSlot if schedule.compresses else Slot
+            kept = memory.slots[rank, slot] = kind.like(fresh, tokens, two=schedule.predicts)
             memory.replays.clear()  # of the slots' former addresses
         kept.land(lengths)
         if schedule.predicts:
@@ -303,8 +305,7 @@ class Runtime:
             join(gathering.wait(), step.parts, -2, lengths, whole)
         for whole, x in zip(kept.first, () if coming else fresh, strict=False):
             whole.copy_(x)
-        if first:
-            kept.begin()
+        kept.settle(alone=first)
         return kept.first
 
     def _remember(
@@ -326,6 +327,8 @@ class Runtime:
         else:
             read = kept.write(places.index, fresh)
         if policy == "displaced":
+            if self.schedule.compresses:  # what is sent is known now that the last step's landed
+                coming = [ranks.gather(x) for x in kept.packets(places.index, fresh)]
             kept.coming = coming
             kept.parts = step.parts
         return read
