@@ -15,6 +15,7 @@ from piflux.runtime.exchange import (
     exchange_changes,
     exchange_changes_in_torch,
     exchange_in_torch,
+    place,
     row_bytes,
 )
 from piflux.runtime.memory import Places
@@ -311,6 +312,27 @@ def test_exchange_takes_heads_without_a_batch():
     one = [x[0] for x in args[:3]] + list(args[3:])
     whole = exchange_in_torch(*(x.clone() for x in args), True)
     assert torch.equal(exchange_in_torch(*one, True), whole[0])
+
+
+def check_place(dtype, device="cpu"):
+    whole, _, fresh, sources, *_ = versions(dtype)
+    index = torch.cat([torch.arange(5, 14), torch.arange(30, 37)])
+    want = token_by_token(whole.clone(), whole, fresh, sources, torch.zeros(37), index, False)
+    got = whole.to(device)
+    place(got, fresh.to(device), index.to(device))
+    assert torch.equal(got.cpu(), want)
+    assert torch.equal(got[..., :5, :].cpu(), whole[..., :5, :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_part_is_put_in_its_place(dtype):
+    check_place(dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kernel_puts_a_part_in_its_place(dtype):
+    check_place(dtype, "cuda")
 
 
 # ---------------------------------------------------------------------------------------- changes

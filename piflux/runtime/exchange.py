@@ -15,6 +15,22 @@ SCALE_BYTES = 4
 LARGEST = 127
 
 
+def place(whole: Tensor, fresh: Tensor, index: Tensor) -> None:
+    """Write a part's tokens where they stand in the whole, in place.
+
+    Args:
+        whole: (batch, heads, tokens, head dim), contiguous.
+        fresh: (batch, heads, part tokens, head dim), in any layout.
+        index: (part tokens,) in int64: the place of each.
+    """
+    if whole.is_cuda:
+        from piflux.runtime.kernels import place_by_kernel
+
+        place_by_kernel(whole, fresh, index)
+    else:
+        whole.index_copy_(-2, index, fresh)
+
+
 def exchange(
     first: Tensor,
     second: Tensor,

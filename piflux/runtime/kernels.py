@@ -14,6 +14,54 @@ TOKENS = 16
 
 
 @triton.jit
+def _place(
+    whole,
+    fresh,
+    index,
+    tokens,
+    part_tokens,
+    heads,
+    batch_stride,
+    head_stride,
+    token_stride,
+    dim_stride,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    row = tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, PADDED)[None, :]
+    inside = token < part_tokens
+    mask = inside[:, None] & (dim < DIM)
+    at = tl.load(index + token, mask=inside, other=0)[:, None]
+    there = (row // heads) * batch_stride + (row % heads) * head_stride
+    there += token[:, None].to(tl.int64) * token_stride + dim * dim_stride
+    new = tl.load(fresh + there, mask=mask)
+    tl.store(whole + row * tokens * DIM + at * DIM + dim, new, mask=mask)
+
+
+def place_by_kernel(whole: Tensor, fresh: Tensor, index: Tensor) -> None:
+    """See `piflux.runtime.exchange.place`."""
+    assert whole.is_contiguous()
+    fresh = fresh.reshape(-1, *fresh.shape[-3:])
+    heads, tokens, dim = whole.shape[-3:]
+    with torch.cuda.device(whole.device):
+        _place[triton.cdiv(len(index), TOKENS), len(fresh) * heads](
+            whole,
+            fresh,
+            index,
+            tokens,
+            len(index),
+            heads,
+            *fresh.stride(),
+            DIM=dim,
+            PADDED=triton.next_power_of_2(dim),
+            TOKENS=TOKENS,
+        )
+
+
+@triton.jit
 def _exchange(
     first,
     second,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from piflux.parts import join
-from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, row_bytes
+from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, place, row_bytes
 from piflux.runtime.ranks import Gathering
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
@@ -174,7 +174,7 @@ class Slot:
             fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
         """
         for whole, x in zip(self.first, fresh, strict=True):
-            whole.index_copy_(-2, index, x)
+            place(whole, x, index)
         return self.first
 
     def predict(
