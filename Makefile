@@ -9,18 +9,22 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint snapshots
+.PHONY: demo test lint docs snapshots
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint docs
 	$(BIN)/python -m pytest
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy piflux
+
+# Into site/. A warning, as of a broken link, is an error; with --quiet none would be counted.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Rewrites the graphs expected by the snapshot tests; read the diff before committing it.
 snapshots: $(INSTALLED)

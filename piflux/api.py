@@ -23,7 +23,7 @@ from piflux.integrations.diffusers import (
     transformers_of,
 )
 from piflux.report import Report
-from piflux.schedule import BEST_SYNC_STEPS, Policy, Sync
+from piflux.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
 from piflux.views import View, view_of
 
 Target = TypeVar("Target")
@@ -96,6 +96,7 @@ def parallelize(
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
+    compression: Compression = "none",
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -113,11 +114,14 @@ def parallelize(
         sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
-            the whole step without any traffic, for links slower than that. It compiles a second
-            graph.
+            the whole step without any traffic, for links slower than that, and a second graph is
+            compiled. 'auto' measures the link and two kernels at the first call, and chooses what
+            is faster, on all ranks alike; `explain` says why.
         order: 1: attention reads remembered keys and values moved on to this step's noise level,
             by the change between their last two versions, which takes a second cache. 0: it reads
             them as they were.
+        compression: 'int8': that change is remembered in 8 bits a number in place of the second
+            version, and is what 'displaced' sends in steady steps. 'none': as the model computes.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -139,6 +143,7 @@ def parallelize(
         "refresh_every": refresh_every,
         "sync": sync,
         "order": order,
+        "compression": compression,
         "inner": inner,
     }
     if is_pipeline(target):

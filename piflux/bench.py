@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from piflux import options
 from piflux.clock import between, mark, synchronize
-from piflux.doctor import measure_rates
+from piflux.rates import measure_rates
 
 FLUX_DEV: dict[str, Any] = {
     "in_channels": 64,

@@ -20,7 +20,7 @@ from piflux import options
 from piflux.__main__ import INTERRUPTED
 from piflux.bench import FLUX_DEV, bench
 from piflux.cost import Rates, choose, modelled_cost
-from piflux.doctor import Examined, devices, examine, measure_rates, memory_gib, versions
+from piflux.doctor import Examined, devices, examine, memory_gib, versions
 from piflux.errors import PifluxError, RankFailed, plain
 from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
@@ -28,6 +28,7 @@ from piflux.launch import cores, is_first, is_joined, launch
 from piflux.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOption
 from piflux.preview import preview
 from piflux.quality import quality
+from piflux.rates import measure_rates
 from piflux.schedule import Schedule
 
 

@@ -33,10 +33,10 @@ def synchronize(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
-def median_seconds(run: Callable[[], Any], on_gpu: bool) -> float:
-    """Of 20 runs after 3."""
+def median_seconds(run: Callable[[], Any], on_gpu: bool, runs: int = 20) -> float:
+    """Of so many runs after 3."""
     times = []
-    for i in range(23):
+    for i in range(runs + 3):
         start = mark(on_gpu)
         run()
         times += between([start, mark(on_gpu)]) if i >= 3 else []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
@@ -11,32 +13,37 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 
+from piflux.cost import SyncChoice, choose_sync, layers_of
 from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.enclose import HEAD, enclose
 from piflux.passes.hoist import HOISTED, hoist
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
-from piflux.passes.plan import Context, tensors
+from piflux.passes.overlap import overlap
+from piflux.passes.plan import Context, example_size, tensors
 from piflux.passes.propagate import propagate
 from piflux.passes.rewrite_attention import rewrite_attention
 from piflux.passes.roles import roles_of
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
 from piflux.pieces import Inner, compile_piece, compile_pieces, replace
+from piflux.rates import slowest_rates
 from piflux.report import GraphReport
 from piflux.runtime import replay
+from piflux.runtime.agreement import fingerprint
 from piflux.runtime.cache import Runtime
 from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.ranks import Ranks, VirtualRanks
 from piflux.runtime.replay import Recorded
 from piflux.runtime.streams import Roles
-from piflux.schedule import BEST_SYNC_STEPS, Policy, Schedule, Sync, read_settings
+from piflux.schedule import BEST_SYNC_STEPS, Compression, Policy, Schedule, Sync, read_settings
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
     shard,  # sizes are read off the whole example values, so before they change
+    overlap,  # after shard: cuts take their places in the order, too
     propagate,  # last: every example value becomes that of a part
 )
 # `hoist`, `enclose` and `outline` come after, once the report has been read off single nodes.
@@ -69,30 +76,53 @@ class Compiler:
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
         self.reports: list[GraphReport] = []
+        self._why_sync = ""
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        world_size = self.runtime.schedule.world_size
-        whole = self._whole(gm, example_inputs)
-        ctx = Context(world_size, self.runtime.name)
+        runtime, world_size = self.runtime, self.runtime.schedule.world_size
+        if runtime.ranks is not None and not self.reports:
+            # Before ranks with other settings wait in other collectives.
+            runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
+        uncut = self._uncut(gm)
+        ctx = Context(world_size, runtime.name)
         # On one rank too the layout is found, so that a model that can't be sharded says so on
         # the machine it is developed on.
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
-        self.reports.append(GraphReport.of(gm, ctx, self.runtime.schedule))
+        if runtime.schedule.sync == "auto":
+            self._choose_sync(gm, ctx, uncut)
+        self.reports.append(GraphReport.of(gm, ctx, runtime.schedule, self._why_sync))
         roles = roles_of(gm, ctx.plan)
-        compiled = self._compile(gm, ctx, example_inputs)
-        return _PerCall(self.runtime, roles, compiled, whole)
+        alone = isinstance(runtime.ranks, VirtualRanks) or runtime.schedule.sync == "recompute"
+        whole = self._compile(*uncut, example_inputs) if uncut and alone else None
+        with self._order(world_size):
+            compiled = self._compile(gm, ctx, example_inputs)
+        return _PerCall(runtime, roles, compiled, whole)
 
-    def _whole(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
-    ) -> Callable[..., Any] | None:
-        """The graph that computes all tokens and fills the cache, where sync steps want it."""
-        ranks, recompute = self.runtime.ranks, self.runtime.schedule.sync == "recompute"
-        if ranks is None or not (recompute or isinstance(ranks, VirtualRanks)):
+    def _uncut(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Context] | None:
+        """The graph that computes all tokens and fills the cache, where sync steps may want it."""
+        ranks, schedule = self.runtime.ranks, self.runtime.schedule
+        may = schedule.policy != "gather" and schedule.sync != "gather"
+        if ranks is None or not (may or isinstance(ranks, VirtualRanks)):
             return None
-        uncut = copy.deepcopy(gm)
-        ctx = Context(1, self.runtime.name)
+        uncut, ctx = copy.deepcopy(gm), Context(1, self.runtime.name)
         run_passes(uncut, ctx, (layout, rewrite_attention))
-        return self._compile(uncut, ctx, example_inputs)
+        return uncut, ctx
+
+    def _choose_sync(
+        self, gm: fx.GraphModule, ctx: Context, uncut: tuple[fx.GraphModule, Context] | None
+    ) -> None:
+        """Settle `sync='auto'` for this graph and all later ones, on all ranks alike."""
+        ranks = self.runtime.ranks
+        choice = SyncChoice("gather", "there is nothing to choose")
+        if ranks is not None and uncut and not isinstance(ranks, VirtualRanks):
+            layers = layers_of(gm, ctx)
+            (query,) = tensors(ctx.plan.attentions[0].node.all_input_nodes[0])
+            shape = [example_size(size, query) for size in query.shape]
+            sent = layers[0].kv_bytes // (ranks.size - 1)
+            rates = slowest_rates(ranks, shape, query.dtype, query.device, sent)
+            choice = choose_sync(layers, layers_of(*uncut), rates)
+        self.runtime.schedule = with_fields(self.runtime.schedule, sync=choice.sync)
+        self._why_sync = choice.reason
 
     def _compile(
         self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
@@ -119,6 +149,14 @@ class Compiler:
             self.runtime.recycles = True
         replace(gm, HEAD, head)
         return gm.forward
+
+    def _order(self, world_size: int) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, the inner compiler leaves the order of `overlap` as it is."""
+        if world_size == 1 or self.inner is lookup_backend("eager"):
+            return contextlib.nullcontext()
+        from piflux.inductor import sends_first  # imports inductor, which takes seconds
+
+        return sends_first()
 
     def _records(self, gm: fx.GraphModule) -> bool:
         """Whether steady steps hold no collective but the last and can be recorded."""
@@ -167,8 +205,9 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
-    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order` and `inner`, as for
-    `parallelize`. Every compiled graph has its own caches; the beginning of an image is inferred.
+    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression` and
+    `inner`, as for `parallelize`. Every compiled graph has its own caches; the beginning of an
+    image is inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -195,6 +234,7 @@ def make_compiler(
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
+    compression: Compression = "none",
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -202,7 +242,7 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync, order and inner"
+            "sync_steps, refresh_every, sync, order, compression and inner"
         )
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
@@ -211,6 +251,7 @@ def make_compiler(
         "refresh_every": refresh_every,
         "sync": sync,
         "order": order,
+        "compression": compression,
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)

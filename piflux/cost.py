@@ -12,16 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from piflux.passes.plan import Context, example_size, tensors
 from piflux.passes.rules import PRODUCTS, op_name
 from piflux.report import GraphReport
-from piflux.schedule import Policy, Schedule
+from piflux.schedule import Policy, Schedule, Sync
 
 PRICE_OF_EXACT = 0.05
-"""Of a step's compute: what 'auto' pays for keys and values that are exact. A preference; nothing
-hides an all-gather whose result the next kernel reads."""
+"""Of a step's compute: what 'auto' waits for keys and values that are exact. A preference."""
+
+WORTH_A_GRAPH = 0.8
+"""Of a gathered sync step's time: what a recomputed one may take to be chosen. It needs a second
+graph, and more of its work is not counted."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,13 @@ class Layer:
         linear_flops: of matrix products; after the last attention, they count as its layer's.
         attention_flops: of the attention.
         kv_bytes: what a rank sends for the others to have its keys and values.
+        beside_flops: of the matrix products, those that are computed while keys and values travel.
     """
 
     linear_flops: int
     attention_flops: int
     kv_bytes: int
+    beside_flops: int = 0
 
     def compute_s(self, rates: Rates) -> float:
         linear, attention = self.linear_flops, self.attention_flops
@@ -59,6 +65,41 @@ class Layer:
 
     def gather_s(self, rates: Rates) -> float:
         return self.kv_bytes / rates.link_gbs / 1e9
+
+    def wait_s(self, rates: Rates) -> float:
+        """How long the attention waits for keys and values, after what is computed beside."""
+        return max(0.0, self.gather_s(rates) - self.beside_flops / rates.linear_tflops / 1e12)
+
+
+@dataclass(frozen=True)
+class SyncChoice:
+    """How sync steps come by all keys and values.
+
+    Attributes:
+        sync: 'gather' or 'recompute'.
+        reason: why, with its numbers.
+    """
+
+    sync: Sync
+    reason: str
+
+
+def choose_sync(part: Sequence[Layer], whole: Sequence[Layer], rates: Rates) -> SyncChoice:
+    """'recompute' if a sync step is clearly faster that way, see WORTH_A_GRAPH, else 'gather'.
+
+    Args:
+        part: what a rank of several does.
+        whole: what a rank does that computes all tokens.
+        rates: of the slowest rank.
+    """
+    gathered = sum(layer.compute_s(rates) + layer.wait_s(rates) for layer in part)
+    recomputed = sum(layer.compute_s(rates) for layer in whole)
+    reason = (
+        f"at {rates.link_gbs:.3g} GB/s a sync step that gathers takes {gathered * 1000:.3g} ms, "
+        f"one that computes all tokens {recomputed * 1000:.3g} ms"
+    )
+    worth = recomputed <= WORTH_A_GRAPH * gathered
+    return SyncChoice("recompute" if worth else "gather", reason)
 
 
 @dataclass(frozen=True)
@@ -81,18 +122,20 @@ class Choice:
 def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
     """The policy with the freshest keys and values that a step can afford.
 
-    'gather', where attention waits for them, if all its waiting is at most PRICE_OF_EXACT of the
-    compute; else 'displaced', where they travel while the step computes, if that takes as long;
-    else 'rotate', which sends none.
+    'gather', where attention waits for what the work beside it does not hide, if all its waiting
+    is at most PRICE_OF_EXACT of the compute; else 'displaced', where they travel while the step
+    computes, if that takes as long; else 'rotate', which sends none.
     """
     gather = sum(layer.gather_s(rates) for layer in layers)
+    wait = sum(layer.wait_s(rates) for layer in layers)
     compute = sum(layer.compute_s(rates) for layer in layers)
     travel = (
         f"keys and values travel {gather * 1000:.3g} ms a step at {rates.link_gbs:.3g} GB/s, "
-        f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute"
+        f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
+        f"for {wait * 1000:.3g} ms of them"
     )
     policy: Policy
-    if gather <= PRICE_OF_EXACT * compute:
+    if wait <= PRICE_OF_EXACT * compute:
         policy, why = "gather", "little for exact ones"
     elif gather <= compute:
         policy, why = "displaced", "too long to wait for, but it hides behind them"
@@ -197,7 +240,8 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
         level[node] = above
     depth = 1 + max(level[node] for node in attentions)
 
-    linear, attended, sent = ([0] * depth for _ in range(3))
+    linear, attended, sent, beside = ([0] * depth for _ in range(4))
+    under_way: set[int] = set()  # at these levels keys and values travel
     for node, found in attentions.items():
         query, key, value = (x for x in node.args[:3] if isinstance(x, fx.Node))
         lengths = [example_size(n, tensors(node)[0]) for n in ctx.plan.lengths(found.keys)]
@@ -208,11 +252,17 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
                 _numel(x) * tensors(x)[0].element_size() for x in (key, value)
             )
     for node in gm.graph.nodes:
-        if op_name(node) in PRODUCTS:
+        if node.target is torch.ops.piflux.send_kv.default:
+            under_way.add(level[node])
+        elif node in attentions:
+            under_way.discard(level[node])
+        elif op_name(node) in PRODUCTS:
             left = tensors(node.all_input_nodes[0])[0]
             flops = 2 * _numel(node) * example_size(left.shape[-1], left)
             linear[min(level[node], depth - 1)] += flops
-    return tuple(map(Layer, linear, attended, sent))
+            for waiting in under_way:
+                beside[waiting] += flops
+    return tuple(map(Layer, linear, attended, sent, beside))
 
 
 def _numel(node: fx.Node) -> int:

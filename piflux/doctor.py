@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from piflux.clock import median_seconds
 from piflux.cost import Choice, Rates, choose
 from piflux.launch import join
 from piflux.preview import preview
+from piflux.rates import measure_rates
 from piflux.runtime.ranks import all_gather
 from piflux.schedule import Schedule
 
@@ -97,23 +97,6 @@ def versions() -> dict[str, str]:
 def memory_gib() -> float:
     """Of the host."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def measure_rates(
-    tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device | str
-) -> tuple[float, float]:
-    """TFLOP/s of a matrix product and of an attention, of the model's shapes, on `device`."""
-    on_gpu = torch.device(device).type == "cuda"
-    width = heads * head_dim
-    x = torch.randn(tokens, width, device=device, dtype=dtype)
-    w = torch.randn(4 * width, width, device=device, dtype=dtype)
-    q = torch.randn(1, heads, tokens, head_dim, device=device, dtype=dtype)
-    product = median_seconds(lambda: F.linear(x, w), on_gpu)
-    attended = median_seconds(lambda: F.scaled_dot_product_attention(q, q, q), on_gpu)
-    return (
-        2 * tokens * 4 * width**2 / product / 1e12,
-        4 * tokens**2 * width / attended / 1e12,
-    )
 
 
 def measure_link(group: dist.ProcessGroup, device: torch.device, count: int) -> float:

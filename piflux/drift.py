@@ -27,7 +27,7 @@ from piflux.schedule import Schedule
 
 CANDIDATES = tuple(
     f"{policy} sync_steps={steps}"
-    for policy in ("rotate", "displaced")
+    for policy in ("rotate", "displaced", "displaced compression=int8")
     for steps in ("1", "0,2", "0,3", "0,2,5", "3", "0,1,3,7", "6")
 )
 """What tuning chooses from."""

@@ -52,8 +52,11 @@ class CannotCapture(PifluxError):
     """The model does something from step to step that no captured graph does."""
 
 
-class RanksDisagree(PifluxError):
-    """The ranks were called with different inputs, settings or versions."""
+class RanksDisagree(CompileError):
+    """The ranks were called with different inputs, settings or versions.
+
+    Settings are compared when the first graph is compiled, inputs in an image's first step.
+    """
 
 
 class StepsUnforeseen(PifluxError):

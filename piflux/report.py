@@ -8,6 +8,7 @@ from torch import Tensor, fx
 
 from piflux.parts import part_length
 from piflux.passes.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
+from piflux.runtime.exchange import row_bytes
 from piflux.schedule import Schedule
 
 
@@ -46,6 +47,7 @@ class GraphReport:
         sync_bytes: what a rank sends in a sync step.
         steady_bytes: what a rank sends in any other step.
         cache_bytes: keys and values that a rank holds for each stream, between steps.
+        why_sync: how `sync='auto'` was decided; empty if it was given.
     """
 
     schedule: Schedule
@@ -55,9 +57,12 @@ class GraphReport:
     sync_bytes: int
     steady_bytes: int
     cache_bytes: int
+    why_sync: str = ""
 
     @classmethod
-    def of(cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule) -> GraphReport:
+    def of(
+        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
+    ) -> GraphReport:
         plan, world_size = ctx.plan, ctx.world_size
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
@@ -67,19 +72,24 @@ class GraphReport:
                         (verb, value, dim), _boundary(plan, verb, value, dim, world_size)
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
-        sent = held = 0
+        sent = steadily = held = 0
         for _, _, *axes in plan.attentions:
             key, content = (tensors(axis.node)[axis.item] for axis in axes)
             lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
             part = sum(part_length(length, world_size) for length in lengths)
             per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
             sent += per_token * part * (world_size - 1)
-            held += per_token * sum(lengths) * (1 + schedule.order)
+            change = sum(_rows(x) // example_size(x.shape[-2], x) for x in (key, content))
+            packet = change if schedule.compresses else per_token
+            steadily += packet * part * (world_size - 1)
+            held += per_token * sum(lengths)
+            if schedule.order:
+                held += packet * sum(lengths)
             if schedule.policy == "displaced":  # what it sent, and what is arriving
-                held += per_token * part * (world_size + 1)
+                held += packet * part * (world_size + 1)
         if world_size == 1 or schedule.policy == "gather":
             held = 0
-        steady = final + (0 if schedule.policy == "rotate" else sent)
+        steady = final + (0 if schedule.policy == "rotate" else steadily)
         return cls(
             schedule,
             len(plan.attentions),
@@ -88,6 +98,7 @@ class GraphReport:
             0 if schedule.sync == "recompute" else final + sent,
             steady,
             held,
+            why_sync,
         )
 
     def __str__(self) -> str:
@@ -98,7 +109,9 @@ class GraphReport:
             f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
             + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
             + (", recomputed" if s.sync == "recompute" else "")
-            + (", predicted between" if s.predicts else ""),
+            + (", predicted between" if s.predicts else "")
+            + (" by changes in 8 bits" if s.compresses else ""),
+            *([f"  sync by '{s.sync}'".ljust(25) + self.why_sync] if self.why_sync else []),
             f"  attentions rewritten   {self.attentions}",
             f"  nodes on a part        {self.local_nodes}",
             f"  sent in a sync step    {_human(self.sync_bytes)} a rank",
@@ -141,6 +154,14 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
 def _bytes(x: Tensor) -> int:
     count = x.element_size()
     for size in x.shape:
+        count *= example_size(size, x)
+    return count
+
+
+def _rows(x: Tensor) -> int:
+    """Bytes of the change of `x`."""
+    count = row_bytes(example_size(x.shape[-1], x))
+    for size in x.shape[:-1]:
         count *= example_size(size, x)
     return count
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Policy = Literal["gather", "rotate", "displaced"]
-Sync = Literal["gather", "recompute"]
+Sync = Literal["gather", "recompute", "auto"]
+Compression = Literal["none", "int8"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (README, Drift).
@@ -42,9 +43,11 @@ class Schedule:
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
             'recompute' has each rank compute all tokens by itself, which is cheaper where links
-            are slow.
+            are slow, 'auto' is either of them, chosen when the first graph is compiled.
         order: how attention guesses what remembered keys and values have become: 0, as they were;
             1, moved on by the change between their last two versions.
+        compression: of that change, where it is remembered and where 'displaced' sends it: 'none',
+            or 'int8', which takes 8 bits a number and a scale for each token and head.
 
     Raises:
         ValueError: a field is out of range.
@@ -56,13 +59,16 @@ class Schedule:
     world_size: int = 1
     sync: Sync = "gather"
     order: int = 1
+    compression: Compression = "none"
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(Policy):
             choices = ", ".join(repr(name) for name in get_args(Policy))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
-            raise ValueError(f"unknown sync {self.sync!r}: choose 'gather' or 'recompute'")
+            raise ValueError(
+                f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for either"
+            )
         if self.policy == "gather" and self.sync == "recompute":
             raise ValueError(
                 "the policy 'gather' has sync steps only: recomputing them all is one rank's work "
@@ -85,11 +91,23 @@ class Schedule:
 
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 or 1, got {self.order!r}")
+        if self.compression not in get_args(Compression):
+            raise ValueError(f"unknown compression {self.compression!r}: choose 'none' or 'int8'")
+        if self.compression == "int8" and self.order == 0:
+            raise ValueError(
+                "compression='int8' is of the change between two versions, of which order=0 "
+                "remembers one: choose order=1, or compression='none'"
+            )
 
     @property
     def predicts(self) -> bool:
         """Whether attention reads predicted keys and values in some steps."""
         return self.order > 0 and self.policy != "gather" and self.world_size > 1
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the change that this predicts by is compressed."""
+        return self.predicts and self.compression == "int8"
 
     @property
     def first_syncs(self) -> tuple[int, ...]:
@@ -107,7 +125,7 @@ class Schedule:
         return Step(index, sync, parts)
 
 
-SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order")
+SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order", "compression")
 """What a schedule's file may hold."""
 
 

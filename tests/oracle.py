@@ -16,6 +16,11 @@ moved on from their last version, 0.75 times as far as a straight line through t
 versions over time would take them. Time is log(sigma / (1 - sigma)), both terms with 0.01 added. A
 token with one version is read as it is.
 
+With `compression` 'int8' a rank remembers, in place of the version before, the change since, and
+rounds it: each token's head has 255 steps, from minus to plus its largest number. Under `displaced`
+such changes are also what arrives: what the others had is what is remembered of them, plus the
+rounded change.
+
 A segment of T tokens is cut into N windows of ceil(T / N); window i starts at
 min(i * ceil(T / N), T - ceil(T / N)). Where windows overlap, the later part's tokens count.
 """
@@ -58,6 +63,12 @@ def log_snr(sigma: float) -> float:
     return math.log((sigma + 0.01) / (1 - sigma + 0.01))
 
 
+def rounded(change: Tensor) -> Tensor:
+    """To 8 bits for each number of a token's head."""
+    unit = (change.abs().amax(-1, keepdim=True) / 127).float()
+    return (change / unit.clamp(min=1e-30) + 0.5).floor() * unit
+
+
 @dataclass
 class Cache:
     """One attention's keys and values of all tokens.
@@ -83,10 +94,16 @@ class Cache:
         versions, times = [x.clone() for x in self.versions], [x.clone() for x in self.times]
         return Cache(versions, times, self.written.clone())
 
-    def write(self, fresh: Tensor, places: Tensor, step: int, time: float) -> None:
+    def write(
+        self, fresh: Tensor, places: Tensor, step: int, time: float, compression: str = "none"
+    ) -> None:
         """What is written twice in a step is one version."""
-        new = places[self.written[places] != step]
-        self.versions[1][..., new, :] = self.versions[0][..., new, :]
+        new = self.written[places] != step
+        before = self.versions[0][..., places[new], :]
+        if compression == "int8":
+            before = fresh[..., new, :] - rounded(fresh[..., new, :] - before)
+        new = places[new]
+        self.versions[1][..., new, :] = before
         self.times[1][new] = self.times[0][new]
         self.versions[0][..., places, :] = fresh
         self.times[0][places] = time
@@ -112,6 +129,7 @@ class Oracle:
         sync_steps: int | tuple[int, ...] = (0, 2),
         refresh_every: int | None = None,
         order: int = 1,
+        compression: str = "none",
     ) -> None:
         self.model = model
         self.ranks = ranks
@@ -119,6 +137,7 @@ class Oracle:
         self.sync_steps = sync_steps
         self.refresh_every = refresh_every
         self.order = order
+        self.compression = compression
         self.step = 0
         self.time = 0.0
         self._unit = 1.0
@@ -152,15 +171,17 @@ class Oracle:
         for caches in self._caches:
             for cache, new in zip(caches, filled, strict=True):
                 everywhere = torch.arange(len(cache.written))
-                cache.write(new.versions[0], everywhere, self.step, self.time)
+                cache.write(new.versions[0], everywhere, self.step, self.time, self.compression)
         return sample
 
     def _steady(self, inputs: dict) -> Tensor:
         """A step after the sync steps: the ranks one after the other, in the order of parts."""
         tokens = _tokens(self.model, inputs)
         canvas = torch.zeros(
-            inputs["hidden_states"].shape[0], tokens.image, self.model.proj_out.out_features
+            *(inputs["hidden_states"].shape[0], tokens.image, self.model.proj_out.out_features),
+            dtype=self.model.dtype,
         )
+        remembered = [[cache.clone() for cache in caches] for caches in self._caches]
         for part in range(self.ranks):
             rank = (part - self.step) % self.ranks if self.policy == "rotate" else part
             attend = self._attend(self._caches[rank], tokens, part)
@@ -169,7 +190,7 @@ class Oracle:
             with _attention(attend), _assembled(self.model, canvas, image):
                 sample = tokens.run(text, image)
         if self.policy == "displaced":
-            self._exchange(tokens)
+            self._exchange(tokens, remembered)
         return sample
 
     def _attend(self, caches: list[Cache], tokens: "Tokens", part: int) -> Callable[..., Tensor]:
@@ -179,22 +200,41 @@ class Oracle:
         def attend(query: Tensor, key: Tensor, value: Tensor, **options) -> Tensor:
             cache = next(unvisited)
             places = _places(tokens, cache, self.ranks, part)
-            cache.write(torch.stack([key, value]), places, self.step, self.time)
+            fresh = torch.stack([key, value])
+            cache.write(fresh, places, self.step, self.time, self.compression)
             self.oldest = max(self.oldest, self.step - int(cache.written.min()))
             seen = cache.read(self.step, self.time, self.order)
             return exact_attention(query, *seen, **options)
 
         return attend
 
-    def _exchange(self, tokens: "Tokens") -> None:
-        """Every rank's own part lands in every other rank's cache."""
+    def _exchange(self, tokens: "Tokens", remembered: list[list[Cache]]) -> None:
+        """Every rank's own part lands in every other rank's cache.
+
+        Where changes are sent, also in its own: all must go on from the same versions.
+        """
         sent = [[cache.clone() for cache in caches] for caches in self._caches]
+        if self.compression == "int8":
+            self._caches = remembered
+            return self._change(tokens, sent)
         for caches in self._caches:
             for number, cache in enumerate(caches):
                 for part, theirs in enumerate(sent):
                     places = _places(tokens, cache, self.ranks, part)
                     fresh = theirs[number].versions[0][..., places, :]
                     cache.write(fresh, places, self.step, self.time)
+
+    def _change(self, tokens: "Tokens", sent: list[list[Cache]]) -> None:
+        """Every cache moves on by the rounded change to what the ranks computed."""
+        for caches in self._caches:
+            for number, cache in enumerate(caches):
+                fresh = torch.empty_like(cache.versions[0])
+                for part, theirs in enumerate(sent):
+                    places = _places(tokens, cache, self.ranks, part)
+                    fresh[..., places, :] = theirs[number].versions[0][..., places, :]
+                arrived = cache.versions[0] + rounded(fresh - cache.versions[0])
+                everywhere = torch.arange(len(cache.written))
+                cache.write(arrived, everywhere, self.step, self.time)
 
 
 class Tokens:

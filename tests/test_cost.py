@@ -42,6 +42,10 @@ def test_what_a_rank_computes_and_sends(small: Preview) -> None:
         assert layer.attention_flops == 4 * tokens * 22 * WIDTH
     # After the double block's attention its projection and MLP, then the single's first products.
     assert single.linear_flops == 2 * tokens * (1 + 8 + 3 + 4) * square
+    # While keys and values travel: queries, and in single blocks the MLP's first product.
+    assert [layer.beside_flops for layer in small.layers] == [
+        2 * tokens * products * square for products in (1, 1 + 4, 1 + 4)
+    ]
 
 
 def test_one_rank_does_it_all(small: Preview) -> None:
@@ -93,6 +97,16 @@ def test_choice_follows_the_link(link_gbs: float, policy: str) -> None:
     assert choice.compute_s == pytest.approx(0.024)
     assert choice.gather_s == pytest.approx(3e-3 / link_gbs)
     assert f"{link_gbs:.3g} GB/s" in choice.reason
+
+
+def test_what_is_hidden_need_not_be_waited_for() -> None:
+    hiding = [Layer(x.linear_flops, x.attention_flops, x.kv_bytes, 10**9) for x in LAYERS]
+    # Of 1.3 ms a layer 1 ms is hidden; the rest is less than 5 % of 8 ms.
+    rates = Rates(1.0, 0.5, 1 / 1.3)
+    assert choose(LAYERS, rates).policy == "displaced"
+    choice = choose(hiding, rates)
+    assert choice.policy == "gather"
+    assert "attention waits for 0.9 ms" in choice.reason
 
 
 # ----------------------------------------------------------------------------- of whole schedules

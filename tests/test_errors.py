@@ -498,6 +498,7 @@ def test_ranks_that_disagree_on_an_input(ranks):
 def set_apart(rank, group):
     """Rank 1 has another policy, another schedule, or another torch."""
     others = [{"policy": "displaced"}, {"sync_steps": 3}, {"refresh_every": 5}]
+    others += [{"compression": "int8"}]
     failures = []
     for other in others:
         options = {"policy": "rotate"} | (other if rank == 1 else {})
@@ -511,10 +512,12 @@ def set_apart(rank, group):
 
 
 def test_ranks_that_disagree_on_a_setting(ranks):
-    policy, sync_steps, refresh_every, version = zip(*ranks(2, set_apart), strict=True)
+    found = zip(*ranks(2, set_apart), strict=True)
+    policy, sync_steps, refresh_every, compression, version = found
     assert_all(policy, piflux.RanksDisagree, "policy", "rotate", "displaced", "rank 1")
     assert_all(sync_steps, piflux.RanksDisagree, "sync_steps", "3", "rank 1")
     assert_all(refresh_every, piflux.RanksDisagree, "refresh_every", "5", "rank 1")
+    assert_all(compression, piflux.RanksDisagree, "compression", "int8", "rank 1")
     assert_all(version, piflux.RanksDisagree, "torch", "1.0", torch.__version__, "rank 1")
 
 

@@ -63,6 +63,10 @@ rotate on 2 ranks, sync at 0, 2, predicted between
                 {"policy": "displaced", "sync": "recompute"},
                 "displaced on 2 ranks, sync at 0, 2, recomputed, predicted between",
             ),
+            (
+                {"policy": "rotate", "compression": "int8"},
+                "rotate on 2 ranks, sync at 0, 2, predicted between by changes in 8 bits",
+            ),
         ]:
             self.assertEqual(str(report(**options)).splitlines()[0], first_line)
 
@@ -82,6 +86,16 @@ rotate on 2 ranks, sync at 0, 2, predicted between
             self.assertEqual((policy, data.cache_bytes), (policy, cache))
         self.assertEqual(report("rotate", sync="recompute").sync_bytes, 0)
         self.assertEqual(report("rotate", order=0).cache_bytes, 2 * 48 * token)
+        row = 2 * 3 * (4 + 16)  # a change of both: a scale and 16 numbers for each head
+        for policy, steady, cache in [
+            ("gather", final + 2 * 25 * token, 0),
+            ("rotate", final, 2 * 48 * (token + row)),
+            ("displaced", final + 2 * 25 * row, 2 * (48 * (token + row) + 3 * 25 * row)),
+        ]:
+            data = report(policy, compression="int8")
+            self.assertEqual(data.sync_bytes, final + 2 * 25 * token)
+            self.assertEqual((policy, data.steady_bytes), (policy, steady))
+            self.assertEqual((policy, data.cache_bytes), (policy, cache))
         unshard = data.boundaries[-1]
         self.assertEqual((unshard.lengths, unshard.part_lengths), ((35,), (18,)))
         self.assertEqual(unshard.overlaps, (1,))

@@ -243,6 +243,19 @@ def test_sync_steps_apart_equal_the_oracle(ranks, policy, order):
     judge_image(ranks, 3, tiny_flux, flux_inputs(), options)
 
 
+@pytest.mark.parametrize("policy", ["rotate", "displaced"])
+def test_compressed_changes_equal_the_oracle(ranks, policy):
+    """In double precision, where no number is rounded up by one and down by the other."""
+    build, inputs = partial(tiny_flux, dtype=torch.float64), flux_inputs(dtype=torch.float64)
+    options = {"policy": policy, "refresh_every": 4, "compression": "int8"}
+    judge_image(ranks, 4, build, inputs, options)
+    images = [
+        list(denoise(Oracle(build(), 4, policy, refresh_every=4, compression=c), inputs, STEPS))[-1]
+        for c in ("none", "int8")
+    ]
+    assert (images[0] - images[1]).abs().max() > 10 * EXACT  # so it does compress
+
+
 def test_without_sync_steps_the_first_one_fills_the_cache(ranks):
     options = {"policy": "rotate", "sync_steps": 0}
     judge_image(ranks, 2, tiny_flux, flux_inputs(), options)

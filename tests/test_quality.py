@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
+import piflux
 from piflux import drift
 from piflux.charts import markdown
 from piflux.cost import Cost
@@ -153,6 +154,8 @@ def test_variants_are_settings_of_parallelize():
         ("rotate inner=eager", "'inner=eager' is no setting"),
         ("rotate order", "'order' is no setting"),
         ("rotate order=7", "order must be 0 or 1"),
+        ("rotate compression=zip", "unknown compression 'zip'"),
+        ("rotate order=0 compression=int8", "order=0 remembers one"),
         ("rotate sync_steps=some", "sync_steps must be an integer"),
     ],
 )
@@ -314,6 +317,21 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     result = invoke(*arguments, "--max-lpips=-1")
     assert result.exit_code == 2
     assert "no schedule is within the budget" in result.output
+
+
+def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
+    """Over a link that takes longer than a step computes."""
+    displaced = [text for text in drift.CANDIDATES if "displaced" in text]
+    monkeypatch.setattr(drift, "CANDIDATES", [x for x in displaced if x.endswith("sync_steps=1")])
+    arguments = ["--tune", "--count=2", "--ranks=2", "--steps=3", "--size=64", f"--out={tmp_path}"]
+    result = invoke(*arguments, "--link=1e-4", "--max-lpips=9")
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "schedule-2.json").read_text())
+    assert settings == {"policy": "displaced", "compression": "int8", "sync_steps": 1}
+    path = str(tmp_path / "schedule-2.json")
+    group = piflux.virtual_ranks(2)
+    model = piflux.parallelize(torch.nn.Linear(1, 1), group=group, policy=path)
+    assert model._piflux_compiler.runtime.schedule.compresses
 
 
 def test_tuning_needs_one_budget_and_two_prompts():

@@ -102,6 +102,16 @@ def test_what_is_predicted():
     assert not Schedule("rotate", world_size=2, order=0).predicts
 
 
+def test_what_is_compressed():
+    assert Schedule("displaced", world_size=2, compression="int8").compresses
+    assert not Schedule("displaced", world_size=2).compresses
+    assert not Schedule("gather", world_size=2, compression="int8").compresses
+    with pytest.raises(ValueError, match="choose 'none' or 'int8'"):
+        Schedule(compression="zip")
+    with pytest.raises(ValueError, match="order=0 remembers one: choose order=1"):
+        Schedule(order=0, compression="int8")
+
+
 @pytest.mark.parametrize("wrong", [{"order": 2}, {"sync_steps": (0, -1)}, {"sync_steps": (0.5,)}])
 def test_wrong_orders_and_sync_steps(wrong):
     (name,) = wrong

@@ -5,9 +5,20 @@ import math
 import pytest
 import torch
 
-from piflux.runtime.exchange import exchange, exchange_in_torch
+from piflux.parts import places
+from piflux.runtime.exchange import (
+    advance,
+    changes,
+    compress,
+    compress_in_torch,
+    exchange,
+    exchange_changes,
+    exchange_changes_in_torch,
+    exchange_in_torch,
+    row_bytes,
+)
 from piflux.runtime.memory import Places
-from piflux.runtime.slots import BELIEF, FARTHEST, Ages, Slot, clock_scale, log_snr
+from piflux.runtime.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
 
 
 def at(value):
@@ -68,9 +79,12 @@ def test_ages_begin_anew_where_they_are():
     ages = Ages((5,), at(4))
     ages.renew(at(3))
     ages.renew_part(own(1), at(2))
-    line, newer = ages.line, ages.newer
+    ages.look(at(1))
+    line, newer, ahead = ages.line, ages.newer, ages.ahead
+    assert ahead.tolist() == [2 * BELIEF] * 2 + [BELIEF] * 3
     ages.begin(at(9))
     assert ages.line is line and ages.newer is newer
+    assert ages.ahead is ahead and ahead.tolist() == [0] * 5
     assert newer.all() and read_line(ages, at(8)) == [1] * 5
 
 
@@ -131,6 +145,91 @@ def test_a_slot_of_order_0_remembers_one_version():
     read = slot.write(index, [x[..., :3, :] for x in kv(7)])
     assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
     assert slot.second == []
+
+
+class Arrived:
+    """An all-gather that has ended."""
+
+    def __init__(self, *pieces):
+        self.pieces = pieces
+
+    def wait(self):
+        return self.pieces
+
+
+def sync(slot, value, *, alone=False):
+    if not alone:
+        slot.make_room()
+    for x, y in zip(slot.first, kv(value), strict=True):
+        x.copy_(y)
+    slot.settle(alone=alone)
+
+
+def slot_of_changes(value):
+    slot = ChangeSlot.like(kv(value), 5)
+    sync(slot, value, alone=True)
+    return slot
+
+
+def change_of(slot):
+    """Of the first key's numbers, whose one scale each of `kv`'s tokens has."""
+    numbers, scales = changes(slot.second[0], 2)
+    return (numbers * scales)[0, 0, :, 0].tolist()
+
+
+def test_a_slot_of_changes_reads_what_they_lead_to():
+    """`kv` has one value a token, whose change is a scale of 127 steps, without an error."""
+    slot, ages = slot_of_changes(1), Ages((5,), at(4))
+    where = slot.first[0], slot.second[0]
+    assert change_of(slot) == [0] * 5
+    ages.renew(at(3))
+    sync(slot, 128)
+    ages.look(at(2))
+    ages.renew_part(own(1), at(2))
+    sources = Places((5,), 2, 1, torch.device("cpu")).sources
+    keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(1)], keep=True)
+    assert keys[0, 0, :, 0].tolist() == [128 + 127 * BELIEF] * 2 + [1] * 3
+    assert torch.equal(values, -keys)
+    assert tokens(slot.first) == [128, 128, 1, 1, 1]
+    assert change_of(slot) == [127, 127, -127, -127, -127]
+    sync(slot, 1)
+    assert tokens(slot.first) == [1] * 5
+    assert change_of(slot) == [-127, -127, 0, 0, 0]
+    # Recorded steps read where they lie.
+    assert slot.first[0] is where[0] and slot.second[0] is where[1]
+
+
+def test_a_slot_of_changes_lands_what_all_have_sent():
+    """Five tokens in two parts that share the middle one; every rank adds the same changes."""
+    slots = [slot_of_changes(1) for _ in range(2)]
+    sent = [
+        slot.packets(places((5,), 2, part), [x[..., :3, :] for x in kv(value)])
+        for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
+    ]
+    for slot in slots:
+        slot.coming = [Arrived(*pieces) for pieces in zip(*sent, strict=True)]
+        slot.parts = (0, 1)
+        slot.land((5,))
+        assert tokens(slot.first) == [128, 128, 255, 255, 255]
+        assert change_of(slot) == [127, 127, 254, 254, 254]
+        slot.land((5,))  # there is nothing to land twice
+        assert tokens(slot.first) == [128, 128, 255, 255, 255]
+
+
+def test_errors_of_sent_changes_do_not_grow():
+    """Each change makes good for what the last one's rounding took away."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 5, 8)
+    slot, errors = ChangeSlot.like([keys], 5), []
+    slot.first[0].copy_(keys)
+    slot.settle(alone=True)
+    for _ in range(100):
+        keys = keys + 0.1 * torch.randn(keys.shape)
+        slot.coming = [Arrived(slot.packets(torch.arange(5), [keys])[0])]
+        slot.parts = (0,)
+        slot.land((5,))
+        errors.append((slot.first[0] - keys).abs().max())
+    assert max(errors) < 2 * max(errors[:5]) < 1e-2
 
 
 # --------------------------------------------------------------------------------------- exchange
@@ -212,3 +311,86 @@ def test_exchange_takes_heads_without_a_batch():
     one = [x[0] for x in args[:3]] + list(args[3:])
     whole = exchange_in_torch(*(x.clone() for x in args), True)
     assert torch.equal(exchange_in_torch(*one, True), whole[0])
+
+
+# ---------------------------------------------------------------------------------------- changes
+
+
+def number_by_number(new, old):
+    """What `compress` is to do, in float64 and in words: what rows say, and their scales."""
+    change = new.double() - old.double()
+    scales = (change.abs().amax(-1, keepdim=True) / 127).float().double()
+    return torch.where(scales == 0, 0.0, (change / scales).round() * scales), scales
+
+
+def check_compress(function, dtype, device="cpu"):
+    old, _, new, *_ = versions(dtype)
+    old = old[..., : new.shape[-2], :].contiguous()
+    old[..., 3, :] = new[..., 3, :]
+    rows = function(new.to(device), old.to(device)).cpu()
+    assert rows.shape == (*new.shape[:-1], row_bytes(new.shape[-1]))
+    numbers, scales = changes(rows, new.shape[-1])
+    want, want_scales = number_by_number(new, old)
+    torch.testing.assert_close(scales.double(), want_scales, rtol=1e-6, atol=0)
+    # Half way between two numbers either will do.
+    assert ((numbers * scales - want).abs() <= 1.001 * want_scales).all()
+    assert ((numbers * scales - want).abs() > 1e-3 * want_scales).double().mean() < 0.01
+    assert numbers.abs().amax(-1).unique().tolist() == [0, 127]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_rounds_each_number(dtype):
+    check_compress(compress_in_torch, dtype)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress_by_kernel_rounds_each_number(dtype):
+    check_compress(compress, dtype, "cuda")
+
+
+def check_exchange_changes(function, dtype, keep, device="cpu"):
+    version, before, fresh, sources, ahead, _ = versions(dtype)
+    rows = compress_in_torch(version, before)
+    moved = version.double().clone()
+    advance(moved, rows)
+    args = [x.to(device) for x in (version.clone(), rows.clone(), fresh, sources, ahead)]
+    got = function(*args, keep)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    want = version.double() + ahead[:, None].double() * (moved - version.double())
+    own = sources >= 0
+    want[..., own, :] = fresh.double()
+    torch.testing.assert_close(got.cpu(), want.to(dtype))
+    kept, kept_rows = version.clone(), rows.clone()
+    if keep:
+        kept[..., own, :] = fresh
+        kept_rows[..., own, :] = compress_in_torch(fresh, version[..., own, :])
+    assert torch.equal(args[0].cpu(), kept)
+    for mine, theirs in zip(
+        changes(args[1].cpu(), fresh.shape[-1]), changes(kept_rows, fresh.shape[-1]), strict=True
+    ):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-6, atol=1)
+        assert (mine != theirs).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_of_changes(dtype, keep):
+    check_exchange_changes(exchange_changes_in_torch, dtype, keep)
+
+
+@gpu
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_exchange_of_changes_by_kernel(dtype, keep):
+    check_exchange_changes(exchange_changes, dtype, keep, "cuda")
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 64])
+def test_rows_of_any_head_dim(head_dim):
+    new, old = torch.randn(2, 2, 3, 4, head_dim)
+    numbers, scales = changes(compress(new, old), head_dim)
+    assert numbers.shape == new.shape
+    assert scales.shape == (2, 3, 4, 1)
+    assert ((numbers * scales - (new - old)).abs() <= 0.501 * scales).all()

@@ -24,7 +24,10 @@ from piflux.runtime.ops import slots_from
 ATTENTIONS_A_BLOCK = 4
 
 _CACHED = torch.ops.piflux.cached_sdpa.default
-_SLOT = [argument.name for argument in _CACHED._schema.arguments].index("slot")
+_SLOTS = {
+    op: [argument.name for argument in op._schema.arguments].index("slot")
+    for op in (_CACHED, torch.ops.piflux.send_kv.default)
+}
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -106,7 +109,7 @@ class _Stretch:
         self.inputs = inputs
         inside = {node: i for i, node in enumerate(nodes)}
         self.outputs = {i for n, i in inside.items() if not _readers(n) <= inside.keys()}
-        self.slot = next((_slot(n) for n in nodes if n.target is _CACHED), None)
+        self.slot = next((_slot(n) for n in nodes if n.target in _SLOTS), None)
         names = {n: f"node {i}" for n, i in inside.items()}
         names |= {n: f"input {i}" for i, n in enumerate(inputs)}
         self.form = (
@@ -215,14 +218,14 @@ def _sizes(value: Any) -> list[int | torch.SymInt]:
 
 
 def _slot(node: fx.Node) -> Any:
-    return node.args[_SLOT] if node.target is _CACHED else None
+    return node.args[_SLOTS[node.target]] if node.target in _SLOTS else None
 
 
 def _written(node: fx.Node, slot: Any, name: Callable[[fx.Node], str]) -> tuple[str, Any, str]:
     """The op and its arguments, with other nodes by name and cache slots counted from `slot`."""
     args = list(node.args)
-    if node.target is _CACHED:
-        args[_SLOT] -= slot
+    if node.target in _SLOTS:
+        args[_SLOTS[node.target]] -= slot
     arguments = fx.map_arg((args, node.kwargs), lambda n: _or_number(n, name))
     return node.op, node.target, repr(arguments)
 
@@ -303,7 +306,7 @@ def _module(piece: _Piece) -> fx.GraphModule:
         made[node].meta["example_value"] = known(node)
     for node in stretch.nodes:
         made[node] = graph.node_copy(node, lambda n: _or_number(n, made.__getitem__))
-        if node.target is _CACHED:
-            made[node].update_arg(_SLOT, _slot(node) - stretch.slot)
+        if node.target in _SLOTS:
+            made[node].update_arg(_SLOTS[node.target], _slot(node) - stretch.slot)
     graph.output(tuple(made[stretch.nodes[i]] for i in sorted(piece.outputs)))
     return fx.GraphModule(nn.Module(), graph)

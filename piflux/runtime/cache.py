@@ -4,7 +4,8 @@ The cache is not an argument of the graph. `cached_sdpa` is declared free of sid
 its slot through the runtime's name, as functional collectives find their process group. So AOT
 autograd needs no auto_functionalized copies of some gigabytes of keys and values, and one graph
 serves sync and steady steps. It is safe because a slot is touched by one node of one graph, or
-by one call of a piece that repeated blocks share, and its output is always used.
+by one call of a piece that repeated blocks share, and its output is always used. Where `send_kv`
+sends ahead, attention reads its token, so that no compiler can put one after the other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.memory import Memory, Places
 from piflux.runtime.ranks import Gathering, Ranks
-from piflux.runtime.slots import Slot
+from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
 
@@ -64,6 +65,7 @@ class Runtime:
         self.recycles = False
         self._spare: dict[Any, list[Memory]] = {}
         self._now: tuple[Stream, Step] | None = None
+        self._sent: dict[int, list[Gathering]] = {}  # by slot: what attention has yet to take up
         _RUNTIMES[self.name] = self
 
     @staticmethod
@@ -156,6 +158,9 @@ class Runtime:
             raise
         finally:
             self._now = None
+            # Empty, unless an exception came between. What is under way then may never end, either;
+            # c10d holds the memory of collectives that nobody waits for.
+            self._sent.clear()
 
     def _stream(self, graph: object, roles: Roles, args: Sequence[Any]) -> Stream:
         conditions = roles.pick(roles.conditions, args)
@@ -233,10 +238,26 @@ class Runtime:
         pieces = self._ranks.gather(piece).wait()
         return join(pieces, self.now[1].parts, dim, lengths)
 
+    def send(self, slot: int, fresh: Sequence[Tensor], world_size: int) -> None:
+        """Start what `exchange` takes up: this step's keys and values, if others await them.
+
+        Args: as for `exchange`.
+        """
+        step, schedule = self.now[1], self.schedule
+        onwards = schedule.policy == "displaced" and not schedule.compresses
+        if world_size > 1 and (step.sync or onwards):
+            # What travels on behind its attention is copied: compilers write other things into
+            # the memory of values that nobody reads any more.
+            if not step.sync:
+                fresh = [x.clone(memory_format=torch.contiguous_format) for x in fresh]
+            self._sent[self.first_slot + slot] = [self._ranks.gather(x) for x in fresh]
+
     def exchange(
         self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
     ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
+
+        They have been sent by `send`, but for the changes that `displaced` sends compressed.
 
         Args:
             slot: which attention, counted from `first_slot`.
@@ -250,21 +271,21 @@ class Runtime:
         ranks, step = self._ranks, self.now[1]
         lengths = tuple(lengths)
         slot += self.first_slot
+        coming = self._sent.pop(slot, [])
         if step.sync:
-            coming = [ranks.gather(x) for x in fresh] if world_size > 1 else []
             if self.schedule.policy == "gather":
                 return [join(x.wait(), step.parts, -2, lengths) for x in coming] or fresh
             for rank in ranks.here:
                 kept = self._fill(rank, slot, fresh, coming, lengths)
             return kept if world_size > 1 else fresh
-        return self._remember(slot, fresh, lengths)
+        return self._remember(slot, fresh, coming, lengths)
 
     def _fill(
         self,
         rank: int,
         slot: int,
         fresh: Sequence[Tensor],
-        coming: Sequence[Gathering],
+        coming: list[Gathering],
         lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """A sync step's keys and values into a rank's slot; returns them."""
@@ -272,7 +293,8 @@ class Runtime:
         memory, tokens, first = stream.memory, sum(lengths), self.now[1].index == 0
         kept = memory.slots.get((rank, slot))
         if kept is None or not kept.fits(fresh, tokens):
-            kept = memory.slots[rank, slot] = Slot.like(fresh, tokens, two=schedule.predicts)
+            kind = ChangeSlot if schedule.compresses else Slot
+            kept = memory.slots[rank, slot] = kind.like(fresh, tokens, two=schedule.predicts)
             memory.replays.clear()  # of the slots' former addresses
         kept.land(lengths)
         if schedule.predicts:
@@ -283,12 +305,15 @@ class Runtime:
             join(gathering.wait(), step.parts, -2, lengths, whole)
         for whole, x in zip(kept.first, () if coming else fresh, strict=False):
             whole.copy_(x)
-        if first:
-            kept.begin()
+        kept.settle(alone=first)
         return kept.first
 
     def _remember(
-        self, slot: int, fresh: Sequence[Tensor], lengths: tuple[int, ...]
+        self,
+        slot: int,
+        fresh: Sequence[Tensor],
+        coming: list[Gathering],
+        lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """Keys and values of a steady step: one part fresh, the others as they are remembered."""
         (stream, step), ranks, policy = self.now, self._ranks, self.schedule.policy
@@ -302,7 +327,9 @@ class Runtime:
         else:
             read = kept.write(places.index, fresh)
         if policy == "displaced":
-            kept.coming = [ranks.gather(x) for x in fresh]
+            if self.schedule.compresses:  # what is sent is known now that the last step's landed
+                coming = [ranks.gather(x) for x in kept.packets(places.index, fresh)]
+            kept.coming = coming
             kept.parts = step.parts
         return read
 

@@ -1,9 +1,18 @@
-"""A step's fresh keys or values for the whole sequence's: the one pass over a slot's memory."""
+"""A step's fresh keys or values for the whole sequence's: the one pass over a slot's memory.
+
+A change is what a token's keys or values of one step differ by from those of an earlier one. It is
+held and sent in *rows* of bytes, one for each token and head: a scale in float32, then each number
+in 8 bits, as a multiple of the scale from -127 to 127. A change is small beside what changes, and
+its rounding error is half of a 127th of its own largest number at most.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+SCALE_BYTES = 4
+LARGEST = 127
 
 
 def exchange(
@@ -60,4 +69,90 @@ def exchange_in_torch(
         # No indexing by masks: shapes that depend on data can't be recorded.
         torch.where(own & newer[:, None], placed, first, out=first)
         torch.where(own & ~newer[:, None], placed, second, out=second)
+    return torch.where(own, placed, read)
+
+
+def row_bytes(head_dim: int) -> int:
+    """The length of a row: a multiple of the scale's, so that rows of scales can be looked at."""
+    return SCALE_BYTES + -(-head_dim // SCALE_BYTES) * SCALE_BYTES
+
+
+def changes(rows: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """What rows hold: numbers in int8, (.., tokens, head dim), and scales, (.., tokens, 1)."""
+    numbers = rows[..., SCALE_BYTES : SCALE_BYTES + head_dim].view(torch.int8)
+    return numbers, rows[..., :SCALE_BYTES].view(torch.float32)
+
+
+def advance(version: Tensor, rows: Tensor) -> None:
+    """Change `version`, (.., tokens, head dim), in place by as much as `rows` say."""
+    version.addcmul_(*changes(rows, version.shape[-1]))
+
+
+def compress(new: Tensor, old: Tensor) -> Tensor:
+    """The change from `old` to `new`, in rows.
+
+    Args:
+        new: (batch, heads, tokens, head dim), in any layout.
+        old: likewise, contiguous.
+
+    Returns:
+        (batch, heads, tokens, row bytes) in uint8, a new tensor.
+    """
+    if new.is_cuda:
+        from piflux.runtime.kernels import compress_by_kernel
+
+        return compress_by_kernel(new, old)
+    return compress_in_torch(new, old)
+
+
+def compress_in_torch(new: Tensor, old: Tensor) -> Tensor:
+    """`compress`, in ops that run on any device."""
+    dtype = torch.promote_types(new.dtype, torch.float32)
+    change = new.to(dtype) - old.to(dtype)
+    rows = new.new_empty((*new.shape[:-1], row_bytes(new.shape[-1])), dtype=torch.uint8)
+    numbers, scales = changes(rows, new.shape[-1])
+    scales.copy_(change.abs().amax(-1, keepdim=True) / LARGEST)
+    # The least scales are rounded by much, so that their multiples might leave the range.
+    shares = change / torch.where(scales == 0, 1, scales) + 0.5
+    numbers.copy_(shares.floor().clamp(-LARGEST, LARGEST))
+    return rows
+
+
+def exchange_changes(
+    version: Tensor, rows: Tensor, fresh: Tensor, sources: Tensor, ahead: Tensor, keep: bool
+) -> Tensor:
+    """`exchange` for a slot that holds the last version of each token and its change until then.
+
+    Args:
+        version: (batch, heads, tokens, head dim), contiguous.
+        rows: the changes, (batch, heads, tokens, row bytes) in uint8, contiguous.
+        fresh: (batch, heads, part tokens, head dim): this step's, of one part, in any layout.
+        sources: (tokens,) in int32: where in `fresh` a token stands; -1 if it does not.
+        ahead: (tokens,) in float32: a token that is not fresh is read as
+            version + ahead * change, computed in float32 at least.
+        keep: whether fresh tokens become the version, and their change is kept.
+
+    Returns:
+        Like `version`, a new tensor.
+    """
+    if version.is_cuda:
+        from piflux.runtime.kernels import exchange_changes_by_kernel
+
+        return exchange_changes_by_kernel(version, rows, fresh, sources, ahead, keep)
+    return exchange_changes_in_torch(version, rows, fresh, sources, ahead, keep)
+
+
+def exchange_changes_in_torch(
+    version: Tensor, rows: Tensor, fresh: Tensor, sources: Tensor, ahead: Tensor, keep: bool
+) -> Tensor:
+    """`exchange_changes`, in ops that run on any device."""
+    dtype = torch.promote_types(version.dtype, ahead.dtype)
+    numbers, scales = changes(rows, version.shape[-1])
+    change = numbers.to(dtype) * scales.to(dtype)
+    read = (version.to(dtype) + ahead[:, None].to(dtype) * change).to(version.dtype)
+    own = (sources >= 0)[:, None]
+    placed = fresh.index_select(-2, sources.clamp(min=0))
+    if keep:
+        torch.where(own, compress_in_torch(placed, version), rows, out=rows)
+        torch.where(own, placed, version, out=version)
     return torch.where(own, placed, read)

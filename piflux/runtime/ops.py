@@ -52,11 +52,34 @@ def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str
 
 
 @torch.library.custom_op(
+    "piflux::send_kv",
+    mutates_args=(),
+    schema="(Tensor key, Tensor value, int slot, int world_size, str runtime) -> Tensor",
+)
+def send_kv(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> Tensor:
+    """Start to send this rank's keys and values, where `cached_sdpa` or the next step awaits them.
+
+    Args: as for `cached_sdpa`.
+
+    Returns:
+        (1,) of uint8: a token without content, for `cached_sdpa` to depend on.
+    """
+    Runtime.named(runtime).send(slot, (key, value), world_size)
+    return key.new_empty(1, dtype=torch.uint8)
+
+
+@send_kv.register_fake
+def _(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> Tensor:
+    return key.new_empty(1, dtype=torch.uint8)
+
+
+@torch.library.custom_op(
     "piflux::cached_sdpa",
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float? scale, "
-        "bool enable_gqa, SymInt[] lengths, int slot, int world_size, str runtime) -> Tensor"
+        "bool enable_gqa, SymInt[] lengths, int slot, int world_size, str runtime, "
+        "Tensor? sent=None) -> Tensor"
     ),
 )
 def cached_sdpa(
@@ -70,6 +93,7 @@ def cached_sdpa(
     slot: int,
     world_size: int,
     runtime: str,
+    sent: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to the whole sequence's keys and values.
 
@@ -84,11 +108,15 @@ def cached_sdpa(
         slot: which cache slot of the runtime this attention owns.
         world_size: the number of parts.
         runtime: the runtime's name.
+        sent: the token of the `send_kv` that sent `key` and `value`; None to send them here.
 
     Returns:
         (batch, heads, part tokens, value head dim).
     """
-    key, value = Runtime.named(runtime).exchange(slot, (key, value), lengths, world_size)
+    found = Runtime.named(runtime)
+    if sent is None:
+        found.send(slot, (key, value), world_size)
+    key, value = found.exchange(slot, (key, value), lengths, world_size)
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
     )
@@ -107,6 +135,7 @@ def _(
     slot: int,
     world_size: int,
     runtime: str,
+    sent: Tensor | None = None,
 ) -> Tensor:
     return _tokens_before_heads(query.new_empty((*query.shape[:-1], value.shape[-1])))
 

@@ -42,6 +42,9 @@ class Ranks(Protocol):
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set on any rank. Synchronises host and device."""
 
+    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
+        """Of each value the least on any rank. Synchronises host and device."""
+
     def agree(self, fingerprint: Mapping[str, Any]) -> None:
         """Raises RanksDisagree on every rank where fingerprints differ."""
 
@@ -81,6 +84,11 @@ class ProcessRanks:
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
         return bool(votes.item())
+
+    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
+        found = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
+        return cast(list[float], found.tolist())
 
     def agree(self, fingerprint: Mapping[str, Any]) -> None:
         check_agreement(fingerprint, self.group)
@@ -136,6 +144,9 @@ class VirtualRanks:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         return flag
+
+    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
+        return list(values)
 
     def agree(self, fingerprint: Mapping[str, Any]) -> None:
         pass  # with itself

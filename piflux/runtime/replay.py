@@ -53,13 +53,9 @@ class Replay:
         moving: which of them are other tensors at each call. They are copied to fixed places; the
             others must be at the same addresses again.
         pool: see `record`.
-
-    Attributes:
-        key: what has to be the same at later calls; see `fixed`.
     """
 
     def __init__(self, head: Head, args: Sequence[Any], moving: Sequence[int], pool: Any) -> None:
-        self.key = fixed(args, moving)
         self._moving = moving
         self._copies = [_span(args[i]).clone() for i in moving]
         held = list(args)
@@ -89,36 +85,33 @@ class Recorded:
         self._runtime = runtime
         self._head = head
         self._moving = moving
+        self._fixed: _Fixed | None = None
         self._pool: Any = None
         self._fails = False
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         stream, step = self._runtime.now
-        if step.sync or self._fails or not self._can_be_recorded(args):
+        if step.sync or self._fails:
             return self._head(*args)
-        rank, replays = self._runtime.rank, stream.memory.replays
-        key = fixed(args, self._moving)
-        if rank not in replays or replays[rank].key != key:
+        if self._fixed is None:
+            self._fixed = _Fixed(args, self._moving)
+        rank, memory, key = self._runtime.rank, stream.memory, self._fixed.key(args)
+        if memory.seen.get(rank) != key:
             # Only what is the same twice in a row, so that nothing is recorded at each call. The
             # first time also makes what kernels need at their first run.
-            replays.pop(rank, None)
-            if stream.memory.seen.get(rank) != key:
-                stream.memory.seen[rank] = key
+            memory.replays.pop(rank, None)
+            memory.seen[rank] = key
+            return self._head(*args)
+        if rank not in memory.replays:
+            if not _can_be_recorded(args, self._moving):
                 return self._head(*args)
             try:
-                replays[rank] = Replay(self._head, args, self._moving, self._shared_pool())
+                memory.replays[rank] = Replay(self._head, args, self._moving, self._shared_pool())
             except RuntimeError as error:
                 self._fails = True
                 log.warning("steps are launched kernel by kernel, a recording failed: %s", error)
                 return self._head(*args)
-        return replays[rank](args)
-
-    def _can_be_recorded(self, args: Sequence[Any]) -> bool:
-        return all(
-            x.device.type == DEVICE or x.dim() == 0 and i not in self._moving
-            for i, x in enumerate(args)
-            if isinstance(x, Tensor)
-        )
+        return memory.replays[rank](args)
 
     def _shared_pool(self) -> Any:
         if self._pool is None and torch.cuda.is_available():
@@ -126,18 +119,48 @@ class Recorded:
         return self._pool
 
 
-def fixed(args: Sequence[Any], moving: Sequence[int]) -> tuple[Any, ...]:
-    """The arguments that don't move: numbers by value, tensors by where they are."""
-    return tuple(
-        _address(x) if isinstance(x, Tensor) else x for i, x in enumerate(args) if i not in moving
-    )
+class _Fixed:
+    """The arguments that don't move, by what has to be the same of them.
+
+    Args:
+        args: of any call. Which of them are tensors, and of what kind, is the same at each.
+        moving: the positions of the others.
+    """
+
+    def __init__(self, args: Sequence[Any], moving: Sequence[int]) -> None:
+        fixed = [i for i in range(len(args)) if i not in set(moving)]
+        # Most are parameters, so many that each microsecond counts.
+        self._plain = [i for i in fixed if isinstance(args[i], Tensor) and _is_plain(args[i])]
+        self._other = [i for i in fixed if i not in set(self._plain)]
+
+    def key(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """Numbers by value, tensors by where they are."""
+        plain = map(Tensor.data_ptr, [args[i] for i in self._plain])
+        return (*plain, *[_value(args[i]) for i in self._other])
 
 
-def _address(x: Any) -> Any:
+def _is_plain(x: Tensor) -> bool:
+    return x.device.type == DEVICE and not is_traceable_wrapper_subclass(x)
+
+
+def _value(x: Any) -> Any:
     if is_traceable_wrapper_subclass(x):
         names, _ = x.__tensor_flatten__()
-        return tuple(_address(getattr(x, name)) for name in names)
-    return x.item() if x.device.type != DEVICE else x.data_ptr()
+        return tuple(_value(getattr(x, name)) for name in names)
+    if not isinstance(x, Tensor):
+        return x
+    if x.device.type == DEVICE:
+        return x.data_ptr()
+    return x.item() if x.dim() == 0 else None  # such a step is not recorded
+
+
+def _can_be_recorded(args: Sequence[Any], moving: Sequence[int]) -> bool:
+    """Whether nothing is read from the host's memory but numbers that stay."""
+    return all(
+        x.device.type == DEVICE or x.dim() == 0 and i not in moving
+        for i, x in enumerate(args)
+        if isinstance(x, Tensor)
+    )
 
 
 def _span(x: Tensor) -> Tensor:

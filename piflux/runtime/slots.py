@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from piflux.parts import join
-from piflux.runtime.exchange import exchange
+from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, row_bytes
 from piflux.runtime.ranks import Gathering
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
@@ -69,28 +69,32 @@ class Ages:
         now: the time of the sync step that computed them all, a scalar.
 
     Attributes:
-        line: (tokens,) in float32: attention reads second + line * (first - second).
-        newer: (tokens,) of bool: whether a token's first version is its newer one. Both tensors
+        ahead: (tokens,) in float32: attention reads a token's last version, moved on by so many
+            times its change since the one before.
+        line: likewise: that is second + line * (first - second).
+        newer: (tokens,) of bool: whether a token's first version is its newer one. These tensors
             are written over, never replaced.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
         self.last = self.before = now.expand(sum(lengths))
+        self.ahead = torch.zeros_like(self.last)
         self.line = torch.ones_like(self.last)
         self.newer = torch.ones_like(self.last, dtype=torch.bool)
 
     def begin(self, now: Tensor) -> None:
         """Every token has one version, its first, and nothing is known of before."""
         self.last = self.before = now.expand(len(self.last))
+        self.ahead.fill_(0.0)
         self.line.fill_(1.0)
         self.newer.fill_(True)
 
     def look(self, now: Tensor) -> None:
-        """Point `line` at the time `now`, for tokens that get no new version."""
+        """Point `ahead` and `line` at the time `now`, for tokens that get no new version."""
         gap = self.before - self.last
         ahead = (BELIEF * (self.last - now) / gap).clamp(-FARTHEST, FARTHEST)
-        ahead = torch.where(gap == 0, 0.0, ahead)
-        torch.where(self.newer, 1 + ahead, -ahead, out=self.line)
+        self.ahead.copy_(torch.where(gap == 0, 0.0, ahead))
+        torch.where(self.newer, 1 + self.ahead, -self.ahead, out=self.line)
 
     def renew(self, now: Tensor) -> Tensor:
         """Every token has a new version, its first. Returns what `newer` was before."""
@@ -141,11 +145,6 @@ class Slot:
             for x, y in zip(fresh, self.first, strict=True)
         )
 
-    def begin(self) -> None:
-        """The first version is all that is known."""
-        for first, second in zip(self.first, self.second, strict=False):
-            second.copy_(first)
-
     def make_room(self, newer: Tensor | None = None) -> None:
         """Before a sync step's keys and values are written as the first version.
 
@@ -157,6 +156,15 @@ class Slot:
         elif newer is not None:
             for first, second in zip(self.first, self.second, strict=True):
                 torch.where(newer[:, None], first, second, out=second)
+
+    def settle(self, *, alone: bool) -> None:
+        """After a sync step's keys and values were written as the first version.
+
+        Args:
+            alone: whether they are all that is known.
+        """
+        for first, second in zip(self.first, self.second if alone else (), strict=False):
+            second.copy_(first)
 
     def write(self, index: Tensor, fresh: Sequence[Tensor]) -> list[Tensor]:
         """One part's keys and values of this step, over what was remembered. Returns the whole.
@@ -186,10 +194,82 @@ class Slot:
             for first, second, x in versions
         ]
 
+    def packets(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the other ranks need of this one's keys and values, to `land` it in the next step.
+
+        Args: as for `write`.
+        """
+        return fresh
+
     def land(self, lengths: Sequence[int]) -> None:
         """What was sent in the last step has arrived, or is waited for: the first version."""
         if self.coming and self.second:
             self.first, self.second = self.second, self.first
         for x, gathering in zip(self.first, self.coming, strict=False):
             join(gathering.wait(), self.parts, -2, lengths, x)
+        self.coming = []
+
+
+@dataclass
+class ChangeSlot(Slot):
+    """A slot of each token's last version and, in place of another, of the change until then.
+
+    What travels is the change as well: from what all ranks remember of a part to what one of them
+    has computed. All add the same rounded change to the same version, so what rounding took away is
+    in the next change, and no error grows (error feedback: Seide et al. 2014).
+
+    Attributes:
+        first: the last versions.
+        second: their changes, in rows; see `piflux.runtime.exchange`.
+        coming: `displaced`: the all-gathers of the last step's changes.
+    """
+
+    _before: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, fresh: Sequence[Tensor], tokens: int, *, two: bool = True) -> ChangeSlot:
+        """See `Slot.like`."""
+        first = Slot.like(fresh, tokens, two=False).first
+        shapes = [(*x.shape[:-1], row_bytes(x.shape[-1])) for x in first]
+        rows = [
+            x.new_empty(shape, dtype=torch.uint8) for x, shape in zip(first, shapes, strict=True)
+        ]
+        return cls(first, rows)
+
+    def make_room(self, newer: Tensor | None = None) -> None:
+        """See `Slot.make_room`."""
+        self._before = [x.clone() for x in self.first]
+
+    def settle(self, *, alone: bool) -> None:
+        """See `Slot.settle`."""
+        if alone:
+            for rows in self.second:
+                rows.zero_()
+            return
+        for rows, now, before in zip(self.second, self.first, self._before, strict=True):
+            rows.copy_(compress(now, before))
+        self._before = []
+
+    def predict(
+        self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
+    ) -> list[Tensor]:
+        """See `Slot.predict`."""
+        held = zip(self.first, self.second, fresh, strict=True)
+        return [
+            exchange_changes(version, rows, x, sources, ages.ahead, keep)
+            for version, rows, x in held
+        ]
+
+    def packets(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
+        """See `Slot.packets`."""
+        return [
+            compress(x, version.index_select(-2, index))
+            for version, x in zip(self.first, fresh, strict=True)
+        ]
+
+    def land(self, lengths: Sequence[int]) -> None:
+        """See `Slot.land`."""
+        for version, rows, gathering in zip(self.first, self.second, self.coming, strict=False):
+            join(gathering.wait(), self.parts, -2, lengths, rows)
+            advance(version, rows)
         self.coming = []

@@ -1,0 +1,336 @@
+"""A small model through the passes, one after the other: what the documentation shows."""
+
+# ruff: noqa: E501 (snapshots)
+
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from graphs import capture, layouts, text, transformed
+from torch import nn
+
+from piflux.compiler import PASSES
+from piflux.passes.enclose import enclose
+from piflux.passes.hoist import hoist
+from piflux.passes.outline import outline
+
+
+class Model(nn.Module):
+    """Two blocks of attention over text and image together."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, text, image):
+        x = torch.cat([text, image], 1)
+        for linear in self.blocks:
+            q = linear(x).reshape(1, 11, 2, 4).transpose(1, 2)
+            attended = F.scaled_dot_product_attention(q, q, q)
+            x = x + attended.transpose(1, 2).flatten(2)
+        return x[:, 4:]
+
+
+class Timed(nn.Module):
+    """Attention over an image to which a vector made of the time is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 8)
+
+    def forward(self, image, time):
+        shift = self.embed(torch.sin(time[:, None] * torch.arange(8.0)))
+        q = (image + shift[:, None])[:, None]
+        return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+def after(count):
+    """The graph of 4 text and 7 image tokens after the first `count` passes for 2 ranks."""
+    gm = capture(Model(), torch.randn(1, 4, 8), torch.randn(1, 7, 8))
+    return gm, transformed(gm, passes=PASSES[:count])
+
+
+def then(last):
+    """The graph after all of `PASSES`, and then `last`."""
+    gm, ctx = after(len(PASSES))
+    last(gm, ctx)
+    return gm
+
+
+def timed(*last):
+    """The graph of the model with a time after all of `PASSES`, and then `last`."""
+    gm = capture(Timed(), torch.randn(1, 7, 8), torch.ones(1))
+    transformed(gm, passes=(*PASSES, *last))
+    return gm
+
+
+class TestPasses(TestCase):
+    def test_captured(self):
+        self.assertExpectedInline(
+            text(after(0)[0]),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+x: (1, 11, 8) = cat([text, image], 1)
+linear: (1, 11, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 11, 2, 4) = linear.reshape(1, 11, 2, 4)
+q: (1, 2, 11, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 11, 4) = scaled_dot_product_attention(q, q, q)
+transpose_1: (1, 11, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 11, 8) = transpose_1.flatten(2)
+x_1: (1, 11, 8) = add(x, flatten)
+linear_1: (1, 11, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 11, 2, 4) = linear_1.reshape(1, 11, 2, 4)
+q_1: (1, 2, 11, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 11, 4) = scaled_dot_product_attention(q_1, q_1, q_1)
+transpose_3: (1, 11, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 11, 8) = transpose_3.flatten(2)
+x_2: (1, 11, 8) = add(x_1, flatten_1)
+getitem: (1, 7, 8) = getitem(x_2, (:, 4:))
+return (getitem,)
+""",
+        )
+
+    def test_layout(self):
+        gm, ctx = after(1)
+        self.assertExpectedInline(
+            layouts(ctx, gm),
+            """\
+text whole {1: [4]}
+image whole {1: [7]}
+x part {1: [4, 7]}
+linear part {1: [4, 7]}
+reshape part {1: [4, 7]}
+q part {2: [4, 7]}
+attended part {2: [4, 7]}
+transpose_1 part {1: [4, 7]}
+flatten part {1: [4, 7]}
+x_1 part {1: [4, 7]}
+linear_1 part {1: [4, 7]}
+reshape_1 part {1: [4, 7]}
+q_1 part {2: [4, 7]}
+attended_1 part {2: [4, 7]}
+transpose_3 part {1: [4, 7]}
+flatten_1 part {1: [4, 7]}
+x_2 part {1: [4, 7]}
+getitem part {1: [7]}
+""",
+        )
+
+    def test_layout_edits_nothing(self):
+        self.assertEqual(text(after(1)[0]), text(after(0)[0]))
+
+    def test_rewrite_attention(self):
+        self.assertExpectedInline(
+            text(after(2)[0]),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+x: (1, 11, 8) = cat([text, image], 1)
+linear: (1, 11, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 11, 2, 4) = linear.reshape(1, 11, 2, 4)
+q: (1, 2, 11, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 11, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 11, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 11, 8) = transpose_1.flatten(2)
+x_1: (1, 11, 8) = add(x, flatten)
+linear_1: (1, 11, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 11, 2, 4) = linear_1.reshape(1, 11, 2, 4)
+q_1: (1, 2, 11, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 11, 4) = piflux.cached_sdpa(q_1, q_1, q_1, None, None, False, [4, 7], 1, 2, 'piflux')
+transpose_3: (1, 11, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 11, 8) = transpose_3.flatten(2)
+x_2: (1, 11, 8) = add(x_1, flatten_1)
+getitem: (1, 7, 8) = getitem(x_2, (:, 4:))
+return (getitem,)
+""",
+        )
+
+    def test_shard(self):
+        self.assertExpectedInline(
+            text(after(3)[0]),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+text_part: (1, 4, 8) = piflux.shard(text, 1, [4], 2, 'piflux')
+image_part: (1, 7, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+x: (1, 11, 8) = cat([text_part, image_part], 1)
+linear: (1, 11, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 11, 2, 4) = linear.reshape((1, 6, 2, 4))
+q: (1, 2, 11, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 11, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 11, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 11, 8) = transpose_1.flatten(2)
+x_1: (1, 11, 8) = add(x, flatten)
+linear_1: (1, 11, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 11, 2, 4) = linear_1.reshape((1, 6, 2, 4))
+q_1: (1, 2, 11, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 11, 4) = piflux.cached_sdpa(q_1, q_1, q_1, None, None, False, [4, 7], 1, 2, 'piflux')
+transpose_3: (1, 11, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 11, 8) = transpose_3.flatten(2)
+x_2: (1, 11, 8) = add(x_1, flatten_1)
+getitem: (1, 7, 8) = getitem(x_2, (:, 2:))
+getitem_whole: (1, 7, 8) = piflux.unshard(getitem, 1, [7], 2, 'piflux')
+return (getitem_whole,)
+""",
+        )
+
+    def test_propagate(self):
+        self.assertExpectedInline(
+            text(after(4)[0]),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+text_part: (1, 2, 8) = piflux.shard(text, 1, [4], 2, 'piflux')
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+x: (1, 6, 8) = cat([text_part, image_part], 1)
+linear: (1, 6, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 6, 2, 4) = linear.reshape((1, 6, 2, 4))
+q: (1, 2, 6, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 6, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 6, 8) = transpose_1.flatten(2)
+x_1: (1, 6, 8) = add(x, flatten)
+linear_1: (1, 6, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 6, 2, 4) = linear_1.reshape((1, 6, 2, 4))
+q_1: (1, 2, 6, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 6, 4) = piflux.cached_sdpa(q_1, q_1, q_1, None, None, False, [4, 7], 1, 2, 'piflux')
+transpose_3: (1, 6, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 6, 8) = transpose_3.flatten(2)
+x_2: (1, 6, 8) = add(x_1, flatten_1)
+getitem: (1, 4, 8) = getitem(x_2, (:, 2:))
+getitem_whole: (1, 7, 8) = piflux.unshard(getitem, 1, [7], 2, 'piflux')
+return (getitem_whole,)
+""",
+        )
+
+    def test_outline(self):
+        self.assertExpectedInline(
+            text(then(outline)),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+piece_0: (1, 6, 8) = piece_0(text, image)
+x: (1, 6, 8) = getitem(piece_0, 0)
+slots_from: None = piflux.runtime.ops.slots_from('piflux', 0)
+piece_1: (1, 6, 8) = piece_1(x, 0.weight, 0.bias)
+x_1: (1, 6, 8) = getitem(piece_1, 0)
+slots_from_1: None = piflux.runtime.ops.slots_from('piflux', 1)
+piece_2: (1, 6, 8) = piece_1(x_1, 1.weight, 1.bias)
+x_2: (1, 6, 8) = getitem(piece_2, 0)
+piece_3: (1, 7, 8) = piece_2(x_2)
+getitem_whole: (1, 7, 8) = getitem(piece_3, 0)
+return (getitem_whole,)
+""",
+        )
+
+    def test_outlined_block(self):
+        self.assertExpectedInline(
+            text(then(outline).piece_1),
+            """\
+x: (1, 6, 8)
+linear: (1, 6, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 6, 2, 4) = linear.reshape((1, 6, 2, 4))
+q: (1, 2, 6, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 6, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 6, 8) = transpose_1.flatten(2)
+x_1: (1, 6, 8) = add(x, flatten)
+return (x_1,)
+""",
+        )
+
+    def test_enclose(self):
+        self.assertExpectedInline(
+            text(then(enclose)),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+head: (1, 4, 8) = head(text, image, 0.weight, 0.bias, 1.weight, 1.bias)
+getitem_1: (1, 4, 8) = getitem(head, 0)
+getitem_whole: (1, 7, 8) = piflux.unshard(getitem_1, 1, [7], 2, 'piflux')
+return (getitem_whole,)
+""",
+        )
+
+    def test_enclosed_head(self):
+        self.assertExpectedInline(
+            text(then(enclose).head),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+text_part: (1, 2, 8) = piflux.shard(text, 1, [4], 2, 'piflux')
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+x: (1, 6, 8) = cat([text_part, image_part], 1)
+linear: (1, 6, 8) = linear(x, 0.weight, 0.bias)
+reshape: (1, 6, 2, 4) = linear.reshape((1, 6, 2, 4))
+q: (1, 2, 6, 4) = reshape.transpose(1, 2)
+attended: (1, 2, 6, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [4, 7], 0, 2, 'piflux')
+transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
+flatten: (1, 6, 8) = transpose_1.flatten(2)
+x_1: (1, 6, 8) = add(x, flatten)
+linear_1: (1, 6, 8) = linear(x_1, 1.weight, 1.bias)
+reshape_1: (1, 6, 2, 4) = linear_1.reshape((1, 6, 2, 4))
+q_1: (1, 2, 6, 4) = reshape_1.transpose(1, 2)
+attended_1: (1, 2, 6, 4) = piflux.cached_sdpa(q_1, q_1, q_1, None, None, False, [4, 7], 1, 2, 'piflux')
+transpose_3: (1, 6, 2, 4) = attended_1.transpose(1, 2)
+flatten_1: (1, 6, 8) = transpose_3.flatten(2)
+x_2: (1, 6, 8) = add(x_1, flatten_1)
+getitem: (1, 4, 8) = getitem(x_2, (:, 2:))
+return (getitem,)
+""",
+        )
+
+    def test_timed(self):
+        self.assertExpectedInline(
+            text(timed()),
+            """\
+time: (1)
+image: (1, 7, 8)
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+getitem: (1, 1) = getitem(time, (:, None))
+arange: (8) = arange(8.0)
+mul: (1, 8) = mul(getitem, arange)
+sin: (1, 8) = sin(mul)
+shift: (1, 8) = linear(sin, embed.weight, embed.bias)
+getitem_1: (1, 1, 8) = getitem(shift, (:, None))
+add: (1, 4, 8) = add(image_part, getitem_1)
+q: (1, 1, 4, 8) = getitem(add, (:, None))
+scaled_dot_product_attention: (1, 1, 4, 8) = piflux.cached_sdpa(q, q, q, None, None, False, [7], 0, 2, 'piflux')
+getitem_3: (1, 4, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_3_whole: (1, 7, 8) = piflux.unshard(getitem_3, 1, [7], 2, 'piflux')
+return (getitem_3_whole,)
+""",
+        )
+
+    def test_hoist(self):
+        self.assertExpectedInline(
+            text(timed(hoist)),
+            """\
+time: (1)
+image: (1, 7, 8)
+hoisted: (1, 8) = hoisted(time, embed.weight, embed.bias)
+shift_1: (1, 8) = getitem(hoisted, 0)
+image_part: (1, 4, 8) = piflux.shard(image, 1, [7], 2, 'piflux')
+getitem_1: (1, 1, 8) = getitem(shift_1, (:, None))
+add: (1, 4, 8) = add(image_part, getitem_1)
+q: (1, 1, 4, 8) = getitem(add, (:, None))
+scaled_dot_product_attention: (1, 1, 4, 8) = piflux.cached_sdpa(q, q, q, None, None, False, [7], 0, 2, 'piflux')
+getitem_3: (1, 4, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_3_whole: (1, 7, 8) = piflux.unshard(getitem_3, 1, [7], 2, 'piflux')
+return (getitem_3_whole,)
+""",
+        )
+
+    def test_hoisted(self):
+        self.assertExpectedInline(
+            text(timed(hoist).hoisted),
+            """\
+time: (1)
+getitem: (1, 1) = getitem(time, (:, None))
+arange: (8) = arange(8.0)
+mul: (1, 8) = mul(getitem, arange)
+sin: (1, 8) = sin(mul)
+shift: (1, 8) = linear(sin, embed.weight, embed.bias)
+return (shift,)
+""",
+        )
