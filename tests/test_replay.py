@@ -247,4 +247,4 @@ def test_cuda_graphs(options, caplog):
         assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
     memories = [m for kind in recorded._piflux_compiler.runtime._spare.values() for m in kind]
     assert [len(m.replays) for m in memories] == [3]
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("piflux") and r.levelno >= 30]
