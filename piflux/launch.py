@@ -94,13 +94,17 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
     # Started here, because it leaves the signal unblocked.
     resource_tracker.ensure_running()
     ended, interrupted = threading.Event(), threading.Event()
+    others = set(multiprocessing.active_children())
+
+    def started() -> list[Any]:
+        return [child for child in multiprocessing.active_children() if child not in others]
 
     def wait() -> None:
         # A signal needs a thread that takes it; Python's handler then runs in the main one.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         interrupted.wait()
         latest = time.monotonic() + START_S
-        while len(multiprocessing.active_children()) < ranks and time.monotonic() < latest:
+        while len(started()) < ranks and time.monotonic() < latest:
             if ended.wait(0.01):
                 return
         if not ended.is_set():
@@ -117,7 +121,7 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
         interrupted.set()
         waiter.join()
         # The launcher knows of its ranks only when all have started.
-        for child in multiprocessing.active_children():
+        for child in started():
             child.kill()
             child.join()
         signal.signal(signal.SIGINT, handler)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -111,6 +112,16 @@ def test_a_rank_that_fails_is_quoted():
     said = r"^rank [01] failed: ValueError: on purpose \(test_cli.py:\d+, in _fails\); under torch"
     with pytest.raises(RankFailed, match=said):
         launch(_fails, 2)
+
+
+def test_other_processes_of_the_program_are_left_alone():
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other.start()
+    with pytest.raises(RankFailed):
+        launch(_fails, 2)
+    assert other.is_alive()
+    other.kill()
+    other.join()
 
 
 def _fails():
