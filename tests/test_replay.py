@@ -247,4 +247,8 @@ def test_cuda_graphs(options, caplog):
         assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
     memories = [m for kind in recorded._piflux_compiler.runtime._spare.values() for m in kind]
     assert [len(m.replays) for m in memories] == [3]
+    with torch.no_grad():
+        weight(model).weight.data = weight(model).weight * 1.5
+    for inputs in cases:  # recorded anew
+        assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
     assert not [r for r in caplog.records if r.name.startswith("piflux") and r.levelno >= 30]

@@ -115,8 +115,9 @@ class Recorded:
 
     def _shared_pool(self) -> Any:
         if self._pool is None and torch.cuda.is_available():
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+            # Not a mere handle, which can't be used again once its last recording is gone.
+            self._pool = torch.cuda.MemPool()
+        return self._pool and self._pool.id
 
 
 class _Fixed:
