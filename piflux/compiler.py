@@ -17,6 +17,8 @@ from piflux.cost import SyncChoice, choose_sync, layers_of
 from piflux.errors import CompileError
 from piflux.groups import resolve_group
 from piflux.passes.enclose import HEAD, enclose
+from piflux.passes.fuse_gelu import fuse_gelu
+from piflux.passes.fuse_linears import fuse_linears
 from piflux.passes.hoist import HOISTED, hoist
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
@@ -46,6 +48,7 @@ PASSES = (
     overlap,  # after shard: cuts take their places in the order, too
     propagate,  # last: every example value becomes that of a part
 )
+FUSIONS = (hoist, fuse_linears, fuse_gelu, enclose)
 # `hoist`, `enclose` and `outline` come after, once the report has been read off single nodes.
 
 
@@ -84,7 +87,7 @@ class Compiler:
             # Before ranks with other settings wait in other collectives.
             runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
         uncut = self._uncut(gm)
-        ctx = Context(world_size, runtime.name)
+        ctx = Context(world_size, runtime.name, runtime.schedule.policy == "rotate")
         # On one rank too the layout is found, so that a model that can't be sharded says so on
         # the machine it is developed on.
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
@@ -93,8 +96,9 @@ class Compiler:
         self.reports.append(GraphReport.of(gm, ctx, runtime.schedule, self._why_sync))
         roles = roles_of(gm, ctx.plan)
         alone = isinstance(runtime.ranks, VirtualRanks) or runtime.schedule.sync == "recompute"
-        whole = self._compile(*uncut, example_inputs) if uncut and alone else None
-        with self._order(world_size):
+        with self._choices(1):
+            whole = self._compile(*uncut, example_inputs) if uncut and alone else None
+        with self._choices(world_size):
             compiled = self._compile(gm, ctx, example_inputs)
         return _PerCall(runtime, roles, compiled, whole)
 
@@ -131,7 +135,7 @@ class Compiler:
         if self.inner is lookup_backend("eager"):
             return self.inner(gm, list(example_inputs))
         roles, records = roles_of(gm, ctx.plan), self._records(gm)
-        run_passes(gm, ctx, (hoist, enclose))
+        run_passes(gm, ctx, FUSIONS)
         calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
         if HEAD not in calls:
             run_passes(gm, ctx, (outline,))
@@ -150,13 +154,13 @@ class Compiler:
         replace(gm, HEAD, head)
         return gm.forward
 
-    def _order(self, world_size: int) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, the inner compiler leaves the order of `overlap` as it is."""
-        if world_size == 1 or self.inner is lookup_backend("eager"):
+    def _choices(self, world_size: int) -> contextlib.AbstractContextManager[None]:
+        """While it lasts, inductor compiles as these graphs want it, in the order of `overlap`."""
+        if self.inner is lookup_backend("eager"):
             return contextlib.nullcontext()
-        from piflux.inductor import sends_first  # imports inductor, which takes seconds
+        from piflux.inductor import choices  # imports inductor, which takes seconds
 
-        return sends_first()
+        return choices(sends=world_size > 1)
 
     def _records(self, gm: fx.GraphModule) -> bool:
         """Whether steady steps hold no collective but the last and can be recorded."""

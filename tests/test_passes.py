@@ -2,6 +2,8 @@
 
 # ruff: noqa: E501 (snapshots)
 
+from unittest.mock import patch
+
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase
@@ -9,7 +11,9 @@ from graphs import capture, layouts, text, transformed
 from torch import nn
 
 from piflux.compiler import PASSES
+from piflux.passes import fuse_gelu as gelu
 from piflux.passes.enclose import enclose
+from piflux.passes.fuse_linears import fuse_linears
 from piflux.passes.hoist import hoist
 from piflux.passes.outline import outline
 
@@ -43,6 +47,21 @@ class Timed(nn.Module):
         return F.scaled_dot_product_attention(q, q, q)[:, 0]
 
 
+class Block(nn.Module):
+    """Attention beside an MLP, as FLUX's single blocks have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4) for _ in range(3))
+        self.up, self.out = nn.Linear(4, 8), nn.Linear(12, 4)
+
+    def forward(self, x):
+        q, k, v = (to(x)[:, None] for to in (self.to_q, self.to_k, self.to_v))
+        a = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        m = F.gelu(self.up(x), approximate="tanh")
+        return self.out(torch.cat([a, m], -1))
+
+
 def after(count):
     """The graph of 4 text and 7 image tokens after the first `count` passes for 2 ranks."""
     gm = capture(Model(), torch.randn(1, 4, 8), torch.randn(1, 7, 8))
@@ -60,6 +79,17 @@ def timed(*last):
     """The graph of the model with a time after all of `PASSES`, and then `last`."""
     gm = capture(Timed(), torch.randn(1, 7, 8), torch.ones(1))
     transformed(gm, passes=(*PASSES, *last))
+    return gm
+
+
+def block(*last):
+    """The graph of the block after all of `PASSES`, and then `last`."""
+    gm = capture(Block(), torch.randn(1, 6, 4))
+    ctx = transformed(gm)
+    # A GPU's products are wanted of this graph, too.
+    with patch.object(gelu, "DEVICE", "cpu"):
+        for run in last:
+            run(gm, ctx)
     return gm
 
 
@@ -370,5 +400,79 @@ mul: (1, 8) = mul(getitem, arange)
 sin: (1, 8) = sin(mul)
 shift: (1, 8) = linear(sin, embed.weight, embed.bias)
 return (shift,)
+""",
+        )
+
+    def test_block(self):
+        self.assertExpectedInline(
+            text(block()),
+            """\
+x: (1, 6, 4)
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+linear_1: (1, 3, 4) = linear(x_part, to_k.weight, to_k.bias)
+k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
+linear_2: (1, 3, 4) = linear(x_part, to_v.weight, to_v.bias)
+v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
+sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+linear: (1, 3, 4) = linear(x_part, to_q.weight, to_q.bias)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+linear_3: (1, 3, 8) = linear(x_part, up.weight, up.bias)
+m: (1, 3, 8) = gelu(linear_3, approximate='tanh')
+cat: (1, 3, 12) = cat([a, m], -1)
+linear_4: (1, 3, 4) = linear(cat, out.weight, out.bias)
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+return (linear_4_whole,)
+""",
+        )
+
+    def test_fuse_linears(self):
+        self.assertExpectedInline(
+            text(block(fuse_linears)),
+            """\
+x: (1, 6, 4)
+weights: (8, 4) (8) = weights(to_k.weight, to_v.weight, to_k.bias, to_v.bias)
+adjoining_2: (8, 4) = getitem(weights, 0)
+adjoining_3: (8) = getitem(weights, 1)
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+linear_5: (1, 3, 8) = linear(x_part, adjoining_2, adjoining_3)
+linear_1: (1, 3, 4) = narrow(linear_5, -1, 0, 4)
+k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
+linear_2: (1, 3, 4) = narrow(linear_5, -1, 4, 4)
+v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
+sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+linear: (1, 3, 4) = linear(x_part, to_q.weight, to_q.bias)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+linear_3: (1, 3, 8) = linear(x_part, up.weight, up.bias)
+m: (1, 3, 8) = gelu(linear_3, approximate='tanh')
+cat: (1, 3, 12) = cat([a, m], -1)
+linear_4: (1, 3, 4) = linear(cat, out.weight, out.bias)
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+return (linear_4_whole,)
+""",
+        )
+
+    def test_fuse_gelu(self):
+        self.assertExpectedInline(
+            text(block(gelu.fuse_gelu)),
+            """\
+x: (1, 6, 4)
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+linear_1: (1, 3, 4) = linear(x_part, to_k.weight, to_k.bias)
+k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
+linear_2: (1, 3, 4) = linear(x_part, to_v.weight, to_v.bias)
+v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
+sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+linear: (1, 3, 4) = linear(x_part, to_q.weight, to_q.bias)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+m: (1, 3, 8) = piflux.linear_gelu(x_part, up.weight, up.bias)
+linear_4: (1, 3, 4) = piflux.linear_of_cat([a, m], out.weight, out.bias)
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+return (linear_4_whole,)
 """,
         )

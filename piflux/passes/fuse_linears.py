@@ -1,0 +1,140 @@
+"""Make one product of the linear layers that read the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from piflux.passes.extract import extract
+from piflux.passes.plan import Context, known, tensors
+from piflux.passes.rules import is_attention, only_computes, op_name
+from piflux.runtime.products import adjoining
+
+WEIGHTS = "weights"
+"""The module's name."""
+
+
+class _Layer(NamedTuple):
+    """A linear layer: what it reads, its weight and, if it has one, its bias."""
+
+    node: fx.Node
+    x: fx.Node
+    parameters: Sequence[fx.Node]
+
+
+_CACHED = torch.ops.piflux.cached_sdpa.default
+_SEND = torch.ops.piflux.send_kv.default
+
+
+def fuse_linears(gm: fx.GraphModule, ctx: Context) -> int:
+    """Fuse linear layers of one input and one shape. Returns how many.
+
+    In a diffusion transformer these are the projections to queries, keys and values. Where a rank
+    has few tokens, each alone leaves part of a GPU without work.
+
+    Before:
+
+        q = linear(x, w_q)
+        k = linear(x, w_k)
+        a = scaled_dot_product_attention(q, k, k)
+        return (a,)
+
+    After:
+
+        weights = weights(w_q, w_k)
+        linear = linear(x, weights[0])
+        q = narrow(linear, -1, 0, 4)
+        k = narrow(linear, -1, 4, 4)
+        a = scaled_dot_product_attention(q, k, k)
+        return (a,)
+
+    Layers are fused between two attentions, never over one. Unless the policy is `rotate`, whose
+    steps send nothing for the most part, what `overlap` put behind a send stays there. Their
+    parameters are moved together in memory (`adjoining`), so nothing is held twice. Parameters are
+    left alone that are no plain tensors, as quantized ones, or part of a memory that holds others,
+    too, and so is a graph that does more than compute, as for `enclose`.
+    """
+    if not all(only_computes(n) for n in gm.graph.nodes if n.op.startswith("call_")):
+        return 0
+    groups = list(_groups(gm.graph, ctx))
+    weights = [node for group in groups for node in _fuse(gm.graph, group)]
+    if weights:
+        extract(gm, WEIGHTS, weights)
+    return sum(map(len, groups))
+
+
+def _groups(graph: fx.Graph, ctx: Context) -> Iterator[list[_Layer]]:
+    """Layers to be fused, in the graph's order."""
+    groups: dict[Any, list[_Layer]] = {}
+    period = 0
+    for node in graph.nodes:
+        ahead = node.target is _SEND and not ctx.rotates
+        if ahead or node.target is _CACHED or is_attention(node):
+            period += 1
+        elif op_name(node) == "linear" and (layer := _layer(node)) is not None:
+            alike = [(x.shape, x.dtype) for x in map(known, layer.parameters)]
+            groups.setdefault((layer.x, str(alike), period), []).append(layer)
+    for group in groups.values():
+        movable = all(map(_can_move, zip(*(layer.parameters for layer in group), strict=True)))
+        if len(group) > 1 and movable:
+            yield group
+
+
+def _layer(node: fx.Node) -> _Layer | None:
+    """None if the layer can't be fused."""
+    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    x = arguments.pop("input")
+    parameters = [p for p in arguments.values() if p is not None]
+    if all(map(_is_parameter, parameters)):
+        return _Layer(node, x, parameters)
+    return None
+
+
+def _is_parameter(node: Any) -> bool:
+    value = known(node)
+    return (
+        isinstance(node, fx.Node)
+        and node.op in ("placeholder", "get_attr")
+        and not is_traceable_wrapper_subclass(value)
+        and value.is_contiguous()
+    )
+
+
+def _can_move(parameters: Sequence[fx.Node]) -> bool:
+    """Whether nobody else looks at their memory, or they were moved before."""
+    values = list(map(known, parameters))
+    memories = [StorageWeakRef(x.untyped_storage()) for x in values]
+    if len(set(memories)) == len(values):
+        return all(x.untyped_storage().nbytes() == x.nbytes for x in values)
+    places = sorted(x.storage_offset() for x in values)
+    steps = {b - a for a, b in pairwise(places)}
+    return len(set(memories)) == 1 and steps == {values[0].numel()}
+
+
+def _fuse(graph: fx.Graph, group: Sequence[_Layer]) -> list[fx.Node]:
+    """Turn layers into parts of a new one. Returns its parameters."""
+    first = group[0]
+    # In the order of the model's parameters, so that all graphs of it want them in the same one.
+    number = {node: i for i, node in enumerate(graph.nodes)}
+    layers = sorted(group, key=lambda layer: number[layer.parameters[0]])
+    each = list(zip(*(layer.parameters for layer in layers), strict=True))
+    with graph.inserting_before(first.node):
+        own = [graph.call_function(adjoining, parameters) for parameters in each]
+        whole = graph.call_function(F.linear, (first.x, *own))
+    with tensors(first.node)[0].fake_mode, torch.no_grad():
+        for node, parameters in zip(own, each, strict=True):
+            node.meta["example_value"] = torch.cat(list(map(known, parameters)))
+        whole.meta["example_value"] = F.linear(*map(known, whole.args))
+        width = known(first.node).shape[-1]
+        for i, layer in enumerate(layers):
+            node = layer.node
+            node.target, node.args, node.kwargs = torch.narrow, (whole, -1, i * width, width), {}
+            node.meta["example_value"] = torch.narrow(known(whole), -1, i * width, width)
+    return own

@@ -1,0 +1,423 @@
+"""Linear layers of one input become one, and products apply GELU: which do, and that they agree."""
+
+# ruff: noqa: E501 (snapshots)
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import sympy
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from graphs import capture, text, transformed
+from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from safetensors.torch import load_file, save_file
+from test_numerics import EXACT
+from test_replay import as_captured, parallel
+from test_virtual_ranks import image
+from torch import nn
+
+from piflux.compiler import PASSES
+from piflux.passes import fuse_gelu as gelu
+from piflux.passes.fuse_gelu import fuse_gelu
+from piflux.passes.fuse_linears import fuse_linears
+from piflux.runtime.products import adjoining, linear_gelu, linear_of_cat
+
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU; its twin is above"
+)
+
+
+class Block(nn.Module):
+    """Attention beside an MLP, as FLUX's single blocks have them."""
+
+    def __init__(self, bias=True, activate=lambda m: F.gelu(m, approximate="tanh")):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(4, 4, bias) for _ in range(3))
+        self.up, self.out = nn.Linear(4, 8), nn.Linear(12, 4)
+        self.activate = activate
+
+    def forward(self, x):
+        q, k, v = (to(x)[:, None] for to in (self.to_q, self.to_k, self.to_v))
+        a = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return self.out(torch.cat([a, self.activate(self.up(x))], -1))
+
+
+def fused(run, model, *args, world_size=2, rotates=False):
+    """How many layers `run` fuses, and the graph afterwards, which is the same if it fuses none."""
+    gm = capture(model, *args)
+    ctx = transformed(gm, world_size, PASSES if world_size > 1 else PASSES[:1])
+    ctx.rotates = rotates
+    before = str(gm.graph)
+    count = run(gm, ctx)
+    gm.graph.lint()
+    gm.recompile()
+    if not count:
+        assert str(gm.graph) == before and not list(gm.children())
+    return count, gm
+
+
+def x():
+    return torch.randn(1, 6, 4)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(gelu, "DEVICE", "cpu")
+
+
+# ------------------------------------------------------------------------------------------- linear
+
+
+def products(gm):
+    """How many linear layers are left."""
+    return sum(n.target is F.linear for n in gm.graph.nodes)
+
+
+class TestFuseLinears(TestCase):
+    def test_where_steps_send_nothing_the_query_is_part_of_it(self):
+        count, gm = fused(fuse_linears, Block(bias=False), x(), rotates=True)
+        self.assertEqual(count, 3)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+x: (1, 6, 4)
+weights: (12, 4) = weights(to_q.weight, to_k.weight, to_v.weight)
+adjoining_1: (12, 4) = getitem(weights, 0)
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+linear_5: (1, 3, 12) = linear(x_part, adjoining_1)
+linear_1: (1, 3, 4) = narrow(linear_5, -1, 4, 4)
+k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
+linear_2: (1, 3, 4) = narrow(linear_5, -1, 8, 4)
+v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
+sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+linear: (1, 3, 4) = narrow(linear_5, -1, 0, 4)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+linear_3: (1, 3, 8) = linear(x_part, up.weight, up.bias)
+gelu: (1, 3, 8) = gelu(linear_3, approximate='tanh')
+cat: (1, 3, 12) = cat([a, gelu], -1)
+linear_4: (1, 3, 4) = linear(cat, out.weight, out.bias)
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+return (linear_4_whole,)
+""",
+        )
+
+
+class Two(nn.Module):
+    """Attentions to the same text, one after the other, as Wan's blocks have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.values = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x, y):
+        for key, value in zip(self.keys, self.values, strict=True):
+            q, k, v = (h[:, None] for h in (x, key(y), value(y)))
+            x = x + F.scaled_dot_product_attention(q, q, q)[:, 0]
+            x = x + F.scaled_dot_product_attention(x[:, None], k, v)[:, 0]
+        return x
+
+
+def test_never_over_an_attention():
+    count, gm = fused(fuse_linears, Two(), x(), torch.randn(1, 5, 4), world_size=1)
+    assert count == 4
+    assert products(gm) == 2
+
+
+def test_what_overlap_put_behind_a_send_stays_there():
+    """Keys and values become one product; the query's runs while they travel."""
+    count, gm = fused(fuse_linears, Block(), x())
+    assert count == 2
+    assert products(gm) == 2 + 2  # and those of the MLP
+
+
+class Uneven(Block):
+    """Keys are of another layer's width, and values have no bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.to_k, self.to_v = nn.Linear(4, 8), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        q, k, v = (to(x)[:, None] for to in (self.to_q, self.to_k, self.to_v))
+        return F.scaled_dot_product_attention(q, k[..., :4], v)[:, 0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_layers_of_other_shapes_stay(world_size):
+    assert fused(fuse_linears, Uneven(), x(), world_size=world_size, rotates=True)[0] == 0
+
+
+def test_parameters_in_a_memory_of_others_stay():
+    """As those of sharded data parallelism: who writes there must be seen."""
+    model, flat = Block(bias=False), torch.randn(100)
+    for i, layer in enumerate((model.to_q, model.to_k, model.to_v)):
+        layer.weight.data = flat[20 * i : 20 * i + 16].view(4, 4)
+    assert fused(fuse_linears, model, x())[0] == 0
+
+
+def test_a_shared_parameter_stays():
+    model = Block(bias=False)
+    model.to_v.weight = model.to_k.weight
+    assert fused(fuse_linears, model, x())[0] == 0
+
+
+def test_moved_once_and_fused_again():
+    """Parameters that another graph of the model has moved."""
+    model = Block()
+    adjoining(model.to_q.weight, model.to_k.weight, model.to_v.weight)
+    adjoining(model.to_q.bias, model.to_k.bias, model.to_v.bias)
+    assert fused(fuse_linears, model, x())[0] == 2
+    assert fused(fuse_linears, model, x(), rotates=True)[0] == 3
+
+
+def test_a_graph_that_does_more_than_compute_stays(on_cpu):
+    def model(x):
+        return block(x).add_(1)
+
+    block = Block()
+    assert fused(fuse_linears, model, x())[0] == 0
+    assert fused(fuse_gelu, model, x())[0] == 0
+
+
+def weights():
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(n, 3), requires_grad=False) for n in (2, 4, 2)]
+
+
+def test_adjoining_moves_once():
+    parameters = weights()
+    want = torch.cat([p.clone() for p in parameters])
+    whole = adjoining(*parameters)
+    assert torch.equal(whole, want)
+    assert whole.untyped_storage().nbytes() == want.nbytes
+    assert all(p.untyped_storage().data_ptr() == whole.data_ptr() for p in parameters)
+    places = [p.data_ptr() for p in parameters]
+    assert adjoining(*parameters).data_ptr() == whole.data_ptr()
+    assert torch.equal(adjoining(*parameters[1:]), want[2:])  # as another graph may want them
+    assert [p.data_ptr() for p in parameters] == places
+
+
+def test_adjoining_sees_what_is_written():
+    parameters = weights()
+    whole = adjoining(*parameters)
+    parameters[1].mul_(2)
+    assert torch.equal(whole[2:6], parameters[1])
+    parameters[1].data = torch.ones(4, 3)
+    whole = adjoining(*parameters)
+    assert torch.equal(whole, torch.cat(parameters)) and (whole[2:6] == 1).all()
+
+
+def test_adjoining_is_not_misled_by_neighbours():
+    """Three memories that happen to lie one behind the other are not one."""
+    block = torch.randn(12)
+    memory = block.untyped_storage()
+    parts = []
+    for i in range(3):
+        part = torch.empty(0)
+        part.set_(memory[16 * i : 16 * i + 16], 0, (2, 2))
+        parts.append(nn.Parameter(part, requires_grad=False))
+    assert parts[0].untyped_storage().nbytes() == 16
+    assert parts[1].data_ptr() == parts[0].data_ptr() + 16
+    assert torch.equal(adjoining(*parts), block.view(6, 2))
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_adjoining_in_inference_mode(made):
+    with torch.inference_mode(made):
+        parameters = weights()
+    want = torch.cat([p.clone() for p in parameters])
+    with torch.inference_mode():
+        assert torch.equal(adjoining(*parameters), want)
+        assert adjoining(*parameters).data_ptr() == adjoining(*parameters).data_ptr()
+    with torch.no_grad():
+        assert torch.equal(adjoining(*parameters), want)
+
+
+def test_a_model_is_saved_and_moved_as_ever(tmp_path):
+    model = tiny_flux()
+    want = {name: x.clone() for name, x in model.state_dict().items()}
+    image(parallel(model, 2, as_captured), flux_inputs())
+    attn = model.transformer_blocks[0].attn
+    assert attn.to_k.weight.untyped_storage().nbytes() == 3 * attn.to_k.weight.nbytes
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    for saved in (load_file(tmp_path / "model.safetensors"), copy.deepcopy(model).state_dict()):
+        assert saved.keys() == want.keys()
+        assert all(torch.equal(saved[name], x) for name, x in want.items())
+
+
+def test_all_graphs_of_a_model_want_the_same_places():
+    """The whole graph of sync steps, the part's, and those of another policy."""
+    model, inputs = tiny_flux(), flux_inputs()
+    image(parallel(model, 2, as_captured), inputs)
+    places = {name: p.data_ptr() for name, p in model.named_parameters()}
+    for policy in ("gather", "rotate"):
+        image(parallel(model, 3, as_captured, policy=policy), inputs)
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == places
+
+
+# --------------------------------------------------------------------------------------------- GELU
+
+
+def gelus(activate=lambda m: F.gelu(m, approximate="tanh"), bias=True, **options):
+    model = Block(activate=activate)
+    if not bias:
+        model.up.register_parameter("bias", None)
+    return fused(fuse_gelu, model, x(), **options)[0]
+
+
+def test_only_on_gpus():
+    assert gelus() == 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_only_the_tanh_form_right_behind_a_layer_with_a_bias(on_cpu, world_size):
+    assert gelus(world_size=world_size) == 1
+    assert gelus(F.gelu, world_size=world_size) == 0
+    assert gelus(F.silu, world_size=world_size) == 0
+    assert gelus(bias=False, world_size=world_size) == 0
+    assert gelus(lambda m: F.gelu(m * 2, approximate="tanh"), world_size=world_size) == 0
+    assert gelus(lambda m: F.gelu(m, approximate="tanh") + m, world_size=world_size) == 0
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda block, c: block.out(c) + c.sum(),  # somebody else reads it
+        lambda block, c: block.out(c * 2),
+        lambda block, c: block.out(c.transpose(1, 2).reshape(1, 6, 12)),
+    ],
+)
+def test_a_cat_that_a_layer_does_not_read_alone_stays(on_cpu, read):
+    class Other(Block):
+        def forward(self, x):
+            q = self.to_q(x)[:, None]
+            a = F.scaled_dot_product_attention(q, q, q)[:, 0]
+            return read(self, torch.cat([a, self.activate(self.up(x))], -1))
+
+    count, gm = fused(fuse_gelu, Other(), x(), world_size=1)
+    assert count == 1
+    assert not gm.graph.find_nodes(
+        op="call_function", target=torch.ops.piflux.linear_of_cat.default
+    )
+
+
+def samples(op):
+    torch.manual_seed(0)
+    rows, weight, bias = torch.randn(2, 5, 6), torch.randn(4, 6), torch.randn(4)
+    if op is linear_gelu:
+        yield rows, weight, bias
+        yield rows.transpose(0, 1), weight, bias
+    else:
+        yield [rows[..., :1], rows[..., 1:4].contiguous(), rows[..., 4:]], weight, bias
+        yield [rows[..., :2], rows[..., 2:]], weight, None
+
+
+@pytest.mark.parametrize("op", [linear_gelu, linear_of_cat])
+def test_ops(op):
+    for args in samples(op):
+        torch.library.opcheck(op, args)
+        first, *rest = args
+        want = (
+            F.gelu(F.linear(first, *rest), approximate="tanh")
+            if op is linear_gelu
+            else F.linear(torch.cat(first, -1), *rest)
+        )
+        torch.testing.assert_close(op(*args), want)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_ops_on_a_gpu(dtype):
+    """As near to the exact outcome as what they replace."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 96, 256, device="cuda", dtype=dtype)
+    weight = torch.randn(512, 256, device="cuda", dtype=dtype) / 16
+    bias = torch.randn(512, device="cuda", dtype=dtype)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    parts = [x[..., :64].contiguous(), x[..., 64:].contiguous()]
+    for got, now, want in (
+        (linear_of_cat(parts, weight, bias), F.linear(x, weight, bias), exact),
+        (
+            linear_gelu(x, weight, bias),
+            F.gelu(F.linear(x, weight, bias), approximate="tanh"),
+            F.gelu(exact, approximate="tanh"),
+        ),
+    ):
+        assert (got - want).norm() <= 1.5 * (now - want).norm()
+
+
+# ----------------------------------------------------------------------------------------- numerics
+
+
+def check(make, inputs, world_size, **options):
+    plain, quick = (
+        image(parallel(make(), world_size, inner, **options), inputs)
+        for inner in ("eager", as_captured)
+    )
+    assert (plain - quick).abs().max() <= EXACT
+
+
+@pytest.mark.parametrize("policy", ["gather", "displaced", "rotate"])
+def test_images_are_the_same(on_cpu, policy):
+    check(tiny_flux, flux_inputs(), 2, policy=policy)
+
+
+def test_on_one_rank(on_cpu):
+    check(tiny_flux, flux_inputs(), 1)
+
+
+def test_of_a_recomputed_sync_step(on_cpu):
+    check(tiny_flux, flux_inputs(), 3, sync="recompute", refresh_every=3)
+
+
+def test_of_sd3(on_cpu):
+    check(tiny_sd3, sd3_inputs(), 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_of_flux(on_cpu, world_size):
+    """Projections of each stream of a double block and of a single one, and their MLPs."""
+    model = tiny_flux(double=2, single=3)
+    example = flux_inputs()
+
+    def graph(**inputs):
+        return model(**inputs, return_dict=False)[0]
+
+    for run, want in ((fuse_linears, 3 * (2 * 2 + 3)), (fuse_gelu, 2 * 2 + 3)):
+        gm = capture(graph, **example)
+        ctx = transformed(gm, world_size, PASSES if world_size > 1 else PASSES[:1])
+        ctx.rotates = True
+        assert run(gm, ctx) == want
+
+
+# ------------------------------------------------------------------------------ inductor's choices
+
+
+def reduction(numel, hint="INNER"):
+    from torch._inductor.runtime.hints import ReductionHint
+
+    return SimpleNamespace(
+        reduction_numel=sympy.sympify(numel), get_reduction_hint=lambda: ReductionHint[hint]
+    )
+
+
+def test_a_transformer_s_rows_are_read_once(monkeypatch):
+    from torch._inductor.choices import InductorChoices
+
+    from piflux.inductor import Choices
+
+    monkeypatch.setattr(
+        InductorChoices, "should_use_persistent_reduction", staticmethod(lambda *_: False)
+    )
+    once = Choices.should_use_persistent_reduction
+    assert once(reduction(3072), False)
+    assert once(reduction(4096), False)
+    assert not once(reduction(4097), False)
+    assert not once(reduction("s0"), False)
+    assert not once(reduction(3072), True)  # several blocks of threads share a row
+    assert not once(reduction(128, "DEFAULT"), False)
