@@ -87,7 +87,7 @@ def block(*last):
     gm = capture(Block(), torch.randn(1, 6, 4))
     ctx = transformed(gm)
     # A GPU's products are wanted of this graph, too.
-    with patch.object(gelu, "DEVICE", "cpu"):
+    with patch.object(gelu, "DEVICE", "cpu"), patch.object(gelu, "DTYPES", (torch.float32,)):
         for run in last:
             run(gm, ctx)
     return gm

@@ -65,6 +65,7 @@ def x():
 @pytest.fixture
 def on_cpu(monkeypatch):
     monkeypatch.setattr(gelu, "DEVICE", "cpu")
+    monkeypatch.setattr(gelu, "DTYPES", (torch.float32,))
 
 
 # ------------------------------------------------------------------------------------------- linear
@@ -270,8 +271,12 @@ def gelus(activate=lambda m: F.gelu(m, approximate="tanh"), bias=True, **options
     return fused(fuse_gelu, model, x(), **options)[0]
 
 
-def test_only_on_gpus():
+def test_only_on_gpus_and_in_16_bits(monkeypatch):
     assert gelus() == 0
+    monkeypatch.setattr(gelu, "DEVICE", "cpu")
+    assert gelus() == 0
+    monkeypatch.setattr(gelu, "DTYPES", (torch.float32,))
+    assert gelus() == 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -331,7 +336,7 @@ def test_ops(op):
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", gelu.DTYPES)
 def test_ops_on_a_gpu(dtype):
     """As near to the exact outcome as what they replace."""
     torch.manual_seed(0)
