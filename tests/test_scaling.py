@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,23 @@ def test_the_measured_files_are_understood():
     assert found.tokens == 4096 + 512
     assert found.one_s > found.step_s[2] > found.step_s[4] > found.step_s[8]
     assert all(0.001 < seconds < 0.01 for seconds in (found.fill_s, *found.exchange_s.values()))
+
+
+def test_the_documentation_shows_what_the_model_said():
+    """Each line of the table over NVLink at 1024 x 1024, but for its last digits."""
+    record = json.loads((ROOT / "benchmarks/results/2026-11-24-scaling-model.json").read_text())
+    page = (ROOT / "docs" / "measuring.md").read_text()
+    lines = re.findall(r"^\| (\d) \| `(\w+)` \| (\S+) \| (\S+)x \| (\S+) \|", page, re.MULTILINE)
+    assert len(lines) == 9
+    images = {
+        (row["ranks"], row["row"]): row["image"]
+        for row in record["rows"]
+        if (row["size"], row["link"]) == (1024, "nvlink")
+    }
+    for ranks, row, *shown in lines:
+        image = images[int(ranks), row]
+        said = (image["image_s"], image["faster"], 1000 * image["cost"]["steady_s"])
+        assert [float(number) for number in shown] == pytest.approx(said, abs=0.05)
 
 
 # ---------------------------------------------------------------------------------------- command
