@@ -1,7 +1,8 @@
 """What a step costs, by arithmetic or as measured, and the policy that follows. Runs nothing.
 
 Of a graph are counted linear layers, matrix products, the attentions that share their tokens over
-the ranks, and bytes sent. Norms, pointwise ops, launching and latencies are not: a lower bound.
+the ranks, bytes sent and the all-gathers that send them. Norms, pointwise ops and launching are
+not: a lower bound.
 """
 
 from __future__ import annotations
@@ -36,11 +37,18 @@ class Rates:
         linear_tflops: of a matrix product of the model's shape.
         attention_tflops: of an attention of the model's shape.
         link_gbs: GB/s that a rank sends while all ranks gather.
+        latency_s: seconds that an all-gather takes however little it sends; 0 where `link_gbs` was
+            measured on gathers of the model's size, and so holds it.
     """
 
     linear_tflops: float
     attention_tflops: float
     link_gbs: float
+    latency_s: float = 0.0
+
+    def gather_s(self, count: int, gathers: int) -> float:
+        """Seconds until a rank has sent `count` bytes in so many all-gathers, one by one."""
+        return count / self.link_gbs / 1e9 + gathers * self.latency_s
 
 
 @dataclass(frozen=True)
@@ -52,19 +60,21 @@ class Layer:
         attention_flops: of the attention.
         kv_bytes: what a rank sends for the others to have its keys and values.
         beside_flops: of the matrix products, those that are computed while keys and values travel.
+        gathers: the all-gathers in which they do.
     """
 
     linear_flops: int
     attention_flops: int
     kv_bytes: int
     beside_flops: int = 0
+    gathers: int = 0
 
     def compute_s(self, rates: Rates) -> float:
         linear, attention = self.linear_flops, self.attention_flops
         return (linear / rates.linear_tflops + attention / rates.attention_tflops) / 1e12
 
     def gather_s(self, rates: Rates) -> float:
-        return self.kv_bytes / rates.link_gbs / 1e9
+        return rates.gather_s(self.kv_bytes, self.gathers)
 
     def wait_s(self, rates: Rates) -> float:
         """How long the attention waits for keys and values, after what is computed beside."""
@@ -240,7 +250,7 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
         level[node] = above
     depth = 1 + max(level[node] for node in attentions)
 
-    linear, attended, sent, beside = ([0] * depth for _ in range(4))
+    linear, attended, sent, beside, gathers = ([0] * depth for _ in range(5))
     under_way: set[int] = set()  # at these levels keys and values travel
     for node, found in attentions.items():
         query, key, value = (x for x in node.args[:3] if isinstance(x, fx.Node))
@@ -248,6 +258,7 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
         attended[level[node]] += 2 * sum(lengths) * (_numel(query) + _numel(node))
         if ctx.world_size > 1:
             others = ctx.world_size - 1
+            gathers[level[node]] += len((key, value))
             sent[level[node]] += others * sum(
                 _numel(x) * tensors(x)[0].element_size() for x in (key, value)
             )
@@ -262,7 +273,7 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
             linear[min(level[node], depth - 1)] += flops
             for waiting in under_way:
                 beside[waiting] += flops
-    return tuple(map(Layer, linear, attended, sent, beside))
+    return tuple(map(Layer, linear, attended, sent, beside, gathers))
 
 
 def _numel(node: fx.Node) -> int:

@@ -6,7 +6,9 @@ A tensor's token dimension is a run of segments, in order; `lengths` are their f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,12 +49,21 @@ def places(lengths: Sequence[int], world_size: int, part: int) -> Tensor:
     )
 
 
-def write(
-    whole: Tensor, dim: int, lengths: Sequence[int], world_size: int, part: int, piece: Tensor
-) -> None:
-    """Write part `part` into `whole` in place."""
-    for w in windows(lengths, world_size, part):
-        whole.narrow(dim, w.full, w.length).copy_(piece.narrow(dim, w.local, w.length))
+@lru_cache
+def _kept(lengths: tuple[int, ...], world_size: int) -> tuple[Window, ...]:
+    """Of every part of every segment, in the whole's order, what no later part computes as well.
+
+    A window's `length` may be 0. Kept, since a step asks for it at every attention.
+    """
+    layout = [list(windows(lengths, world_size, part)) for part in range(world_size)]
+    found, end = [], 0
+    for segment, length in enumerate(lengths):
+        end += length
+        stops = [layout[part][segment].full for part in range(1, world_size)] + [end]
+        for part, stop in enumerate(stops):
+            full, local, _ = layout[part][segment]
+            found.append(Window(full, local, stop - full))
+    return tuple(found)
 
 
 def join(
@@ -65,11 +76,23 @@ def join(
     """The whole dimension from every part; `pieces[i]` is part `parts[i]`.
 
     Tokens in an overlap were computed twice; the later part's stand.
+
+    Args:
+        whole: where to write it, contiguous; None for new memory.
     """
+    shape, count = pieces[0].shape, len(parts)
+    dim %= len(shape)
     if whole is None:
-        shape = list(pieces[0].shape)
-        shape[dim] = sum(lengths)
-        whole = pieces[0].new_empty(shape)
-    for part, piece in sorted(zip(parts, pieces, strict=True), key=lambda pair: pair[0]):
-        write(whole, dim, lengths, len(parts), part, piece)
+        whole = pieces[0].new_empty((*shape[:dim], sum(lengths), *shape[dim + 1 :]))
+    rows, width = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
+    flat: list[Tensor] = [pieces[0]] * count
+    for part, piece in zip(parts, pieces, strict=True):
+        flat[part] = piece.reshape(rows, -1)
+    runs = [
+        flat[i % count].narrow(1, w.local * width, w.length * width)
+        for i, w in enumerate(_kept(tuple(lengths), count))
+    ]
+    # One op, and on a GPU one kernel: a copy for each window is N launches a segment, for keys and
+    # for values, at every attention.
+    torch.cat(runs, 1, out=whole.view(rows, -1))
     return whole

@@ -13,8 +13,8 @@ attention over that rank's own cache of keys and values.
 
 With `order` 1, tokens that were not computed in this very step are read as they should be by now:
 moved on from their last version, 0.75 times as far as a straight line through their last two
-versions over time would take them. Time is log(sigma / (1 - sigma)), both terms with 0.01 added. A
-token with one version is read as it is.
+versions over time would take them, but by 3 times the change between the two at most. Time is
+log(sigma / (1 - sigma)), both terms with 0.01 added. A token with one version is read as it is.
 
 With `compression` 'int8' a rank remembers, in place of the version before, the change since, and
 rounds it: each token's head has 255 steps, from minus to plus its largest number. Under `displaced`
@@ -112,7 +112,7 @@ class Cache:
     def read(self, step: int, time: float, order: int) -> Tensor:
         (last, before), (last_time, before_time) = self.versions, self.times
         moves = (self.written != step) & (last_time != before_time)
-        ahead = 0.75 * (time - last_time) / (last_time - before_time)
+        ahead = (0.75 * (time - last_time) / (last_time - before_time)).clamp(-3, 3)
         ahead = torch.where(moves, ahead, 0.0) * order
         return last + ahead[:, None].to(last.dtype) * (last - before)
 

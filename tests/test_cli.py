@@ -226,7 +226,12 @@ def test_explain_as_data():
     assert report["sync_bytes"] == report["steady_bytes"] > 0
     shards = [b for b in report["boundaries"] if b["verb"] == "shard"]
     assert [16] in [b["lengths"] for b in shards] and [4] in [b["part_lengths"] for b in shards]
-    assert record["rates"] == {"linear_tflops": 1.0, "attention_tflops": 0.5, "link_gbs": 2.0}
+    assert record["rates"] == {
+        "linear_tflops": 1.0,
+        "attention_tflops": 0.5,
+        "link_gbs": 2.0,
+        "latency_s": 0.0,
+    }
     waited = record["predicted"]["sync_s"] - record["predicted"]["steady_s"]
     assert 0 < waited <= report["sync_bytes"] / 2e9
     assert record["choice"]["policy"] in ("gather", "displaced", "rotate")

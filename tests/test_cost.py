@@ -39,6 +39,7 @@ def test_what_a_rank_computes_and_sends(small: Preview) -> None:
     _, single, _ = small.layers
     for layer in small.layers:
         assert layer.kv_bytes == 2 * tokens * WIDTH * 2  # keys, values; 2 bytes each
+        assert layer.gathers == 2
         assert layer.attention_flops == 4 * tokens * 22 * WIDTH
     # After the double block's attention its projection and MLP, then the single's first products.
     assert single.linear_flops == 2 * tokens * (1 + 8 + 3 + 4) * square
@@ -53,7 +54,7 @@ def test_one_rank_does_it_all(small: Preview) -> None:
     assert sum(layer.attention_flops for layer in small.whole) == attention
     # Beside the blocks there are embedders, modulations and the head.
     assert linear < sum(layer.linear_flops for layer in small.whole) < 1.5 * linear
-    assert all(layer.kv_bytes == 0 for layer in small.whole)
+    assert all(layer.kv_bytes == layer.gathers == 0 for layer in small.whole)
 
 
 @pytest.mark.parametrize("policy", ["gather", "rotate", "displaced"])
@@ -107,6 +108,16 @@ def test_what_is_hidden_need_not_be_waited_for() -> None:
     choice = choose(hiding, rates)
     assert choice.policy == "gather"
     assert "attention waits for 0.9 ms" in choice.reason
+
+
+def test_each_gather_takes_its_latency() -> None:
+    """Of 1 ms for the bytes and 2 x 0.5 ms in which nothing else is sent, 1 ms is hidden."""
+    layer = Layer(6 * 10**9, 10**9, 10**6, beside_flops=10**9, gathers=2)
+    rates = Rates(1.0, 0.5, 1.0, latency_s=5e-4)
+    assert layer.gather_s(rates) == pytest.approx(2e-3)
+    assert layer.wait_s(rates) == pytest.approx(1e-3)
+    assert rates.gather_s(0, 3) == pytest.approx(1.5e-3)
+    assert "travel 6 ms" in choose(3 * [layer], rates).reason
 
 
 # ----------------------------------------------------------------------------- of whole schedules

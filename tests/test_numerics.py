@@ -89,10 +89,6 @@ def test_gather_is_exact_where_parts_overlap(ranks, n):
     judge_gather(ranks, n, tiny_flux, [flux_inputs(image_hw=(3, 13), text=77, batch=2)])
 
 
-def test_gather_is_exact_on_eight_ranks(ranks):
-    judge_gather(ranks, 8, partial(tiny_flux, double=0), [flux_inputs()])
-
-
 def test_gather_without_guidance(ranks):
     judge_gather(ranks, 2, partial(tiny_flux, guidance=False), [flux_inputs(guidance=False)])
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
 from piflux.parts import join, part_length, places, windows
@@ -67,8 +68,8 @@ def test_under_rotation_no_cached_part_is_older_than_its_turn(world_size):
             assert max(t - last for last in written.values()) <= world_size - 1
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7])
-@pytest.mark.parametrize("lengths", [(7,), (12,), (7, 16), (9, 7, 31)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("lengths", [(8,), (12,), (9, 16), (9, 7, 31)])
 def test_parts_cover_everything_and_are_equally_long(lengths, world_size):
     x = torch.arange(sum(lengths) * 2).reshape(1, -1, 2)
     parts = [x.index_select(1, places(lengths, world_size, p)) for p in range(world_size)]
@@ -76,6 +77,29 @@ def test_parts_cover_everything_and_are_equally_long(lengths, world_size):
     assert torch.equal(join(parts, range(world_size), 1, lengths), x)
     order = list(reversed(range(world_size)))
     assert torch.equal(join([parts[p] for p in order], order, 1, lengths), x)
+    whole = torch.zeros_like(x)
+    assert join(parts, range(world_size), -2, lengths, whole) is whole
+    assert torch.equal(whole, x)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the ops that are no views: on a GPU each is a launch."""
+
+    launched = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.launched += not op.is_view
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_joining_more_parts_launches_no_more_kernels(world_size):
+    lengths = (9, 16)
+    x = torch.randn(2, 3, 25, 4)
+    parts = [x.index_select(-2, places(lengths, world_size, p)) for p in range(world_size)]
+    with Kernels() as kernels:
+        join(parts, range(world_size), -2, lengths, torch.empty_like(x))
+    assert kernels.launched == 2  # the memory to write to, and one copy
 
 
 def test_windows_that_do_not_fit_move_back_over_their_neighbours():

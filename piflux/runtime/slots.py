@@ -24,7 +24,9 @@ from piflux.runtime.ranks import Gathering
 BELIEF = 0.75
 
 # Versions that are next to each other in time say little of what comes: a scheduler that visits a
-# noise level twice must not be taken for one that leaps. Regular schedules stay far below.
+# noise level twice must not be taken for one that leaps. Regular schedules stay far below, but for
+# tokens of two parts, where windows overlap: `rotate` computes them in two steps, one after the
+# other, and then, on eight ranks, not for six.
 FARTHEST = 3.0
 
 # The log-SNR is infinite at sigma 0 and 1. It ends where this much of the other is mixed in.
