@@ -278,6 +278,16 @@ def test_measured_cost_in_the_command(tmp_path):
     }
 
 
+def test_tuning_wants_the_measured_cost_of_all_candidates(tmp_path):
+    bench = tmp_path / "bench.json"
+    rows = [("eager", 1), *((row, 2) for row in ("gather", "rotate", "displaced"))]
+    bench.write_text(json.dumps(timed(*((row, n, [20.0], None) for row, n in rows))))
+    result = invoke("--tune", "--max-ms=9", "--ranks=2", f"--bench={bench}", f"--out={tmp_path}")
+    assert result.exit_code == 2
+    output = " ".join(result.output.replace("│", " ").split())
+    assert "did not measure 'displaced-int8' on 2 ranks" in output
+
+
 def test_the_command(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("camera, 3d style, red background\n\nrose, flat style, white background\n")
