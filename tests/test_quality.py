@@ -1,6 +1,7 @@
 """LPIPS, and what `piflux quality` measures and writes."""
 
 import importlib.util
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -10,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
 from piflux import drift
-from piflux.charts import markdown
+from piflux.charts import contact_sheet, markdown
 from piflux.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
 from piflux.drift import (
@@ -241,6 +242,42 @@ def test_policies_from_exact_to_drifting():
     assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
     # Half the tokens each, and what travels: all of it in gather, almost nothing in rotate.
     assert 0.5 * one.step_s < rotate.cost.mean_s < gather.cost.mean_s
+
+
+LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_every=9"
+
+
+@pytest.mark.parametrize("prompt", ["rose", "polar bear, 3d style, " + 30 * "x" + 9 * " red", ""])
+def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, prompt):
+    boxes, write, paste = [], ImageDraw.ImageDraw.text, Image.Image.paste
+
+    def noted_text(pen, place, text, fill, font):
+        if text:
+            boxes.append((text, pen.multiline_textbbox(place, text, font)))
+        write(pen, place, text, fill, font)
+
+    def noted_paste(sheet, picture, place):
+        boxes.append(("picture", (*place, place[0] + picture.width, place[1] + picture.height)))
+        paste(sheet, picture, place)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted_text)
+    monkeypatch.setattr(Image.Image, "paste", noted_paste)
+    drawn = Drawn(pictures(), [], 0.1)
+    rows = [
+        Row(name, 2, [30.0, 31.0], [], [], [], Cost(1.0, 1.0, 1.0, 1.0))
+        for name in (LONG, "rotate", LONG)
+    ]
+    sheet = contact_sheet([prompt, "a dog"], drawn, rows, [drawn] * 3)
+    # Words stay whole, but for settings wider than a column, which break after commas.
+    title = next(text for text, _ in boxes if text.startswith("displaced"))
+    assert title.endswith("\n2 ranks") and "\ncompression=int8\nrefresh_every=9\n" in title
+    assert all(line.endswith(("displaced", ",", "26")) for line in title.split("\n")[:-3])
+    assert len(boxes) == 4 + 8 + 8 - (not prompt)
+    for text, (left, top, right, bottom) in boxes:
+        assert 0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height, text
+    for (a, first), (b, second) in itertools.combinations(boxes, 2):
+        apart = [first[i + 2] <= second[i] or second[i + 2] <= first[i] for i in (0, 1)]
+        assert any(apart), (a, b)
 
 
 def invoke(*arguments):
