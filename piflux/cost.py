@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from piflux.passes.nodes import PRODUCTS, op_name
 from piflux.passes.plan import Context, example_size, tensors
-from piflux.passes.rules import PRODUCTS, op_name
 from piflux.report import GraphReport
 from piflux.schedule import Policy, Schedule, Sync
 
