@@ -36,16 +36,6 @@ from piflux.drift import (
 from piflux.lpips import LPIPS, WEIGHTS
 from piflux.quality import quality
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a core or two that others use as well, threads that wait for each other cost tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # ------------------------------------------------------------------------------------------ LPIPS
 
 
