@@ -342,6 +342,16 @@ def test_the_command(tmp_path):
 
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
     monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    known = {}
+
+    def once(pipe, prompts, seeds, variants, *args, **kwargs):
+        """The four budgets are for the same pictures, which need not be drawn again for each."""
+        drawn = tuple(prompts), tuple(seeds), tuple(variant.name for variant in variants)
+        if drawn not in known:
+            known[drawn] = measure(pipe, prompts, seeds, variants, *args, **kwargs)
+        return known[drawn]
+
+    monkeypatch.setattr(drift, "measure", once)
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
@@ -354,6 +364,8 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     result = invoke(*arguments, "--max-lpips=-1")
     assert result.exit_code == 2
     assert "no schedule is within the budget" in result.output
+    halves = [(PROMPTS[:1], (0,)), (PROMPTS[1:2], (1,))]
+    assert [key[:2] for key in known] == [halves[0], halves[1], halves[1]]
 
 
 def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
