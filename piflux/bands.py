@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from piflux.passes.rules import is_pointwise
+from piflux.passes.nodes import is_pointwise
 from piflux.runtime.ranks import Ranks
 
 # Beside pointwise ops: what keeps rows, or tokens in the order of rows, where they are.

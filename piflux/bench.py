@@ -190,7 +190,9 @@ ROWS = {
     "gather": Row(_piflux(policy="gather")),
     "rotate": Row(_piflux(policy="rotate")),
     "rotate-recompute": Row(_piflux(policy="rotate", sync="recompute")),
+    "rotate-int8": Row(_piflux(policy="rotate", compression="int8")),
     "displaced": Row(_piflux(policy="displaced")),
+    "displaced-int8": Row(_piflux(policy="displaced", compression="int8")),
     "diffusers-ulysses": Row(_diffusers("ulysses"), needs_gpu=True),
     "diffusers-ring": Row(_diffusers("ring"), needs_gpu=True),
 }

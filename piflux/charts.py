@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,21 +35,48 @@ def contact_sheet(
     prompts: Sequence[str], one: Drawn, rows: Sequence[Row], drawn: Sequence[Drawn]
 ) -> Image.Image:
     """A row a prompt, a column a variant, the first one rank's; under each picture its PSNR."""
-    side, label = 160, 34
+    side, margin = 160, 2
+    inner = side - 2 * margin
     font = ImageFont.load_default(size=11)
     columns = [("one rank", one, None)]
     columns += [(f"{r.variant}\n{r.ranks} ranks", d, r) for r, d in zip(rows, drawn, strict=True)]  # type: ignore[misc]
-    sheet = Image.new("RGB", (side * len(columns), label + (side + label) * len(prompts)), "white")
+    titles = [_wrapped(name, inner, font) for name, _, _ in columns]
+    captions = [_wrapped(prompt.replace(", ", "\n", 1), inner, font) for prompt in prompts]
+    head = _height(titles, font) + 4 * margin
+    pitch = inner + _height(captions, font) + 4 * margin
+    sheet = Image.new("RGB", (side * len(columns), head + pitch * len(prompts)), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, (name, pictures, row) in enumerate(columns):
-        pen.text((column * side + 2, 2), name, "black", font)
-        for index, prompt in enumerate(prompts):
-            left, top = column * side, label + index * (side + label)
+    for column, (title, (_, pictures, row)) in enumerate(zip(titles, columns, strict=True)):
+        left = column * side + margin
+        pen.text((left, margin), title, "black", font)
+        for index, caption in enumerate(captions):
+            top = head + index * pitch
             array = (pictures.images[index] * 255).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(array).resize((side - 4, side - 4)), (left + 2, top))
-            text = prompt.replace(", ", "\n", 1) if row is None else f"{row.psnr[index]:.1f} dB"
-            pen.text((left + 2, top + side - 2), text, "black", font)
+            sheet.paste(Image.fromarray(array).resize((inner, inner)), (left, top))
+            text = caption if row is None else f"{row.psnr[index]:.1f} dB"
+            pen.text((left, top + inner + margin), text, "black", font)
     return sheet
+
+
+def _wrapped(text: str, width: int, font: Any) -> str:
+    """`text` in lines of at most so many pixels, broken after spaces and commas where there are."""
+    lines = []
+    for rest in text.split("\n"):
+        while font.getlength(rest) > width:
+            fits = max(
+                n for n in range(1, len(rest)) if n == 1 or font.getlength(rest[:n]) <= width
+            )
+            cut = max(rest.rfind(mark, 0, fits) for mark in " ,") + 1 or fits
+            lines.append(rest[:cut].rstrip())
+            rest = rest[cut:].lstrip()
+        lines.append(rest)
+    return "\n".join(lines)
+
+
+def _height(texts: Sequence[str], font: Any) -> int:
+    """Pixels of the tallest."""
+    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return math.ceil(max(pen.multiline_textbbox((0, 0), text, font)[3] for text in texts))
 
 
 def plot_drift(rows: Sequence[Row], path: Path) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from piflux.passes.nodes import PRODUCTS, op_name
 from piflux.passes.plan import Context, example_size, tensors
-from piflux.passes.rules import PRODUCTS, op_name
 from piflux.report import GraphReport
 from piflux.schedule import Policy, Schedule, Sync
 
@@ -210,7 +210,8 @@ def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> C
     """From what `piflux bench` measured, with its model, size and machine, for an image of `steps`.
 
     One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
-    recomputed one is one rank's; any other step is the median of the row named like the policy.
+    recomputed one is one rank's; any other step is the median of the row named like the policy,
+    with '-int8' after it where changes are compressed.
 
     Args:
         bench: the record, as `bench.json` has it.
@@ -227,7 +228,8 @@ def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> C
     }
     alone = [median for (_, ranks), median in medians.items() if ranks == 1]
     recompute = schedule.sync == "recompute"
-    needed = {(schedule.policy, schedule.world_size)}
+    row = schedule.policy + ("-int8" if schedule.compresses else "")
+    needed = {(row, schedule.world_size)}
     needed |= set() if recompute else {("gather", schedule.world_size)}
     missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]
     if not alone:
@@ -235,7 +237,7 @@ def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> C
     if missing:
         raise ValueError(f"the benchmark did not measure {', '.join(missing)}")
     sync = min(alone) if recompute else medians["gather", schedule.world_size]
-    return Cost.of(schedule, steps, min(alone), sync, medians[schedule.policy, schedule.world_size])
+    return Cost.of(schedule, steps, min(alone), sync, medians[row, schedule.world_size])
 
 
 def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:

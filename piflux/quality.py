@@ -79,7 +79,8 @@ def quality(
         except ValueError as error:
             raise typer.BadParameter(f"--variant {error}") from None
     rank_counts = ranks or [2, 4]
-    timed = None if bench is None else _timed(bench, variants, rank_counts, steps)
+    asked = [Variant.parse(text) for text in CANDIDATES] if tune_ else variants
+    timed = None if bench is None else _timed(bench, asked, rank_counts, steps)
     check_model(model)
     side = default_side(model) if size is None else size
     check_side("--size", side, least=64)  # LPIPS sees nothing smaller

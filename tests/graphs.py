@@ -12,8 +12,8 @@ from torch import Tensor
 
 from piflux.compiler import PASSES
 from piflux.errors import describe_op
+from piflux.passes.nodes import op_name
 from piflux.passes.plan import Axis, Context, known, plain_name, tensors
-from piflux.passes.rules import op_name
 from piflux.passes.runner import Pass, run_passes
 
 

@@ -245,6 +245,22 @@ def test_fewer_rows_than_ranks_are_decoded_whole(ranks):
         assert (image - want).abs().max() <= EXACT
 
 
+def drawn_by_a_plain_pipeline(rank, group):
+    """Around a parallel transformer, with the parallel pipeline's autoencoder."""
+    pipe = noting_pipeline()
+    parallel = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
+    plain = diffusers.FluxPipeline(**parallel.components)
+    plain.set_progress_bar_config(disable=True)
+    return draw(plain, 0, output_type="latent" if rank else "pt"), pipe.vae.heights
+
+
+def test_a_plain_pipeline_decodes_whole_pictures(ranks):
+    """It can't know whether all ranks want one: the second doesn't, and the first must not wait."""
+    (image, rows), (_, others) = ranks(2, drawn_by_a_plain_pipeline)
+    assert (rows, others) == ([ROWS], [])
+    assert (image - draw(tiny_pipeline(), 0, **PIXELS)).abs().max() <= EXACT
+
+
 @pytest.mark.parametrize("group", [None, piflux.virtual_ranks(2)], ids=["one", "virtual"])
 def test_one_process_decodes_as_ever(group):
     pipe = tiny_pipeline()

@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from models import tiny_flux
 from typer.testing import CliRunner
 
 from piflux import bench
 from piflux.bench import Floor, Result, Settings, chart, markdown, measure_floor, run_row
+from piflux.schedule import Schedule
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
 
@@ -67,6 +69,22 @@ def test_rows_on_cpu_ranks(tmp_path):
     assert rotate["steady_bytes"] == 32 * 64 * 4  # half of 64 latent tokens
     assert rotate["sync_bytes"] > rotate["steady_bytes"]
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
+
+
+@pytest.mark.parametrize(
+    ("row", "policy", "settings"),
+    [
+        ("gather", "gather", {}),
+        ("rotate", "rotate", {}),
+        ("rotate-recompute", "rotate", {"sync": "recompute"}),
+        ("rotate-int8", "rotate", {"compression": "int8"}),
+        ("displaced", "displaced", {}),
+        ("displaced-int8", "displaced", {"compression": "int8"}),
+    ],
+)
+def test_rows_are_of_the_policy_that_they_name(row, policy, settings):
+    model, _ = bench.ROWS[row].prepare(tiny_flux(), False)
+    assert model._piflux_compiler.runtime.schedule == Schedule(policy, **settings)
 
 
 def test_a_row_that_fails_says_why(tmp_path):

@@ -66,6 +66,21 @@ def test_reports_of_every_policy(small: Preview, policy: str) -> None:
     assert report.steady_bytes == final + (0 if policy == "rotate" else sent)
 
 
+@pytest.mark.parametrize("policy", ["gather", "rotate", "displaced"])
+def test_reports_of_compressed_changes(small: Preview, policy: str) -> None:
+    """Only `displaced` sends them: a scale of 4 bytes and 16 numbers in 8 bits for each head."""
+    sent, final = sum(layer.kv_bytes for layer in small.layers), 8 * 16 * 2
+    changes = 3 * 2 * 11 * 4 * (4 + 16)
+    report = foresee(Schedule(policy, world_size=2, compression="int8")).report
+    assert report.sync_bytes == sent + final
+    steady = {"gather": sent, "rotate": 0, "displaced": changes}[policy]
+    assert report.steady_bytes == final + steady
+    # A second of computing is shared; what travels takes longer.
+    cost = modelled_cost(report, 28, 1.0, 1e-5)
+    hidden = 0.5 if policy == "displaced" else 0.0
+    assert cost.steady_s == pytest.approx(0.5 - hidden + (final + steady) / 1e4)
+
+
 def test_one_rank_is_foreseen_too(small: Preview) -> None:
     alone = foresee(Schedule())
     assert alone.layers == alone.whole == small.whole
@@ -155,12 +170,20 @@ def test_measured_cost_is_of_the_rows_of_the_policy():
         ("compiled", 1, [130.0, 140.0, 132.0], None),
         ("gather", 2, [80.0], None),
         ("rotate", 2, [90.0, 72.0, 73.0], None),
+        ("rotate-int8", 2, [75.0], None),
         ("displaced", 2, [], "out of memory"),
     )
     cost = measured_cost(record, Schedule("rotate", 1, None, 2), 4)
     assert cost == Cost(0.132, 0.08, 0.073, pytest.approx((0.08 + 3 * 0.073) / 4))
     assert measured_cost(record, Schedule("rotate", 1, None, 2, "recompute"), 4).sync_s == 0.132
     assert measured_cost(record, Schedule("gather", 1, None, 2), 4).mean_s == 0.08
+    assert measured_cost(record, Schedule(world_size=2, compression="int8"), 4).steady_s == 0.075
+    # Where nothing is predicted, nothing is compressed.
+    assert measured_cost(record, Schedule("gather", world_size=2, compression="int8"), 4) == (
+        measured_cost(record, Schedule("gather", world_size=2), 4)
+    )
+    with pytest.raises(ValueError, match=r"did not measure 'displaced-int8' on 2 ranks$"):
+        measured_cost(record, Schedule("displaced", world_size=2, compression="int8"), 4)
     with pytest.raises(ValueError, match=r"did not measure 'displaced' on 2 ranks$"):
         measured_cost(record, Schedule("displaced", 1, None, 2), 4)
     with pytest.raises(ValueError, match=r"'gather' on 4 ranks, 'rotate' on 4 ranks$"):

@@ -82,12 +82,8 @@ class Small(FluxPipeline):
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[Small]:
-    """On one thread: on a core or two that others use as well, more can take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Small(**demo_pipeline().components)
-    torch.set_num_threads(before)
+def small() -> Small:
+    return Small(**demo_pipeline().components)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from torch._inductor.utils import run_and_get_code
 import piflux
 from piflux.compiler import Compiler
 from piflux.passes.layout import layout
+from piflux.passes.nodes import op_name
 from piflux.passes.overlap import overlap
-from piflux.passes.rules import op_name
 from piflux.runtime.cache import Runtime
 from piflux.runtime.streams import Roles
 from piflux.schedule import Schedule

@@ -152,15 +152,6 @@ def rows() -> dict[str, Row]:
     return table()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the ranks have it: models this small lose their time between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_pipeline_does_what_the_table_says(ranks, name):
     row = found(ranks, CASES[name])

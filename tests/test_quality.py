@@ -1,6 +1,7 @@
 """LPIPS, and what `piflux quality` measures and writes."""
 
 import importlib.util
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -10,14 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
 from piflux import drift
-from piflux.charts import markdown
+from piflux.charts import contact_sheet, markdown
 from piflux.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
 from piflux.drift import (
@@ -34,16 +35,6 @@ from piflux.drift import (
 )
 from piflux.lpips import LPIPS, WEIGHTS
 from piflux.quality import quality
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On a core or two that others use as well, threads that wait for each other cost tenfold."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -243,6 +234,42 @@ def test_policies_from_exact_to_drifting():
     assert 0.5 * one.step_s < rotate.cost.mean_s < gather.cost.mean_s
 
 
+LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_every=9"
+
+
+@pytest.mark.parametrize("prompt", ["rose", "polar bear, 3d style, " + 30 * "x" + 9 * " red", ""])
+def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, prompt):
+    boxes, write, paste = [], ImageDraw.ImageDraw.text, Image.Image.paste
+
+    def noted_text(pen, place, text, fill, font):
+        if text:
+            boxes.append((text, pen.multiline_textbbox(place, text, font)))
+        write(pen, place, text, fill, font)
+
+    def noted_paste(sheet, picture, place):
+        boxes.append(("picture", (*place, place[0] + picture.width, place[1] + picture.height)))
+        paste(sheet, picture, place)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted_text)
+    monkeypatch.setattr(Image.Image, "paste", noted_paste)
+    drawn = Drawn(pictures(), [], 0.1)
+    rows = [
+        Row(name, 2, [30.0, 31.0], [], [], [], Cost(1.0, 1.0, 1.0, 1.0))
+        for name in (LONG, "rotate", LONG)
+    ]
+    sheet = contact_sheet([prompt, "a dog"], drawn, rows, [drawn] * 3)
+    # Words stay whole, but for settings wider than a column, which break after commas.
+    title = next(text for text, _ in boxes if text.startswith("displaced"))
+    assert title.endswith("\n2 ranks") and "\ncompression=int8\nrefresh_every=9\n" in title
+    assert all(line.endswith(("displaced", ",", "26")) for line in title.split("\n")[:-3])
+    assert len(boxes) == 4 + 8 + 8 - (not prompt)
+    for text, (left, top, right, bottom) in boxes:
+        assert 0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height, text
+    for (a, first), (b, second) in itertools.combinations(boxes, 2):
+        apart = [first[i + 2] <= second[i] or second[i + 2] <= first[i] for i in (0, 1)]
+        assert any(apart), (a, b)
+
+
 def invoke(*arguments):
     app = typer.Typer(add_completion=False)
     app.command()(quality)
@@ -278,6 +305,16 @@ def test_measured_cost_in_the_command(tmp_path):
     }
 
 
+def test_tuning_wants_the_measured_cost_of_all_candidates(tmp_path):
+    bench = tmp_path / "bench.json"
+    rows = [("eager", 1), *((row, 2) for row in ("gather", "rotate", "displaced"))]
+    bench.write_text(json.dumps(timed(*((row, n, [20.0], None) for row, n in rows))))
+    result = invoke("--tune", "--max-ms=9", "--ranks=2", f"--bench={bench}", f"--out={tmp_path}")
+    assert result.exit_code == 2
+    output = " ".join(result.output.replace("│", " ").split())
+    assert "did not measure 'displaced-int8' on 2 ranks" in output
+
+
 def test_the_command(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("camera, 3d style, red background\n\nrose, flat style, white background\n")
@@ -305,6 +342,16 @@ def test_the_command(tmp_path):
 
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
     monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    known = {}
+
+    def once(pipe, prompts, seeds, variants, *args, **kwargs):
+        """The four budgets are for the same pictures, which need not be drawn again for each."""
+        drawn = tuple(prompts), tuple(seeds), tuple(variant.name for variant in variants)
+        if drawn not in known:
+            known[drawn] = measure(pipe, prompts, seeds, variants, *args, **kwargs)
+        return known[drawn]
+
+    monkeypatch.setattr(drift, "measure", once)
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
@@ -317,6 +364,8 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     result = invoke(*arguments, "--max-lpips=-1")
     assert result.exit_code == 2
     assert "no schedule is within the budget" in result.output
+    halves = [(PROMPTS[:1], (0,)), (PROMPTS[1:2], (1,))]
+    assert [key[:2] for key in known] == [halves[0], halves[1], halves[1]]
 
 
 def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):

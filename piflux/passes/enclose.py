@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from piflux.passes.extract import extract, is_source
+from piflux.passes.nodes import only_computes
 from piflux.passes.plan import Context
-from piflux.passes.rules import only_computes
 
 HEAD = "head"
 """The module's name."""

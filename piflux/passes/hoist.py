@@ -6,9 +6,9 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.passes.extract import extract
+from piflux.passes.nodes import PRODUCTS, only_computes, op_name
 from piflux.passes.plan import Context, Plan, axes, known, tensors
 from piflux.passes.roles import roles_of
-from piflux.passes.rules import PRODUCTS, only_computes, op_name
 
 HOISTED = "hoisted"
 """The module's name."""

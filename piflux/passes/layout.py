@@ -10,6 +10,7 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard, NoAttention
+from piflux.passes.nodes import attention_arguments, is_attention, mutates, op_name
 from piflux.passes.plan import (
     Attention,
     Axis,
@@ -29,15 +30,7 @@ from piflux.passes.plan import (
     sizes,
     tensors,
 )
-from piflux.passes.rules import (
-    Flow,
-    Link,
-    attention_arguments,
-    flow,
-    is_attention,
-    mutates,
-    op_name,
-)
+from piflux.passes.rules import Flow, Link, flow
 
 # A run of tokens shorter than this is no segment of its own.
 FEWEST_TOKENS = 2

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
 from piflux.passes.extract import is_source
+from piflux.passes.nodes import is_attention, is_value, only_computes
 from piflux.passes.plan import Context, example_size, expr, known, tensors
-from piflux.passes.rules import is_attention, is_value, only_computes
 from piflux.runtime.ops import slots_from
 
 # The most that is looked for; a block of a known model attends at most twice.

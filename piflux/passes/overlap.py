@@ -8,8 +8,8 @@ from itertools import takewhile
 import torch
 from torch import fx
 
+from piflux.passes.nodes import only_computes
 from piflux.passes.plan import Context, tensors
-from piflux.passes.rules import only_computes
 
 _CACHED = torch.ops.piflux.cached_sdpa.default
 _SEND = torch.ops.piflux.send_kv.default

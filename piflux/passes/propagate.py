@@ -12,8 +12,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
 from piflux.parts import part_length
+from piflux.passes.nodes import mutates
 from piflux.passes.plan import Context, axes, example_size, tensors
-from piflux.passes.rules import mutates
 
 
 def propagate(gm: fx.GraphModule, ctx: Context) -> int:

@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from piflux.passes.lengths import Lengths
+from piflux.passes.nodes import attention_arguments
 from piflux.passes.plan import Context
-from piflux.passes.rules import attention_arguments
 
 
 def rewrite_attention(gm: fx.GraphModule, ctx: Context) -> int:

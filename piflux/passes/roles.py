@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from piflux.passes.nodes import op_name
 from piflux.passes.plan import Axis, Plan, plain_name, tensors
-from piflux.passes.rules import op_name
 from piflux.runtime.streams import Roles
 
 

@@ -207,7 +207,7 @@ class Runtime:
         stream.index += 1
         if self.schedule.predicts:
             stream.tick(roles.pick(roles.clocks, args))
-            stream.memory.begin_sync()
+            stream.memory.begin_step()
         if stream.index == 0:
             settings = {"schedule": self.schedule, "explicit generation": self.explicit}
             ranks.agree(fingerprint(settings, roles.inputs(args)))

@@ -49,7 +49,8 @@ def exchange(
         first: (batch, heads, tokens, head dim), contiguous: one version of each token.
         second: like `first`: another version.
         fresh: (batch, heads, part tokens, head dim): this step's, of one part, in any layout.
-        sources: (tokens,) in int32: where in `fresh` a token stands; -1 if it does not.
+        sources: (tokens,) in int32: where in `fresh` a token stands, each of it once; -1 if it does
+            not.
         line: (tokens,) in float32: a token that is not fresh is read as
             second + line * (first - second), computed in float32 at least.
         newer: (tokens,) of bool: of a token that is fresh, whether it is kept as the first version
@@ -76,16 +77,25 @@ def exchange_in_torch(
     keep: bool,
 ) -> Tensor:
     """`exchange`, in ops that run on any device."""
+    index = _index(sources, fresh.shape[-2])
     dtype = torch.promote_types(first.dtype, line.dtype)
     weight = line[:, None].to(dtype)
     read = torch.lerp(second.to(dtype), first.to(dtype), weight).to(first.dtype)
-    own = (sources >= 0)[:, None]
-    placed = fresh.index_select(-2, sources.clamp(min=0))
     if keep:
-        # No indexing by masks: shapes that depend on data can't be recorded.
-        torch.where(own & newer[:, None], placed, first, out=first)
-        torch.where(own & ~newer[:, None], placed, second, out=second)
-    return torch.where(own, placed, read)
+        up = newer.index_select(0, index)[:, None]
+        for version, renewed in ((first, up), (second, ~up)):
+            kept = torch.where(renewed, fresh, version.index_select(-2, index))
+            version.index_copy_(-2, index, kept)
+    return read.index_copy_(-2, index, fresh)
+
+
+def _index(sources: Tensor, part_tokens: int) -> Tensor:
+    """The place in the whole of each of the part's tokens, (part tokens,) in int64.
+
+    Sorted, the tokens of other parts come first, all as -1, then the part's, in its order. A mask
+    would do as well, but shapes would depend on data, which can't be recorded.
+    """
+    return sources.argsort()[len(sources) - part_tokens :]
 
 
 def row_bytes(head_dim: int) -> int:
@@ -143,7 +153,8 @@ def exchange_changes(
         version: (batch, heads, tokens, head dim), contiguous.
         rows: the changes, (batch, heads, tokens, row bytes) in uint8, contiguous.
         fresh: (batch, heads, part tokens, head dim): this step's, of one part, in any layout.
-        sources: (tokens,) in int32: where in `fresh` a token stands; -1 if it does not.
+        sources: (tokens,) in int32: where in `fresh` a token stands, each of it once; -1 if it does
+            not.
         ahead: (tokens,) in float32: a token that is not fresh is read as
             version + ahead * change, computed in float32 at least.
         keep: whether fresh tokens become the version, and their change is kept.
@@ -162,13 +173,12 @@ def exchange_changes_in_torch(
     version: Tensor, rows: Tensor, fresh: Tensor, sources: Tensor, ahead: Tensor, keep: bool
 ) -> Tensor:
     """`exchange_changes`, in ops that run on any device."""
+    index = _index(sources, fresh.shape[-2])
     dtype = torch.promote_types(version.dtype, ahead.dtype)
     numbers, scales = changes(rows, version.shape[-1])
     change = numbers.to(dtype) * scales.to(dtype)
     read = (version.to(dtype) + ahead[:, None].to(dtype) * change).to(version.dtype)
-    own = (sources >= 0)[:, None]
-    placed = fresh.index_select(-2, sources.clamp(min=0))
     if keep:
-        torch.where(own, compress_in_torch(placed, version), rows, out=rows)
-        torch.where(own, placed, version, out=version)
-    return torch.where(own, placed, read)
+        rows.index_copy_(-2, index, compress_in_torch(fresh, version.index_select(-2, index)))
+        version.index_copy_(-2, index, fresh)
+    return read.index_copy_(-2, index, fresh)

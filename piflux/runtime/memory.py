@@ -105,8 +105,8 @@ class Memory:
                 else:
                     ages.renew(here)
 
-    def begin_sync(self) -> None:
-        """A sync step begins, which no age knows of."""
+    def begin_step(self) -> None:
+        """A step begins; if it is a sync step, no age knows of it yet."""
         self._told.clear()
 
     def synced(
