@@ -167,6 +167,39 @@ def test_a_shared_parameter_stays():
     assert fused(fuse_linears, model, x())[0] == 0
 
 
+def test_weights_that_are_inputs_stay():
+    """They belong to the caller, who may bring others each time."""
+    w = torch.randn(4, 4)
+
+    def model(x, w_q, w_k):
+        q, k = F.linear(x, w_q)[:, None], F.linear(x, w_k)[:, None]
+        return F.scaled_dot_product_attention(q, k, k)[:, 0]
+
+    assert fused(fuse_linears, model, x(), w, w + 1, rotates=True)[0] == 0
+
+
+class Crossed(nn.Module):
+    """Three layers of which each two share an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        a, b, c = self.layers
+        for one, other in ((a, b), (b, c), (a, b)):
+            q, k = one(x)[:, None], other(x)[:, None]
+            x = x + F.scaled_dot_product_attention(q, k, k)[:, 0]
+        return x
+
+
+def test_a_parameter_has_one_place():
+    """Who goes with the one cannot go with the other, too; who comes again goes with the same."""
+    count, gm = fused(fuse_linears, Crossed(), x(), rotates=True)
+    assert count == 2 + 2
+    assert products(gm) == 1 + 2 + 1
+
+
 def test_moved_once_and_fused_again():
     """Parameters that another graph of the model has moved."""
     model = Block()

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from piflux.passes.nodes import only_computes, op_name
 from piflux.passes.plan import Context, known, tensors
-from piflux.passes.rules import only_computes, op_name
 from piflux.runtime import products  # noqa: F401 (the ops)
 
 DEVICE = "cuda"
@@ -56,10 +56,8 @@ def fuse_gelu(gm: fx.GraphModule, ctx: Context) -> int:
 def _fuse(graph: fx.Graph, gelu: fx.Node) -> bool:
     if op_name(gelu) != "gelu" or gelu.kwargs.get("approximate") != "tanh":
         return False
-    layer = gelu.args[0]
-    if op_name(layer) != "linear" or len(layer.users) > 1 or layer.kwargs or len(layer.args) < 3:
-        return False
-    if not all(_is_plain(x) for x in layer.args):
+    layer = gelu.all_input_nodes[0]
+    if not _is_layer(layer) or None in (*layer.args, None)[:3] or len(layer.users) > 1:
         return False
     gelu.op, gelu.target, gelu.args, gelu.kwargs = "call_function", _GELU, layer.args, {}
     graph.erase_node(layer)
@@ -72,20 +70,19 @@ def _split(graph: fx.Graph, cat: fx.Node) -> None:
         return
     xs, dim = (*cat.args, cat.kwargs.get("dim", 0))[:2]
     (layer,) = cat.users
-    if op_name(layer) != "linear" or layer.args[0] is not cat or layer.kwargs:
-        return
-    if dim not in (-1, tensors(cat)[0].dim() - 1) or not all(map(_is_plain, layer.args)):
-        return
-    layer.op, layer.target = "call_function", _CAT
-    layer.args = (list(xs), *layer.args[1:], None)[:3]
-    graph.erase_node(cat)
+    last = dim in (-1, tensors(cat)[0].dim() - 1)
+    if last and _is_layer(layer) and layer.args[0] is cat:
+        layer.op, layer.target = "call_function", _CAT
+        layer.args = (xs, *layer.args[1:], None)[:3]
+        graph.erase_node(cat)
+
+
+def _is_layer(node: fx.Node) -> bool:
+    """Whether a node is a linear layer of plain tensors that have such products."""
+    plain = all(x is None or _is_plain(known(x)) for x in node.args)
+    return op_name(node) == "linear" and not node.kwargs and plain
 
 
 def _is_plain(x: Any) -> bool:
-    value = known(x)
-    return (
-        isinstance(value, torch.Tensor)
-        and not is_traceable_wrapper_subclass(value)
-        and value.device.type == DEVICE
-        and value.dtype in DTYPES
-    )
+    fits = isinstance(x, torch.Tensor) and x.device.type == DEVICE and x.dtype in DTYPES
+    return fits and not is_traceable_wrapper_subclass(x)

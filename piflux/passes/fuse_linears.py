@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.passes.extract import extract
-from piflux.passes.plan import Context, known, tensors
-from piflux.passes.rules import is_attention, only_computes, op_name
+from piflux.passes.nodes import is_attention, only_computes, op_name
+from piflux.passes.plan import Context, known
 from piflux.runtime.products import adjoining
 
 WEIGHTS = "weights"
@@ -81,34 +82,35 @@ def _groups(graph: fx.Graph, ctx: Context) -> Iterator[list[_Layer]]:
         elif op_name(node) == "linear" and (layer := _layer(node)) is not None:
             alike = [(x.shape, x.dtype) for x in map(known, layer.parameters)]
             groups.setdefault((layer.x, str(alike), period), []).append(layer)
+    moved: dict[fx.Node, frozenset[fx.Node]] = {}
     for group in groups.values():
-        movable = all(map(_can_move, zip(*(layer.parameters for layer in group), strict=True)))
-        if len(group) > 1 and movable:
+        each = [frozenset(column) for column in zip(*(x.parameters for x in group), strict=True)]
+        free = all(moved.setdefault(p, column) == column for column in each for p in column)
+        if len(group) > 1 and free and all(_can_move(c, len(group)) for c in each):
             yield group
 
 
 def _layer(node: fx.Node) -> _Layer | None:
     """None if the layer can't be fused."""
-    arguments = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    names = ("input", "weight", "bias")
+    arguments: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
     x = arguments.pop("input")
     parameters = [p for p in arguments.values() if p is not None]
-    if all(map(_is_parameter, parameters)):
-        return _Layer(node, x, parameters)
-    return None
+    return _Layer(node, x, parameters) if all(map(_is_parameter, parameters)) else None
 
 
-def _is_parameter(node: Any) -> bool:
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether it stays from call to call, unlike what a caller hands over."""
     value = known(node)
-    return (
-        isinstance(node, fx.Node)
-        and node.op in ("placeholder", "get_attr")
-        and not is_traceable_wrapper_subclass(value)
-        and value.is_contiguous()
-    )
+    if node.op not in ("placeholder", "get_attr") or not isinstance(value, nn.Parameter):
+        return False
+    return value.is_contiguous() and not is_traceable_wrapper_subclass(value)
 
 
-def _can_move(parameters: Sequence[fx.Node]) -> bool:
-    """Whether nobody else looks at their memory, or they were moved before."""
+def _can_move(parameters: Collection[fx.Node], count: int) -> bool:
+    """Whether they are so many, and nobody else looks at their memory or they were moved before."""
+    if len(parameters) < count:
+        return False
     values = list(map(known, parameters))
     memories = [StorageWeakRef(x.untyped_storage()) for x in values]
     if len(set(memories)) == len(values):
@@ -128,7 +130,7 @@ def _fuse(graph: fx.Graph, group: Sequence[_Layer]) -> list[fx.Node]:
     with graph.inserting_before(first.node):
         own = [graph.call_function(adjoining, parameters) for parameters in each]
         whole = graph.call_function(F.linear, (first.x, *own))
-    with tensors(first.node)[0].fake_mode, torch.no_grad():
+    with cast(FakeTensor, known(first.node)).fake_mode, torch.no_grad():
         for node, parameters in zip(own, each, strict=True):
             node.meta["example_value"] = torch.cat(list(map(known, parameters)))
         whole.meta["example_value"] = F.linear(*map(known, whole.args))
