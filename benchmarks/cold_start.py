@@ -29,7 +29,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import piflux
 from piflux import compiler
-from piflux.bench import FLUX_DEV
+from piflux.rows import FLUX_DEV
 
 WORKER = "COLD_START_WORKER"
 STEPS = 10

@@ -35,14 +35,14 @@ from rich.console import Console
 from rich.table import Table
 
 from piflux import options
-from piflux.bench import FLUX_DEV
 from piflux.cost import Cost, Layer, Rates
 from piflux.preview import Preview, preview
+from piflux.rows import FLUX_DEV
 from piflux.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results"
 TEXT_TOKENS = 512
-"""Of a prompt, in `piflux.bench.build`."""
+"""Of a prompt, in `piflux.rows.build`."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "gather": {"policy": "gather"},
@@ -50,7 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rotate-recompute": {"policy": "rotate", "sync": "recompute"},
     "displaced": {"policy": "displaced"},
 }
-"""As `piflux.bench.ROWS` names them."""
+"""As `piflux.rows.ROWS` names them."""
 
 VARIANT = "rotate"
 """The row of steps.json whose steps are taken: `rotate` with its defaults."""

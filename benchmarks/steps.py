@@ -29,9 +29,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import piflux
-from piflux.bench import build, measure_floor
+from piflux.bench import measure_floor
 from piflux.clock import between, mark, synchronize
 from piflux.drift import Variant
+from piflux.rows import build
 
 IMAGES = 3
 

@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 from piflux import options
 from piflux.__main__ import INTERRUPTED
-from piflux.bench import FLUX_DEV, bench
+from piflux.bench import bench
 from piflux.cost import Rates, choose, modelled_cost
 from piflux.doctor import Examined, devices, examine, memory_gib, versions
 from piflux.errors import PifluxError, RankFailed, plain
@@ -29,6 +29,7 @@ from piflux.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOpti
 from piflux.preview import preview
 from piflux.quality import quality
 from piflux.rates import measure_rates
+from piflux.rows import FLUX_DEV
 from piflux.schedule import Schedule
 
 

@@ -9,7 +9,8 @@ from models import tiny_flux
 from typer.testing import CliRunner
 
 from piflux import bench
-from piflux.bench import Floor, Result, Settings, chart, markdown, measure_floor, run_row
+from piflux.bench import Floor, chart, markdown, measure_floor, run_row
+from piflux.rows import FLUX_DEV, ROWS, Result, Settings, is_in_a_block
 from piflux.schedule import Schedule
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
@@ -34,7 +35,7 @@ def test_the_floor_is_arithmetic_at_the_measured_rates():
 
 def test_flux_dev_is_counted_right():
     """At 1024 x 1024 a step of FLUX.1-dev is 59.5 + 14.9 TFLOP."""
-    config = bench.FLUX_DEV
+    config = FLUX_DEV
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"] + config["num_single_layers"]
     assert bench.flops(layers, width, 4096 + 512) == (
@@ -57,12 +58,13 @@ def test_chart(tmp_path):
 
 
 def test_rows_on_cpu_ranks(tmp_path):
-    command = [sys.executable, "-m", "piflux", "bench", "--row=eager", "--row=rotate"]
+    command = [sys.executable, "-m", "piflux.bench", "--row=eager", "--row=rotate"]
     command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No CUDA device" in done.stdout
     record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["command"].startswith("piflux bench --row=eager --row=rotate --height=128")
     eager, rotate = record["rows"]
     assert (eager["ranks"], rotate["ranks"]) == (1, 2)
     assert len(eager["step_ms"]) == len(rotate["step_ms"]) == 3
@@ -83,8 +85,17 @@ def test_rows_on_cpu_ranks(tmp_path):
     ],
 )
 def test_rows_are_of_the_policy_that_they_name(row, policy, settings):
-    model, _ = bench.ROWS[row].prepare(tiny_flux(), False)
+    model, _ = ROWS[row].prepare(tiny_flux(), False)
     assert model._piflux_compiler.runtime.schedule == Schedule(policy, **settings)
+
+
+def test_what_is_quantized():
+    """All that multiplies tokens in blocks, and no modulation."""
+    model = tiny_flux(double=2, single=3)
+    chosen = [name for name, module in model.named_modules() if is_in_a_block(module, name)]
+    assert len(chosen) == 2 * (2 * 4 + 2 * 2) + 3 * 5
+    assert not [name for name in chosen if "norm" in name]
+    assert "proj_out" not in chosen and "x_embedder" not in chosen
 
 
 def test_a_row_that_fails_says_why(tmp_path):

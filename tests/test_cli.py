@@ -464,7 +464,7 @@ def test_a_benchmark_is_interrupted(tmp_path: Path) -> None:
 
     def started() -> bool:
         commands = [" ".join(child.cmdline()) for child in family_of(process)]
-        return sum("piflux.bench" in command for command in commands) >= 3
+        return sum("piflux.rows" in command for command in commands) >= 3
 
     wait_for(started, process, tmp_path)
     family = family_of(process)

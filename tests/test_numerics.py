@@ -7,6 +7,7 @@ import os
 import shutil
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -25,8 +26,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from ranks import Pool, free_port
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import piflux
+from piflux.rows import is_in_a_block
 
 STEPS = 9
 EXACT = 1e-5
@@ -132,6 +135,24 @@ def test_gather_of_a_quantized_model(ranks):
     inputs = flux_inputs()
     assert (exact(quantized_flux(), inputs) - exact(tiny_flux(), inputs)).abs().max() > 0.1
     judge_gather(ranks, 3, quantized_flux, [inputs])
+
+
+def torchao_flux():
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    model = tiny_flux()
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), is_in_a_block)
+    return model
+
+
+@pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao, which prints warnings wherever it is installed; its twin is above",
+)
+def test_gather_of_a_model_that_torchao_quantized(ranks):
+    """Activations, too, are in 8 bits: scaled by token, so that parts are rounded as the whole."""
+    assert is_traceable_wrapper_subclass(torchao_flux().transformer_blocks[0].attn.to_q.weight)
+    judge_gather(ranks, 2, torchao_flux, [flux_inputs()])
 
 
 def returned(rank, group):
