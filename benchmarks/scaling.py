@@ -438,10 +438,10 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(
     measured: Annotated[Path, typer.Option("--steps-json", help="What steps.py wrote.")] = RESULTS
-    / "2026-11-24-steps-recorded-h200.json",
+    / "2026-11-24-steps-fused-h200.json",
     alone: Annotated[
         Path, typer.Option("--bench-json", help="What piflux bench wrote of one rank.")
-    ] = RESULTS / "2026-11-24-bench-one-h200.json",
+    ] = RESULTS / "2026-11-24-bench-one-fused-h200.json",
     size: Annotated[
         list[int] | None, typer.Option(help="Pixels a side. Repeatable. Default: 1024, 2048.")
     ] = None,

@@ -272,7 +272,7 @@ def test_steps_that_are_faster_than_their_arithmetic_are_refused():
 
 def test_the_measured_files_are_understood():
     results = ROOT / "benchmarks" / "results"
-    names = ("2026-11-24-steps-recorded-h200.json", "2026-11-24-bench-one-h200.json")
+    names = ("2026-11-24-steps-fused-h200.json", "2026-11-24-bench-one-fused-h200.json")
     found = scaling.Measured.of(*(json.loads((results / name).read_text()) for name in names))
     assert found.tokens == 4096 + 512
     assert found.one_s > found.step_s[2] > found.step_s[4] > found.step_s[8]
