@@ -17,12 +17,12 @@ from rich.table import Table
 
 import piflux
 from piflux import options
-from piflux.bench import FLUX_DEV, random_flux
 from piflux.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
 from piflux.generate import load, show
 from piflux.launch import own_device
 from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
+from piflux.rows import FLUX_DEV, random_flux
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
