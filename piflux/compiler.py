@@ -48,8 +48,13 @@ PASSES = (
     overlap,  # after shard: cuts take their places in the order, too
     propagate,  # last: every example value becomes that of a part
 )
-FUSIONS = (hoist, fuse_linears, fuse_gelu, enclose)
-# `hoist`, `enclose` and `outline` come after, once the report has been read off single nodes.
+# Once the report has been read off single nodes, and for inner compilers that gain by it:
+LATER = (
+    hoist,
+    fuse_linears,  # after overlap, whose order it keeps, and after hoist, for what is left
+    fuse_gelu,
+    enclose,  # last, around all of them; outline works inside
+)
 
 
 class Compiler:
@@ -135,7 +140,7 @@ class Compiler:
         if self.inner is lookup_backend("eager"):
             return self.inner(gm, list(example_inputs))
         roles, records = roles_of(gm, ctx.plan), self._records(gm)
-        run_passes(gm, ctx, FUSIONS)
+        run_passes(gm, ctx, LATER)
         calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
         if HEAD not in calls:
             run_passes(gm, ctx, (outline,))

@@ -209,6 +209,13 @@ def test_moved_once_and_fused_again():
     assert fused(fuse_linears, model, x(), rotates=True)[0] == 3
 
 
+def test_more_are_moved_to_those_that_were_moved():
+    """A graph with sends has fused keys and values alone."""
+    model = Block(bias=False)
+    adjoining(model.to_k.weight, model.to_v.weight)
+    assert fused(fuse_linears, model, x(), rotates=True)[0] == 3
+
+
 def test_a_graph_that_does_more_than_compute_stays(on_cpu):
     def model(x):
         return block(x).add_(1)

@@ -112,12 +112,12 @@ def _can_move(parameters: Collection[fx.Node], count: int) -> bool:
     if len(parameters) < count:
         return False
     values = list(map(known, parameters))
-    memories = [StorageWeakRef(x.untyped_storage()) for x in values]
-    if len(set(memories)) == len(values):
-        return all(x.untyped_storage().nbytes() == x.nbytes for x in values)
+    memories = {StorageWeakRef(x.untyped_storage()): x.untyped_storage() for x in values}
+    if sum(memory.nbytes() for memory in memories.values()) == sum(x.nbytes for x in values):
+        return True
     places = sorted(x.storage_offset() for x in values)
     steps = {b - a for a, b in pairwise(places)}
-    return len(set(memories)) == 1 and steps == {values[0].numel()}
+    return len(memories) == 1 and steps == {values[0].numel()}
 
 
 def _fuse(graph: fx.Graph, group: Sequence[_Layer]) -> list[fx.Node]:
