@@ -285,7 +285,8 @@ def test_inductor_keeps_the_order():
     calls = re.findall(
         r"(?:extern_kernels|torch\.ops\.piflux)\.(\w+).*\(", code.split("def call(")[1]
     )
-    assert calls == ["mm", "mm", "send_kv", "mm", "mm", "cached_sdpa"]
+    # Keys and values are one product, and what can be computed beside them another.
+    assert calls == ["mm", "send_kv", "mm", "cached_sdpa"]
 
 
 def test_what_travels_on_is_a_copy():

@@ -131,7 +131,7 @@ def test_sketches_see_other_noise_but_no_rounding(dtype):
 
 
 def test_a_packet_carries_tensors_of_any_layout_and_dtype():
-    """What is sent is a copy; what arrives is contiguous, where kernels may read 16 bytes at once."""
+    """What is sent is a copy; what arrives is contiguous and begins at multiples of 16 bytes."""
     torch.manual_seed(0)
     tensors = [
         torch.randn(1, 5, 3, 2, dtype=torch.bfloat16).transpose(1, 2),
