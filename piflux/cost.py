@@ -260,7 +260,7 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
         attended[level[node]] += 2 * sum(lengths) * (_numel(query) + _numel(node))
         if ctx.world_size > 1:
             others = ctx.world_size - 1
-            gathers[level[node]] += len((key, value))
+            gathers[level[node]] += 1
             sent[level[node]] += others * sum(
                 _numel(x) * tensors(x)[0].element_size() for x in (key, value)
             )

@@ -39,7 +39,7 @@ def test_what_a_rank_computes_and_sends(small: Preview) -> None:
     _, single, _ = small.layers
     for layer in small.layers:
         assert layer.kv_bytes == 2 * tokens * WIDTH * 2  # keys, values; 2 bytes each
-        assert layer.gathers == 2
+        assert layer.gathers == 1
         assert layer.attention_flops == 4 * tokens * 22 * WIDTH
     # After the double block's attention its projection and MLP, then the single's first products.
     assert single.linear_flops == 2 * tokens * (1 + 8 + 3 + 4) * square

@@ -59,7 +59,8 @@ def held(model):
     for stream in runtime.streams:
         for slot in stream.memory.slots.values():
             tensors += [*slot.first, *slot.second]
-            for gathering in slot.coming if real else ():
+            if real and slot.coming is not None:
+                gathering = slot.coming._gathering
                 tensors += [gathering.piece, gathering.buffer]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
     return sum(storage.nbytes() for storage in storages.values())

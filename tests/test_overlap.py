@@ -270,8 +270,8 @@ def test_work_between_start_and_wait():
     with torch.no_grad():
         sample(model)(**flux_inputs())
     told = " ".join(ranks.events)
-    assert told.count("start start linear linear wait wait") == 5
-    assert ranks.events.count("start") == ranks.events.count("wait") == 2 * 5 + 1  # the prediction
+    assert told.count("start linear linear wait") == 5
+    assert ranks.events.count("start") == ranks.events.count("wait") == 5 + 1  # the prediction
 
 
 @needs_compiler
@@ -285,7 +285,8 @@ def test_inductor_keeps_the_order():
     calls = re.findall(
         r"(?:extern_kernels|torch\.ops\.piflux)\.(\w+).*\(", code.split("def call(")[1]
     )
-    assert calls == ["mm", "mm", "send_kv", "mm", "mm", "cached_sdpa"]
+    # Keys and values are one product, and what can be computed beside them another.
+    assert calls == ["mm", "send_kv", "mm", "cached_sdpa"]
 
 
 def test_what_travels_on_is_a_copy():

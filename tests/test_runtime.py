@@ -7,6 +7,7 @@ import torch
 
 from piflux.runtime.agreement import Sketch
 from piflux.runtime.cache import STALE_CALLS, Runtime
+from piflux.runtime.ranks import Packet, virtual_ranks
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule
 
@@ -127,3 +128,22 @@ def test_sketches_see_other_noise_but_no_rounding(dtype):
     assert Sketch.of(x).differs(Sketch.of(x.to(dtype)))
     assert Sketch.of(x).differs(Sketch.of(torch.full_like(x, math.nan)))
     assert not Sketch.of(torch.zeros(3)).differs(Sketch.of(torch.zeros(3)))
+
+
+def test_a_packet_carries_tensors_of_any_layout_and_dtype():
+    """What is sent is a copy; what arrives is contiguous and begins at multiples of 16 bytes."""
+    torch.manual_seed(0)
+    tensors = [
+        torch.randn(1, 5, 3, 2, dtype=torch.bfloat16).transpose(1, 2),
+        torch.arange(7, dtype=torch.uint8),
+        torch.randn(4, 6, dtype=torch.float64)[:, ::2],
+    ]
+    want = [x.clone() for x in tensors]
+    packet = Packet(virtual_ranks(2), tensors)
+    for x in tensors:
+        x.zero_()
+    for pieces, x in zip(packet.wait(), want, strict=True):
+        assert len(pieces) == 2
+        for piece in pieces:
+            assert torch.equal(piece, x) and piece.is_contiguous()
+            assert piece.data_ptr() % 16 == 0

@@ -149,7 +149,7 @@ def test_a_slot_of_order_0_remembers_one_version():
 
 
 class Arrived:
-    """An all-gather that has ended."""
+    """A packet from every rank: of each tensor the pieces, by rank."""
 
     def __init__(self, *pieces):
         self.pieces = pieces
@@ -208,7 +208,7 @@ def test_a_slot_of_changes_lands_what_all_have_sent():
         for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
     ]
     for slot in slots:
-        slot.coming = [Arrived(*pieces) for pieces in zip(*sent, strict=True)]
+        slot.coming = Arrived(*zip(*sent, strict=True))
         slot.parts = (0, 1)
         slot.land((5,))
         assert tokens(slot.first) == [128, 128, 255, 255, 255]
@@ -226,7 +226,7 @@ def test_errors_of_sent_changes_do_not_grow():
     slot.settle(alone=True)
     for _ in range(100):
         keys = keys + 0.1 * torch.randn(keys.shape)
-        slot.coming = [Arrived(slot.packets(torch.arange(5), [keys])[0])]
+        slot.coming = Arrived(slot.packets(torch.arange(5), [keys]))
         slot.parts = (0,)
         slot.land((5,))
         errors.append((slot.first[0] - keys).abs().max())

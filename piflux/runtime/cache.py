@@ -23,7 +23,7 @@ from piflux.errors import StepsUnforeseen
 from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.memory import Memory, Places
-from piflux.runtime.ranks import Gathering, Ranks
+from piflux.runtime.ranks import Packet, Ranks
 from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
@@ -65,7 +65,7 @@ class Runtime:
         self.recycles = False
         self._spare: dict[Any, list[Memory]] = {}
         self._now: tuple[Stream, Step] | None = None
-        self._sent: dict[int, list[Gathering]] = {}  # by slot: what attention has yet to take up
+        self._sent: dict[int, Packet] = {}  # by slot: what attention has yet to take up
         _RUNTIMES[self.name] = self
 
     @staticmethod
@@ -105,8 +105,8 @@ class Runtime:
         for stream in self.streams:
             for slot in stream.memory.slots.values():
                 # A collective that is still under way must not outlive its buffers.
-                for gathering in slot.coming:
-                    gathering.wait()
+                if slot.coming is not None:
+                    slot.coming.wait()
         self._retire(self.streams)
         self.streams.clear()
 
@@ -246,11 +246,7 @@ class Runtime:
         step, schedule = self.now[1], self.schedule
         onwards = schedule.policy == "displaced" and not schedule.compresses
         if world_size > 1 and (step.sync or onwards):
-            # What travels on behind its attention is copied: compilers write other things into
-            # the memory of values that nobody reads any more.
-            if not step.sync:
-                fresh = [x.clone(memory_format=torch.contiguous_format) for x in fresh]
-            self._sent[self.first_slot + slot] = [self._ranks.gather(x) for x in fresh]
+            self._sent[self.first_slot + slot] = Packet(self._ranks, fresh)
 
     def exchange(
         self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
@@ -271,10 +267,12 @@ class Runtime:
         ranks, step = self._ranks, self.now[1]
         lengths = tuple(lengths)
         slot += self.first_slot
-        coming = self._sent.pop(slot, [])
+        coming = self._sent.pop(slot, None)
         if step.sync:
             if self.schedule.policy == "gather":
-                return [join(x.wait(), step.parts, -2, lengths) for x in coming] or fresh
+                if coming is None:
+                    return fresh
+                return [join(pieces, step.parts, -2, lengths) for pieces in coming.wait()]
             for rank in ranks.here:
                 kept = self._fill(rank, slot, fresh, coming, lengths)
             return kept if world_size > 1 else fresh
@@ -285,7 +283,7 @@ class Runtime:
         rank: int,
         slot: int,
         fresh: Sequence[Tensor],
-        coming: list[Gathering],
+        coming: Packet | None,
         lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """A sync step's keys and values into a rank's slot; returns them."""
@@ -301,10 +299,12 @@ class Runtime:
             newer = memory.synced(rank, lengths, stream.now, fresh[0].device, first=first)
             if not first:
                 kept.make_room(newer if schedule.policy == "rotate" else None)
-        for whole, gathering in zip(kept.first, coming, strict=False):
-            join(gathering.wait(), step.parts, -2, lengths, whole)
-        for whole, x in zip(kept.first, () if coming else fresh, strict=False):
-            whole.copy_(x)
+        if coming is None:
+            for whole, x in zip(kept.first, fresh, strict=True):
+                whole.copy_(x)
+        else:
+            for whole, pieces in zip(kept.first, coming.wait(), strict=True):
+                join(pieces, step.parts, -2, lengths, whole)
         kept.settle(alone=first)
         return kept.first
 
@@ -312,7 +312,7 @@ class Runtime:
         self,
         slot: int,
         fresh: Sequence[Tensor],
-        coming: list[Gathering],
+        coming: Packet | None,
         lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """Keys and values of a steady step: one part fresh, the others as they are remembered."""
@@ -328,7 +328,7 @@ class Runtime:
             read = kept.write(places.index, fresh)
         if policy == "displaced":
             if self.schedule.compresses:  # what is sent is known now that the last step's landed
-                coming = [ranks.gather(x) for x in kept.packets(places.index, fresh)]
+                coming = Packet(ranks, kept.packets(places.index, fresh))
             kept.coming = coming
             kept.parts = step.parts
         return read

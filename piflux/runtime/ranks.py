@@ -118,6 +118,44 @@ class _Collective:
         return self.buffer.unbind(0)
 
 
+# Where a tensor of a packet begins, in bytes: kernels read so many at once.
+ALIGNMENT = 16
+
+
+class Packet:
+    """Several tensors on their way to all ranks in one all-gather.
+
+    An attention's keys and values are gathered so: each collective has a latency and a launch of
+    its own, and a step of FLUX.1 has 57 attentions. What is sent is a copy, so that `tensors` may
+    be written over at once.
+
+    Args:
+        ranks: who sends and receives.
+        tensors: in any layout; those of the other ranks are like them.
+    """
+
+    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor]) -> None:
+        self._shapes = [x.shape for x in tensors]
+        self._dtypes = [x.dtype for x in tensors]
+        sizes = [x.nbytes + -x.nbytes % ALIGNMENT for x in tensors]
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        packed = tensors[0].new_empty(sum(sizes), dtype=torch.uint8)
+        for place, x in zip(self._opened(packed), tensors, strict=True):
+            place.copy_(x)
+        self._gathering = ranks.gather(packed)
+
+    def wait(self) -> Sequence[Sequence[Tensor]]:
+        """For each of the tensors, one per rank, by rank."""
+        return list(zip(*map(self._opened, self._gathering.wait()), strict=True))
+
+    def _opened(self, packed: Tensor) -> list[Tensor]:
+        """The tensors that a packet holds."""
+        return [
+            packed[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for start, shape, dtype in zip(self._starts, self._shapes, self._dtypes, strict=True)
+        ]
+
+
 class VirtualRanks:
     """Several ranks in one process on one device, to see how far a policy's images drift.
 

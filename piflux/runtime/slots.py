@@ -16,7 +16,7 @@ from torch import Tensor
 
 from piflux.parts import join
 from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, place, row_bytes
-from piflux.runtime.ranks import Gathering
+from piflux.runtime.ranks import Packet
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
 # computed against remembered keys and values themselves. Of 0.6, 0.75 and 0.9 this drifts least on
@@ -119,13 +119,13 @@ class Slot:
     Attributes:
         first: keys and values, each (batch, heads, all tokens, head dim).
         second: another version of each token; empty where nothing is predicted.
-        coming: `displaced`: the all-gathers of the last step's keys and values.
+        coming: `displaced`: the last step's keys and values, on their way.
         parts: the part that each rank computed when it sent `coming`.
     """
 
     first: list[Tensor]
     second: list[Tensor] = field(default_factory=list)
-    coming: list[Gathering] = field(default_factory=list)
+    coming: Packet | None = None
     parts: tuple[int, ...] = ()
 
     @classmethod
@@ -205,11 +205,13 @@ class Slot:
 
     def land(self, lengths: Sequence[int]) -> None:
         """What was sent in the last step has arrived, or is waited for: the first version."""
-        if self.coming and self.second:
+        if self.coming is None:
+            return
+        if self.second:
             self.first, self.second = self.second, self.first
-        for x, gathering in zip(self.first, self.coming, strict=False):
-            join(gathering.wait(), self.parts, -2, lengths, x)
-        self.coming = []
+        for x, pieces in zip(self.first, self.coming.wait(), strict=True):
+            join(pieces, self.parts, -2, lengths, x)
+        self.coming = None
 
 
 @dataclass
@@ -223,7 +225,7 @@ class ChangeSlot(Slot):
     Attributes:
         first: the last versions.
         second: their changes, in rows; see `piflux.runtime.exchange`.
-        coming: `displaced`: the all-gathers of the last step's changes.
+        coming: `displaced`: the last step's changes, on their way.
     """
 
     _before: list[Tensor] = field(default_factory=list)
@@ -271,7 +273,9 @@ class ChangeSlot(Slot):
 
     def land(self, lengths: Sequence[int]) -> None:
         """See `Slot.land`."""
-        for version, rows, gathering in zip(self.first, self.second, self.coming, strict=False):
-            join(gathering.wait(), self.parts, -2, lengths, rows)
+        if self.coming is None:
+            return
+        for version, rows, pieces in zip(self.first, self.second, self.coming.wait(), strict=True):
+            join(pieces, self.parts, -2, lengths, rows)
             advance(version, rows)
-        self.coming = []
+        self.coming = None
