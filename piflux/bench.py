@@ -194,20 +194,8 @@ def bench(
     if not on_gpu:
         console.print("No CUDA device: a small model in float32 on CPU ranks, not FLUX.1-dev.")
     floor = measure_floor(height, width)
-    results = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("rows", total=len(names))
-        for name in names:
-            progress.update(task, description=name)
-            one = 1 if ROWS[name].alone else ranks
-            settings = Settings(name, one, height, width, steps, images)
-            results.append(run_row(settings, link, out / f"{name}.log"))
-            progress.advance(task)
-
     over = link if on_gpu else "gloo"
     title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {over}"
-    (out / "bench.md").write_text(markdown(results, floor))
-    chart(results, floor, title, out / "bench.png")
     arguments = sys.argv[2:] if sys.argv[1:2] == ["bench"] else sys.argv[1:]  # python -m
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -219,9 +207,22 @@ def bench(
         "width": width,
         "steps": steps,
         "floor": asdict(floor),
-        "rows": [asdict(r) for r in results],
     }
-    (out / "bench.json").write_text(json.dumps(record, indent=2) + "\n")
+    results: list[Result] = []
+    with Progress(console=console) as progress:
+        task = progress.add_task("rows", total=len(names))
+        for name in names:
+            progress.update(task, description=name)
+            one = 1 if ROWS[name].alone else ranks
+            settings = Settings(name, one, height, width, steps, images)
+            results.append(run_row(settings, link, out / f"{name}.log"))
+            # After each row, for one who loses patience with a later one.
+            rows = {"rows": [asdict(r) for r in results]}
+            (out / "bench.json").write_text(json.dumps(record | rows, indent=2) + "\n")
+            (out / "bench.md").write_text(markdown(results, floor))
+            progress.advance(task)
+
+    chart(results, floor, title, out / "bench.png")
     _print(results, floor, title)
     console.print(f"Saved {', '.join(str(p) for p in sorted(out.glob('bench.*')))}")
     if all(r.error is not None for r in results):
