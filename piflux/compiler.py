@@ -19,6 +19,7 @@ from piflux.groups import resolve_group
 from piflux.passes.enclose import HEAD, enclose
 from piflux.passes.fuse_gelu import fuse_gelu
 from piflux.passes.fuse_linears import fuse_linears
+from piflux.passes.fuse_rotary import fuse_rotary
 from piflux.passes.hoist import HOISTED, hoist
 from piflux.passes.layout import layout
 from piflux.passes.outline import outline
@@ -53,6 +54,7 @@ LATER = (
     hoist,
     fuse_linears,  # after overlap, whose order it keeps, and after hoist, for what is left
     fuse_gelu,
+    fuse_rotary,
     enclose,  # last, around all of them; outline works inside
 )
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from piflux.compiler import PASSES
 from piflux.passes import fuse_gelu as gelu
+from piflux.passes import fuse_rotary as rotary
 from piflux.passes.enclose import enclose
 from piflux.passes.fuse_linears import fuse_linears
 from piflux.passes.hoist import hoist
@@ -62,6 +63,26 @@ class Block(nn.Module):
         return self.out(torch.cat([a, m], -1))
 
 
+class Turned(nn.Module):
+    """Attention with a norm of its heads and rotary embedding, as diffusers has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.RMSNorm(4, 1e-6)
+
+    def forward(self, x, cos, sin):
+        n = self.norm(x.unflatten(-1, (2, 4)))
+        a, b = n.reshape(*n.shape[:-1], -1, 2).unbind(-1)
+        t = torch.stack([-b, a], dim=-1).flatten(3)
+        q = (
+            (n.float() * cos[None, :, None] + t.float() * sin[None, :, None])
+            .to(n.dtype)
+            .transpose(1, 2)
+        )
+        v = x[:, None]
+        return F.scaled_dot_product_attention(q, q, v)[:, 0]
+
+
 def after(count):
     """The graph of 4 text and 7 image tokens after the first `count` passes for 2 ranks."""
     gm = capture(Model(), torch.randn(1, 4, 8), torch.randn(1, 7, 8))
@@ -88,6 +109,16 @@ def block(*last):
     ctx = transformed(gm)
     # A GPU's products are wanted of this graph, too.
     with patch.object(gelu, "DEVICE", "cpu"), patch.object(gelu, "DTYPES", (torch.float32,)):
+        for run in last:
+            run(gm, ctx)
+    return gm
+
+
+def turned(*last):
+    """The graph of the model with rotary embedding after all of `PASSES`, and then `last`."""
+    gm = capture(Turned(), torch.randn(1, 6, 8), torch.rand(6, 4), torch.rand(6, 4))
+    ctx = transformed(gm)
+    with patch.object(rotary, "DEVICE", "cpu"):
         for run in last:
             run(gm, ctx)
     return gm
@@ -474,5 +505,66 @@ m: (1, 3, 8) = piflux.linear_gelu(x_part, up.weight, up.bias)
 linear_4: (1, 3, 4) = piflux.linear_of_cat([a, m], out.weight, out.bias)
 linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
 return (linear_4_whole,)
+""",
+        )
+
+    def test_turned(self):
+        self.assertExpectedInline(
+            text(turned()),
+            """\
+x: (1, 6, 8)
+cos: (6, 4)
+sin: (6, 4)
+x_part: (1, 3, 8) = piflux.shard(x, 1, [6], 2, 'piflux')
+cos_part: (3, 4) = piflux.shard(cos, 0, [6], 2, 'piflux')
+sin_part: (3, 4) = piflux.shard(sin, 0, [6], 2, 'piflux')
+unflatten: (1, 3, 2, 4) = x_part.unflatten(-1, (2, 4))
+n: (1, 3, 2, 4) = rms_norm(unflatten, (4,), norm.weight, 1e-06)
+reshape: (1, 3, 2, 2, 2) = n.reshape((1, 3, 2, -1, 2))
+unbind: (1, 3, 2, 2) (1, 3, 2, 2) = reshape.unbind(-1)
+a: (1, 3, 2, 2) = getitem(unbind, 0)
+b: (1, 3, 2, 2) = getitem(unbind, 1)
+neg: (1, 3, 2, 2) = neg(b)
+stack: (1, 3, 2, 2, 2) = stack([neg, a], dim=-1)
+t: (1, 3, 2, 4) = stack.flatten(3)
+float_1: (1, 3, 2, 4) = n.float()
+getitem_2: (1, 3, 1, 4) = getitem(cos_part, (None, :, None))
+mul: (1, 3, 2, 4) = mul(float_1, getitem_2)
+float_2: (1, 3, 2, 4) = t.float()
+getitem_3: (1, 3, 1, 4) = getitem(sin_part, (None, :, None))
+mul_1: (1, 3, 2, 4) = mul(float_2, getitem_3)
+add: (1, 3, 2, 4) = add(mul, mul_1)
+to: (1, 3, 2, 4) = add.to(torch.float32)
+q: (1, 2, 3, 4) = to.transpose(1, 2)
+v: (1, 1, 3, 8) = getitem(x_part, (:, None))
+sent: (1) = piflux.send_kv(q, v, 0, 2, 'piflux')
+scaled_dot_product_attention: (1, 2, 3, 8) = piflux.cached_sdpa(q, q, v, None, None, False, [6], 0, 2, 'piflux', sent)
+getitem_5: (1, 3, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_5_whole: (1, 6, 8) = piflux.unshard(getitem_5, 1, [6], 2, 'piflux')
+return (getitem_5_whole,)
+""",
+        )
+
+    def test_fuse_rotary(self):
+        self.assertExpectedInline(
+            text(turned(rotary.fuse_rotary)),
+            """\
+x: (1, 6, 8)
+cos: (6, 4)
+sin: (6, 4)
+x_part: (1, 3, 8) = piflux.shard(x, 1, [6], 2, 'piflux')
+cos_part: (3, 4) = piflux.shard(cos, 0, [6], 2, 'piflux')
+sin_part: (3, 4) = piflux.shard(sin, 0, [6], 2, 'piflux')
+unflatten: (1, 3, 2, 4) = x_part.unflatten(-1, (2, 4))
+getitem_2: (1, 3, 1, 4) = getitem(cos_part, (None, :, None))
+getitem_3: (1, 3, 1, 4) = getitem(sin_part, (None, :, None))
+to: (1, 3, 2, 4) = piflux.norm_rotary([unflatten], [norm.weight], 1e-06, getitem_2, getitem_3, 1)
+q: (1, 2, 3, 4) = to.transpose(1, 2)
+v: (1, 1, 3, 8) = getitem(x_part, (:, None))
+sent: (1) = piflux.send_kv(q, v, 0, 2, 'piflux')
+scaled_dot_product_attention: (1, 2, 3, 8) = piflux.cached_sdpa(q, q, v, None, None, False, [6], 0, 2, 'piflux', sent)
+getitem_5: (1, 3, 8) = getitem(scaled_dot_product_attention, (:, 0))
+getitem_5_whole: (1, 6, 8) = piflux.unshard(getitem_5, 1, [6], 2, 'piflux')
+return (getitem_5_whole,)
 """,
         )
