@@ -268,7 +268,7 @@ class Runtime:
     ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
-        In a sync step they have been sent by `send`.
+        In a sync step `send` has sent them; what `displaced` sends in the others, it sends here.
 
         Args:
             slot: which attention, counted from `first_slot`.
