@@ -59,7 +59,7 @@ class Bands(TorchFunctionMode):
         growth = self._growth(band, dim)
         longest = max(self.rows) * growth
         padding = [0, 0] * (-dim - 1) + [0, longest - band.shape[dim]]
-        pieces = self.ranks.gather(F.pad(band, padding)).wait()
+        pieces = self.ranks.gather(F.pad(band, padding)).start().wait()
         lengths = [rows * growth for rows in self.rows]
         return torch.cat([x.narrow(dim, 0, n) for x, n in zip(pieces, lengths, strict=True)], dim)
 
@@ -110,7 +110,7 @@ class Bands(TorchFunctionMode):
     def _with_neighbours(self, band: Tensor, halo: int) -> Tensor:
         """The band between the last rows of the one above and the first rows of the one below."""
         first, last = band[..., :halo, :], band[..., -halo:, :]
-        edges = self.ranks.gather(torch.cat([first, last], -2)).wait()
+        edges = self.ranks.gather(torch.cat([first, last], -2)).start().wait()
         nothing, rank = torch.zeros_like(first), self.ranks.rank
         above = edges[rank - 1][..., halo:, :] if rank > 0 else nothing
         below = edges[rank + 1][..., :halo, :] if rank + 1 < self.ranks.size else nothing
@@ -129,7 +129,7 @@ class Bands(TorchFunctionMode):
         accurate = torch.promote_types(input.dtype, torch.float32)
         x = input.to(accurate).reshape(batch, num_groups, -1)
         moments = torch.stack(torch.var_mean(x, -1, correction=0))
-        variances, means = torch.stack(list(self.ranks.gather(moments).wait()), 1)
+        variances, means = torch.stack(list(self.ranks.gather(moments).start().wait()), 1)
         shares = torch.tensor(self.rows, dtype=x.dtype, device=x.device) / sum(self.rows)
         shares = shares[:, None, None]  # (ranks, batch, groups)
         mean = (shares * means).sum(0)

@@ -170,12 +170,13 @@ class Compiler:
         return choices(sends=world_size > 1)
 
     def _records(self, gm: fx.GraphModule) -> bool:
-        """Whether steady steps hold no collective but the last and can be recorded."""
+        """Whether steps can be recorded."""
         schedule = self.runtime.schedule
         nodes = (n for n in gm.graph.nodes if n.op != "placeholder")
         devices = {x.device.type for n in nodes for x in tensors(n)}
-        rotates = schedule.policy == "rotate" and schedule.world_size > 1
-        return rotates and devices == {replay.DEVICE}
+        # What virtual ranks send to each other is never in the same place.
+        still = schedule.policy == "rotate" or not isinstance(self.runtime.ranks, VirtualRanks)
+        return schedule.world_size > 1 and still and devices == {replay.DEVICE}
 
 
 class _PerCall:

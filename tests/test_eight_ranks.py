@@ -59,9 +59,9 @@ def held(model):
     for stream in runtime.streams:
         for slot in stream.memory.slots.values():
             tensors += [*slot.first, *slot.second]
-            if real and slot.coming is not None:
-                gathering = slot.coming._gathering
-                tensors += [gathering.piece, gathering.buffer]
+            if real and slot.packet is not None:
+                gathering = slot.packet._gathering
+                tensors += [gathering._piece, gathering._whole]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -211,7 +211,6 @@ class Alone:
         self.events = []
 
     def gather(self, piece):
-        self.events.append("start")
         return Late(piece, self.events)
 
     def any(self, flag, device):
@@ -252,9 +251,14 @@ class Late:
         self.piece = piece
         self.events = events
 
+    def start(self):
+        self.events.append("start")
+        return self
+
     def wait(self):
         self.events.append("wait")
-        return [self.piece.clone()] * 2
+        self.pieces = [self.piece.clone()] * 2
+        return self.pieces
 
 
 def compiled(model, ranks, inner, policy):

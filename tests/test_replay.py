@@ -1,10 +1,12 @@
-"""Steady steps that are recorded once: the images stay the same, whatever changes between calls.
+"""Steps that are recorded once: the images stay the same, whatever changes between calls.
 
-A GPU records kernels in a CUDA graph. Its twin here is a tape of the ops that ran: played again, it
-knows the tensors by address and nothing of Python, so what a step left to Python would show.
+A GPU records kernels in CUDA graphs. Their twin here is a tape of the ops that ran: played again,
+it knows the tensors by address and nothing of Python, so what a step left to Python would show.
+Collectives are on it as functions to call.
 """
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -15,15 +17,22 @@ from torch.utils._pytree import tree_leaves
 
 import piflux
 from piflux.runtime import ops, replay
+from piflux.runtime import ranks as runtime_ranks
+from piflux.runtime.cache import Runtime
 
 SAME = 1e-6
 
 
 class Tape(TorchDispatchMode):
-    """Every op below piflux's own, with the tensors that it read and made."""
+    """Every op below piflux's own, with the tensors that it read and made.
 
-    def __init__(self):
+    Args:
+        longest: how many steps can be recorded.
+    """
+
+    def __init__(self, longest):
         super().__init__()
+        self.longest = longest
         self.steps = []
         self.before = []
 
@@ -37,6 +46,11 @@ class Tape(TorchDispatchMode):
         made = func(*args, **kwargs)
         self.steps.append((func, args, kwargs, made))
         return made
+
+    def eagerly(self, function):
+        self.steps.append((function, (), {}, None))
+        if len(self.steps) > self.longest:
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     def undo(self):
         for x, before in reversed(self.before):
@@ -62,15 +76,18 @@ class Recorder:
 
     def __init__(self):
         self.recorded = self.played = 0
+        self.longest = math.inf
 
-    def record(self, run, pool):
+    def record(self, run, site):
         self.recorded += 1
-        tape = Tape()
-        with tape:
-            outputs = run()
+        tape = Tape(self.longest)
         # Recording launches nothing: what `run` computed by the way must not be needed, and what
         # it wrote over must not be missed.
-        tape.undo()
+        try:
+            with tape:
+                outputs = run(tape.eagerly)
+        finally:
+            tape.undo()
         for x in outputs:
             if isinstance(x, torch.Tensor):
                 x.fill_(torch.nan)
@@ -139,14 +156,14 @@ def test_what_is_left_of_a_graph_computes_the_same(recorder):
     assert recorder.played == 2 * (STEADY - 1)
 
 
-def two_prompts(model):
+def two_prompts(model, steps=STEPS):
     """Steps of two prompts by turns, as guidance has them, twice."""
     first, second = flux_inputs(seed=1), flux_inputs(seed=2)
     latents = []
     for seed in range(2):
         x = flux_inputs(seed=seed)["hidden_states"]
         with piflux.generation(model):
-            for now, then in itertools.pairwise(torch.linspace(1, 0, STEPS + 1)):
+            for now, then in itertools.pairwise(torch.linspace(1, 0, steps + 1)):
                 step = {"hidden_states": x, "timestep": now.expand(1), "return_dict": False}
                 a, b = (model(**prompt | step)[0] for prompt in (first, second))
                 x = x + (then - now) * (a + 0.5 * (a - b))
@@ -197,7 +214,7 @@ def test_an_image_that_failed_leaves_nothing_to_the_next(recorder):
 
 
 @pytest.mark.parametrize("policy", ["gather", "displaced"])
-def test_steps_with_collectives_are_not_recorded(recorder, policy):
+def test_what_virtual_ranks_send_is_not_recorded(recorder, policy):
     check(2, [flux_inputs()], 0, 0, recorder, policy=policy)
 
 
@@ -208,7 +225,7 @@ def test_an_input_on_another_device_is_not_recorded(recorder, monkeypatch):
 
 
 def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
-    def fail(run, pool):
+    def fail(run, site):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "DEVICE", "cpu")
@@ -235,6 +252,130 @@ def test_over_real_ranks(ranks):
         assert (first - taped[0]).abs().max() <= SAME
         assert (second - taped[1]).abs().max() <= SAME
         assert (recorded, played) == (1, 2 * STEADY - 1)
+
+
+# ------------------------------------------------------------------------- with collectives in them
+
+MORE_STEPS = 9
+
+
+def pair(group, **options):
+    """A model whose steps are not recorded and one whose steps are, and their parameters."""
+    model = tiny_flux(double=2, single=2)
+    return model, *(
+        piflux.parallelize(model, group=group, inner=inner, **options)
+        for inner in ("eager", as_captured)
+    )
+
+
+def farthest(images):
+    """How far images that were recorded are from those before them, which were not."""
+    pairs = zip(images[::2], images[1::2], strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def in_pieces(rank, group, options):
+    """Two images: how far they are apart, what was recorded, and collectives in each step."""
+    started, turn = runtime_ranks.all_gather, Runtime.turn
+    steps = []
+
+    def counted(*args, **kwargs):
+        steps[-1] += 1
+        return started(*args, **kwargs)
+
+    def turned(self):
+        steps.append(0)
+        turn(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_ranks, "all_gather", counted)
+        patch.setattr(Runtime, "turn", turned)
+        recorder = on_tape(patch)
+        _, *models = pair(group, **options)
+        images = [
+            image(model, flux_inputs(seed=seed), MORE_STEPS)
+            for seed in range(2)
+            for model in models
+        ]
+    return farthest(images), (recorder.recorded, recorder.played), steps
+
+
+GATHERS = 4 + 1  # one for each attention, and the prediction's
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    "options, recorded, played",
+    [
+        # All but the first step of the first image.
+        ({"policy": "gather"}, 1, 2 * MORE_STEPS - 1),
+        # The first step after a sync step finds nothing on its way, and with prediction the other
+        # steps write versions by turns.
+        ({"policy": "displaced", "order": 0, "sync_steps": 1}, 2, 2 * 8 - 2),
+        ({"policy": "displaced"}, 4, 2 * 7 - 4),
+        ({"policy": "displaced", "compression": "int8"}, 2, 2 * 7 - 2),
+    ],
+    ids=["gather", "displaced", "predicted", "int8"],
+)
+def test_between_collectives_steps_are_recorded(ranks, world_size, options, recorded, played):
+    for apart, counts, collectives in ranks(world_size, in_pieces, options):
+        assert apart <= SAME
+        assert counts == (recorded, played)
+        assert collectives == [GATHERS] * 2 * 2 * MORE_STEPS
+
+
+def with_failures(rank, group, options, longest):
+    """An image whose recording fails on rank 0 after so many ops, and one after it."""
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = on_tape(patch)
+        if rank == 0:
+            recorder.longest = longest
+        _, *models = pair(group, **options)
+        images = [
+            image(model, flux_inputs(seed=seed), MORE_STEPS)
+            for seed in range(2)
+            for model in models
+        ]
+    return farthest(images), recorder.played
+
+
+@pytest.mark.parametrize("policy", ["gather", "displaced"])
+@pytest.mark.parametrize("longest", [0, 150])
+def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, policy, longest):
+    (first, none), (second, played) = ranks(2, with_failures, {"policy": policy}, longest)
+    assert max(first, second) <= SAME
+    assert none == 0 < played
+
+
+def changing(rank, group, options):
+    """Images of two sizes, of moved parameters and of two prompts, and recordings after each."""
+    images, counts = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = on_tape(patch)
+        model, *models = pair(group, **options)
+        small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
+
+        def moved():
+            with torch.no_grad():
+                weight(model).weight.data = weight(model).weight * 1.5
+            return small
+
+        for inputs in (lambda: small, lambda: large, moved):
+            now = inputs()
+            images += [image(parallel, now, MORE_STEPS) for parallel in models]
+            counts.append(recorder.recorded)
+        images += [two_prompts(parallel, MORE_STEPS) for parallel in models]
+        counts.append(recorder.recorded)
+    return farthest(images), counts
+
+
+@pytest.mark.parametrize(
+    "options, each", [({"policy": "gather"}, 1), ({"policy": "displaced", "order": 0}, 2)]
+)
+def test_what_changed_is_recorded_anew_in_pieces(ranks, options, each):
+    for apart, counts in ranks(2, changing, options):
+        assert apart <= SAME
+        assert counts == [each, 2 * each, 3 * each, 4 * each]  # one prompt has the small's
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins are above")

@@ -140,9 +140,12 @@ def test_a_packet_carries_tensors_of_any_layout_and_dtype():
     ]
     want = [x.clone() for x in tensors]
     packet = Packet(virtual_ranks(2), tensors)
+    packet.write(tensors)
+    packet.start()
     for x in tensors:
         x.zero_()
-    for pieces, x in zip(packet.wait(), want, strict=True):
+    packet.wait()
+    for pieces, x in zip(packet.read(), want, strict=True):
         assert len(pieces) == 2
         for piece in pieces:
             assert torch.equal(piece, x) and piece.is_contiguous()

@@ -151,10 +151,15 @@ def test_a_slot_of_order_0_remembers_one_version():
 class Arrived:
     """A packet from every rank: of each tensor the pieces, by rank."""
 
+    under_way = True
+
     def __init__(self, *pieces):
         self.pieces = pieces
 
     def wait(self):
+        self.under_way = False
+
+    def read(self):
         return self.pieces
 
 
@@ -208,12 +213,11 @@ def test_a_slot_of_changes_lands_what_all_have_sent():
         for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
     ]
     for slot in slots:
-        slot.coming = Arrived(*zip(*sent, strict=True))
-        slot.parts = (0, 1)
-        slot.land((5,))
+        slot.packet = Arrived(*zip(*sent, strict=True))
+        slot.land((5,), (0, 1))
         assert tokens(slot.first) == [128, 128, 255, 255, 255]
         assert change_of(slot) == [127, 127, 254, 254, 254]
-        slot.land((5,))  # there is nothing to land twice
+        slot.land((5,), (0, 1))  # there is nothing to land twice
         assert tokens(slot.first) == [128, 128, 255, 255, 255]
 
 
@@ -226,9 +230,8 @@ def test_errors_of_sent_changes_do_not_grow():
     slot.settle(alone=True)
     for _ in range(100):
         keys = keys + 0.1 * torch.randn(keys.shape)
-        slot.coming = Arrived(slot.packets(torch.arange(5), [keys]))
-        slot.parts = (0,)
-        slot.land((5,))
+        slot.packet = Arrived(slot.packets(torch.arange(5), [keys]))
+        slot.land((5,), (0,))
         errors.append((slot.first[0] - keys).abs().max())
     assert max(errors) < 2 * max(errors[:5]) < 1e-2
 

@@ -13,10 +13,10 @@ import piflux
 STEPS = 7
 
 
-def image(model, inputs):
+def image(model, inputs, steps=STEPS):
     """A few Euler steps; `inputs` of the first."""
     x = inputs["hidden_states"]
-    sigmas = torch.linspace(1, 0, STEPS + 1, device=x.device)
+    sigmas = torch.linspace(1, 0, steps + 1, device=x.device)
     with piflux.generation(model):
         for now, then in itertools.pairwise(sigmas):
             step = inputs | {"hidden_states": x, "timestep": now.expand(x.shape[0])}

@@ -24,6 +24,7 @@ from piflux.parts import join
 from piflux.runtime.agreement import fingerprint
 from piflux.runtime.memory import Memory, Places
 from piflux.runtime.ranks import Packet, Ranks
+from piflux.runtime.replay import Eagerly, at_once
 from piflux.runtime.slots import ChangeSlot, Slot
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule, Step
@@ -51,6 +52,8 @@ class Runtime:
         foreseen: gives the times of all steps of the image under way, (steps,); None if unknown.
         recycles: whether memory is kept for the next image of the same shapes, since steps are
             recorded; see `piflux.runtime.replay`.
+        eagerly: calls what can't be recorded: at once, or, where a step is being recorded, whenever
+            the recording has come as far.
     """
 
     def __init__(self, schedule: Schedule, ranks: Ranks | None, name: str | None = None) -> None:
@@ -63,6 +66,7 @@ class Runtime:
         self.first_slot = 0
         self.foreseen: Foreseen = _unknown
         self.recycles = False
+        self.eagerly: Eagerly = at_once
         self._spare: dict[Any, list[Memory]] = {}
         self._now: tuple[Stream, Step] | None = None
         self._sent: dict[int, Packet] = {}  # by slot: what attention has yet to take up
@@ -105,8 +109,8 @@ class Runtime:
         for stream in self.streams:
             for slot in stream.memory.slots.values():
                 # A collective that is still under way must not outlive its buffers.
-                if slot.coming is not None:
-                    slot.coming.wait()
+                if slot.packet is not None and slot.packet.under_way:
+                    slot.packet.wait()
         self._retire(self.streams)
         self.streams.clear()
 
@@ -212,6 +216,15 @@ class Runtime:
             settings = {"schedule": self.schedule, "explicit generation": self.explicit}
             ranks.agree(fingerprint(settings, roles.inputs(args)))
 
+    @contextlib.contextmanager
+    def recording(self, eagerly: Eagerly) -> Iterator[None]:
+        """What runs inside is recorded; `eagerly` takes up what can't be."""
+        self.eagerly = eagerly
+        try:
+            yield
+        finally:
+            self.eagerly = at_once
+
     def part(self) -> int:
         """The part that the rank being computed has at this step."""
         return self.now[1].parts[self._ranks.rank]
@@ -235,25 +248,27 @@ class Runtime:
 
     def gather(self, piece: Tensor, dim: int, lengths: Sequence[int]) -> Tensor:
         """The whole dimension `dim` from every rank's part."""
-        pieces = self._ranks.gather(piece).wait()
+        pieces = self._ranks.gather(piece).start().wait()
         return join(pieces, self.now[1].parts, dim, lengths)
 
     def send(self, slot: int, fresh: Sequence[Tensor], world_size: int) -> None:
-        """Start what `exchange` takes up: this step's keys and values, if others await them.
+        """Start what `exchange` takes up: a sync step's keys and values, which others await.
 
         Args: as for `exchange`.
         """
-        step, schedule = self.now[1], self.schedule
-        onwards = schedule.policy == "displaced" and not schedule.compresses
-        if world_size > 1 and (step.sync or onwards):
-            self._sent[self.first_slot + slot] = Packet(self._ranks, fresh)
+        stream, step = self.now
+        if world_size > 1 and step.sync:
+            packet = stream.memory.packet(self._ranks, fresh)
+            packet.write(fresh)
+            self.eagerly(packet.start)
+            self._sent[self.first_slot + slot] = packet
 
     def exchange(
         self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
     ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
-        They have been sent by `send`, but for the changes that `displaced` sends compressed.
+        In a sync step `send` has sent them; what `displaced` sends in the others, it sends here.
 
         Args:
             slot: which attention, counted from `first_slot`.
@@ -264,26 +279,32 @@ class Runtime:
         Returns:
             Keys and values, each (batch, heads, all tokens, head dim).
         """
-        ranks, step = self._ranks, self.now[1]
+        ranks, (stream, step) = self._ranks, self.now
         lengths = tuple(lengths)
         slot += self.first_slot
-        coming = self._sent.pop(slot, None)
-        if step.sync:
-            if self.schedule.policy == "gather":
-                if coming is None:
-                    return fresh
-                return [join(pieces, step.parts, -2, lengths) for pieces in coming.wait()]
+        if not step.sync:
+            return self._remember(slot, fresh, lengths)
+        sent = self._sent.pop(slot, None)
+        if sent is not None:
+            self.eagerly(sent.wait)
+        if self.schedule.policy != "gather":
             for rank in ranks.here:
-                kept = self._fill(rank, slot, fresh, coming, lengths)
-            return kept if world_size > 1 else fresh
-        return self._remember(slot, fresh, coming, lengths)
+                kept = self._fill(rank, slot, fresh, sent, lengths)
+            whole = kept if world_size > 1 else fresh
+        elif sent is not None:
+            whole = [join(pieces, step.parts, -2, lengths) for pieces in sent.read()]
+        else:
+            whole = fresh
+        if sent is not None:
+            stream.memory.give_back(sent)
+        return whole
 
     def _fill(
         self,
         rank: int,
         slot: int,
         fresh: Sequence[Tensor],
-        coming: Packet | None,
+        sent: Packet | None,
         lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """A sync step's keys and values into a rank's slot; returns them."""
@@ -294,16 +315,16 @@ class Runtime:
             kind = ChangeSlot if schedule.compresses else Slot
             kept = memory.slots[rank, slot] = kind.like(fresh, tokens, two=schedule.predicts)
             memory.replays.clear()  # of the slots' former addresses
-        kept.land(lengths)
+        kept.land(lengths, step.parts)
         if schedule.predicts:
             newer = memory.synced(rank, lengths, stream.now, fresh[0].device, first=first)
             if not first:
                 kept.make_room(newer if schedule.policy == "rotate" else None)
-        if coming is None:
+        if sent is None:
             for whole, x in zip(kept.first, fresh, strict=True):
                 whole.copy_(x)
         else:
-            for whole, pieces in zip(kept.first, coming.wait(), strict=True):
+            for whole, pieces in zip(kept.first, sent.read(), strict=True):
                 join(pieces, step.parts, -2, lengths, whole)
         kept.settle(alone=first)
         return kept.first
@@ -312,26 +333,22 @@ class Runtime:
         self,
         slot: int,
         fresh: Sequence[Tensor],
-        coming: Packet | None,
         lengths: tuple[int, ...],
     ) -> Sequence[Tensor]:
         """Keys and values of a steady step: one part fresh, the others as they are remembered."""
-        (stream, step), ranks, policy = self.now, self._ranks, self.schedule.policy
+        (stream, step), ranks = self.now, self._ranks
         places = self.places(lengths, fresh[0].device)
         kept = stream.memory.slots[ranks.rank, slot]
-        kept.land(lengths)
-        if self.schedule.predicts:
-            # displaced: all ranks' are kept, as they arrive.
-            ages, keep = stream.memory.ages(ranks.rank, lengths), policy == "rotate"
-            read = kept.predict(ages, places.sources, fresh, keep=keep)
-        else:
-            read = kept.write(places.index, fresh)
-        if policy == "displaced":
-            if self.schedule.compresses:  # what is sent is known now that the last step's landed
-                coming = Packet(ranks, kept.packets(places.index, fresh))
-            kept.coming = coming
-            kept.parts = step.parts
-        return read
+        displaced = self.schedule.policy == "displaced"
+        if displaced:
+            # Each rank keeps its part, so parts are now as they were when the last was sent.
+            kept.land(lengths, step.parts, self.eagerly)
+            kept.send(ranks, kept.packets(places.index, fresh), self.eagerly)
+        if not self.schedule.predicts:
+            return kept.write(places.index, fresh)
+        # displaced: all ranks' are kept, as they arrive.
+        ages = stream.memory.ages(ranks.rank, lengths)
+        return kept.predict(ages, places.sources, fresh, keep=not displaced)
 
     @property
     def _ranks(self) -> Ranks:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from piflux.parts import places
 from piflux.runtime.hoisted import Hoisted, Packed
+from piflux.runtime.ranks import Packet, Ranks
 from piflux.runtime.replay import Replay
 from piflux.runtime.slots import Ages, Slot
 
@@ -57,20 +58,40 @@ class Memory:
 
     Attributes:
         slots: by rank and attention.
-        replays: by rank, its recorded steady step.
-        seen: by rank, what was the same at its last step that was not recorded; see `Recorded`.
+        replays: by rank and what `standing` was, a recorded step.
+        seen: likewise, what was the same at the last step that was not recorded; see `Recorded`.
         hoisted: this step's products of the time.
     """
 
     slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
-    replays: dict[int, Replay] = field(default_factory=dict)
-    seen: dict[int, Any] = field(default_factory=dict)
+    replays: dict[tuple[int, Any], Replay] = field(default_factory=dict)
+    seen: dict[tuple[int, Any], Any] = field(default_factory=dict)
     hoisted: dict[Hoisted, Packed] = field(default_factory=dict)
     # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
     _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
     _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)
     # Those that know of this sync step, with what the first slot's exchange found.
     _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    _packets: list[Packet] = field(default_factory=list)
+
+    def standing(self, rank: int) -> Any:
+        """What Python knows of a rank's slots before a step, of which recordings know nothing."""
+        return tuple(
+            (slot.first[0].data_ptr(), slot.coming)
+            for (whose, _), slot in self.slots.items()
+            if whose == rank
+        )
+
+    def packet(self, ranks: Ranks, like: Sequence[Tensor]) -> Packet:
+        """One for tensors like these, to be given back; the same in every step, if it can be."""
+        for i in reversed(range(len(self._packets))):
+            if self._packets[i].fits(like):
+                return self._packets.pop(i)
+        return Packet(ranks, like)
+
+    def give_back(self, packet: Packet) -> None:
+        """All that it brought has been read, or will have been when it is written next."""
+        self._packets.append(packet)
 
     def places(
         self, lengths: tuple[int, ...], world_size: int, part: int, device: torch.device
@@ -108,6 +129,8 @@ class Memory:
     def begin_step(self) -> None:
         """A step begins; if it is a sync step, no age knows of it yet."""
         self._told.clear()
+        for slot in self.slots.values():
+            slot.begin_step()
 
     def synced(
         self, rank: int, lengths: tuple[int, ...], now: Tensor, device: torch.device, *, first: bool

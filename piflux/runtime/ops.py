@@ -57,7 +57,7 @@ def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str
     schema="(Tensor key, Tensor value, int slot, int world_size, str runtime) -> Tensor",
 )
 def send_kv(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> Tensor:
-    """Start to send this rank's keys and values, where `cached_sdpa` or the next step awaits them.
+    """Start to send this rank's keys and values, where `cached_sdpa` awaits those of all ranks.
 
     Args: as for `cached_sdpa`.
 

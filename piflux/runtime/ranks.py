@@ -17,10 +17,21 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 
 class Gathering(Protocol):
-    """An all-gather under way."""
+    """An all-gather, which may be started over once it was waited for.
+
+    Attributes:
+        pieces: what the latest one that was waited for has brought: one tensor per rank, by rank,
+            each shaped like this rank's own.
+    """
+
+    @property
+    def pieces(self) -> Sequence[Tensor]: ...
+
+    def start(self) -> Gathering:
+        """Send what this rank's piece holds now. Returns itself."""
 
     def wait(self) -> Sequence[Tensor]:
-        """One tensor per rank, by rank, each shaped like this rank's own."""
+        """Returns `pieces`."""
 
 
 class Ranks(Protocol):
@@ -37,7 +48,7 @@ class Ranks(Protocol):
     here: Sequence[int]
 
     def gather(self, piece: Tensor) -> Gathering:
-        """Start an all-gather of every rank's `piece`; all have one shape and dtype."""
+        """An all-gather of every rank's `piece`, to be started; all have one shape and dtype."""
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set on any rank. Synchronises host and device."""
@@ -78,7 +89,7 @@ class ProcessRanks:
         return group
 
     def gather(self, piece: Tensor) -> Gathering:
-        return _Collective(piece, self.group)
+        return _Collective(piece, self)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
@@ -100,22 +111,32 @@ class ProcessRanks:
 
 
 class _Collective:
-    def __init__(self, piece: Tensor, group: dist.ProcessGroup) -> None:
-        # Bytes, because gloo knows neither bfloat16 nor the 8-bit floats. `piece` is kept: its
+    """From the same memory into the same each time, so that what is recorded can read it.
+
+    It holds the ranks, not their group; see `ProcessRanks`.
+    """
+
+    def __init__(self, piece: Tensor, ranks: ProcessRanks) -> None:
+        piece = piece.contiguous()
+        whole = piece.new_empty((ranks.size, *piece.shape))
+        self.pieces: Sequence[Tensor] = whole.unbind(0)
+        # Bytes, because gloo knows neither bfloat16 nor the 8-bit floats. The piece's are kept: its
         # memory must stay untouched until the collective has read it.
-        self.piece = piece.contiguous()
-        self.buffer = self.piece.new_empty((group.size(), *self.piece.shape))
-        self.work = all_gather(
-            self.buffer.view(-1).view(torch.uint8),
-            self.piece.view(-1).view(torch.uint8),
-            group=group,
-            async_op=True,
-        )
+        self._whole = whole.view(-1).view(torch.uint8)
+        self._piece = piece.view(-1).view(torch.uint8)
+        self._ranks = ranks
+        self._work: dist.Work | None = None
+
+    def start(self) -> Gathering:
+        self._work = all_gather(self._whole, self._piece, group=self._ranks.group, async_op=True)
+        return self
 
     def wait(self) -> Sequence[Tensor]:
         """Raises RuntimeError where a peer died or timed out."""
-        cast(dist.Work, self.work).wait()
-        return self.buffer.unbind(0)
+        assert self._work is not None, "nothing was sent"
+        self._work.wait()
+        self._work = None
+        return self.pieces
 
 
 # Where a tensor of a packet begins, in bytes: kernels read so many at once.
@@ -123,30 +144,54 @@ ALIGNMENT = 16
 
 
 class Packet:
-    """Several tensors on their way to all ranks in one all-gather.
+    """Memory for several tensors that go to all ranks in one all-gather, once or over and over.
 
     An attention's keys and values are gathered so: each collective has a latency and a launch of
-    its own, and a step of FLUX.1 has 57 attentions. What is sent is a copy, so that `tensors` may
-    be written over at once.
+    its own, and a step of FLUX.1 has 57 attentions.
 
     Args:
         ranks: who sends and receives.
-        tensors: in any layout; those of the other ranks are like them.
+        like: the tensors, in any layout; those of the other ranks are like them.
+
+    Attributes:
+        under_way: whether it was sent and not yet waited for.
     """
 
-    def __init__(self, ranks: Ranks, tensors: Sequence[Tensor]) -> None:
-        self._shapes = [x.shape for x in tensors]
-        self._dtypes = [x.dtype for x in tensors]
-        sizes = [x.nbytes + -x.nbytes % ALIGNMENT for x in tensors]
+    def __init__(self, ranks: Ranks, like: Sequence[Tensor]) -> None:
+        self._shapes = [x.shape for x in like]
+        self._dtypes = [x.dtype for x in like]
+        sizes = [x.nbytes + -x.nbytes % ALIGNMENT for x in like]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        packed = tensors[0].new_empty(sum(sizes), dtype=torch.uint8)
-        for place, x in zip(self._opened(packed), tensors, strict=True):
-            place.copy_(x)
-        self._gathering = ranks.gather(packed)
+        self._packed = like[0].new_empty(sum(sizes), dtype=torch.uint8)
+        self._gathering = ranks.gather(self._packed)
+        self.under_way = False
 
-    def wait(self) -> Sequence[Sequence[Tensor]]:
-        """For each of the tensors, one per rank, by rank."""
-        return list(zip(*map(self._opened, self._gathering.wait()), strict=True))
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether it can hold these."""
+        return (
+            [x.shape for x in tensors] == self._shapes
+            and [x.dtype for x in tensors] == self._dtypes
+            and tensors[0].device == self._packed.device
+        )
+
+    def write(self, tensors: Sequence[Tensor]) -> None:
+        """Copy in what is to be sent; `tensors` may then be written over."""
+        for place, x in zip(self._opened(self._packed), tensors, strict=True):
+            place.copy_(x)
+
+    def start(self) -> None:
+        """Send what was written."""
+        self._gathering.start()
+        self.under_way = True
+
+    def wait(self) -> None:
+        """Until all that was sent has arrived."""
+        self._gathering.wait()
+        self.under_way = False
+
+    def read(self) -> Sequence[Sequence[Tensor]]:
+        """What has arrived: for each of the tensors, one per rank, by rank."""
+        return list(zip(*map(self._opened, self._gathering.pieces), strict=True))
 
     def _opened(self, packed: Tensor) -> list[Tensor]:
         """The tensors that a packet holds."""
@@ -173,12 +218,16 @@ class VirtualRanks:
         self._sent = 0
 
     def gather(self, piece: Tensor) -> Gathering:
+        return _Letters(self, piece)
+
+    def post(self, piece: Tensor) -> list[Tensor | None]:
+        """Send a copy of `piece`. Returns one per rank, None where one has yet to send its own."""
         if self._sent == len(self._mail):
             self._mail.append([None] * self.size)
         pieces = self._mail[self._sent]
         self._sent += 1
         pieces[self.rank] = piece.clone()
-        return _Letters(pieces, piece)
+        return pieces
 
     def any(self, flag: bool, device: torch.device) -> bool:
         return flag
@@ -204,13 +253,22 @@ class VirtualRanks:
 
 
 class _Letters:
-    def __init__(self, pieces: list[Tensor | None], own: Tensor) -> None:
-        self.pieces = pieces
-        self.own = own
+    def __init__(self, ranks: VirtualRanks, piece: Tensor) -> None:
+        self._ranks = ranks
+        self._piece = piece
+        self._mail: list[Tensor | None] = []
+
+    def start(self) -> Gathering:
+        self._mail = self._ranks.post(self._piece)
+        return self
+
+    @property
+    def pieces(self) -> Sequence[Tensor]:
+        """A rank that has not run yet has its place held by this one's piece."""
+        return [self._piece if piece is None else piece for piece in self._mail]
 
     def wait(self) -> Sequence[Tensor]:
-        """A rank that has not run yet has its place held by this one's piece."""
-        return [self.own if piece is None else piece for piece in self.pieces]
+        return self.pieces
 
 
 def virtual_ranks(size: int) -> VirtualRanks:

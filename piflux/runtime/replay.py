@@ -1,16 +1,21 @@
-"""Steady steps as CUDA graphs: their kernels are recorded once, from then on launched at once.
+"""Steps as CUDA graphs: their kernels are recorded once, from then on launched at once.
 
 Where each rank has a small part to compute, the host can't issue kernels as fast as the GPU runs
-them. A steady step of `rotate` holds no collective but the last, computes the same shapes each
-time, and finds its part and its caches at fixed addresses, so one recording serves every later step
-and, since memory outlives its stream, every later image.
+them. A steady step, or one of `gather`, computes the same shapes each time, and finds its part and
+its caches at fixed addresses, so one recording serves every later step and, since memory outlives
+its stream, every later image.
+
+A steady step of `rotate` holds no collective but the last and is one graph. Others are several, and
+between them their collectives are started and waited for as ever. So the ranks need not agree on
+what they record: what they send to each other is the same, recorded or not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,43 +30,102 @@ DEVICE = "cuda"
 """Where work can be recorded."""
 
 Head = Callable[..., Sequence[Any]]
+Eagerly = Callable[[Callable[[], object]], None]
+"""Calls a function in its turn, between the kernels that were launched before it and after."""
 
 
-def record(run: Callable[[], Sequence[Any]], pool: Any) -> tuple[Callable[[], None], Sequence[Any]]:
+def at_once(function: Callable[[], object]) -> None:
+    """The turn of what is not recorded."""
+    function()
+
+
+class Site(NamedTuple):
+    """Where recordings are made. They share their memory: what one returns is read before another
+    runs.
+    """
+
+    stream: torch.cuda.Stream
+    pool: torch.cuda.MemPool
+
+
+def record(
+    run: Callable[[Eagerly], Sequence[Any]], site: Site
+) -> tuple[Callable[[], None], Sequence[Any]]:
     """Record what `run` launches on the GPU, without running it.
 
     Args:
-        run: reads and writes tensors that stay where they are.
-        pool: the memory that recordings share; what one returns is read before another runs.
+        run: reads and writes tensors that stay where they are. What it is to call whenever the
+            recording is played, it hands to its argument, which does not call it.
+        site: see `Site`.
 
     Returns:
         What launches it again, and the tensors that `run` returned, which are then written over.
+
+    Raises:
+        RuntimeError: what was launched can't be recorded.
     """
+    tape: list[Callable[[], object]] = []
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # a recording can't use the memory of steps that were not recorded
+
     graph = torch.cuda.CUDAGraph()
-    # Of this thread alone: NCCL's watchdog polls events from its own.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        outputs = run()
-    return graph.replay, outputs
+
+    def begin() -> None:
+        # Of this thread alone: NCCL's watchdog polls events from its own.
+        graph.capture_begin(cast(Any, site.pool.id), capture_error_mode="thread_local")
+        tape.append(graph.replay)
+
+    def eagerly(function: Callable[[], object]) -> None:
+        nonlocal graph
+        graph.capture_end()
+        tape.append(function)
+        graph = torch.cuda.CUDAGraph()
+        begin()
+
+    with torch.cuda.stream(site.stream):
+        begin()
+        try:
+            outputs = run(eagerly)
+        except BaseException:
+            # Ended all the same, that others may begin; but the error to tell of is the first.
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+    def play() -> None:
+        for entry in tape:
+            entry()
+
+    return play, outputs
 
 
 class Replay:
     """One recorded step of one rank.
 
     Args:
+        runtime: of the model.
         head: what to record.
         args: its arguments.
         moving: which of them are other tensors at each call. They are copied to fixed places; the
             others must be at the same addresses again.
-        pool: see `record`.
+        site: see `record`.
     """
 
-    def __init__(self, head: Head, args: Sequence[Any], moving: Sequence[int], pool: Any) -> None:
+    def __init__(
+        self, runtime: Runtime, head: Head, args: Sequence[Any], moving: Sequence[int], site: Any
+    ) -> None:
         self._moving = moving
         self._copies = [_span(args[i]).clone() for i in moving]
         held = list(args)
         for i, copy in zip(moving, self._copies, strict=True):
             held[i] = copy.as_strided(args[i].shape, args[i].stride(), 0)
-        self._launch, self._outputs = record(lambda: head(*held), pool)
+
+        def run(eagerly: Eagerly) -> Sequence[Any]:
+            with runtime.recording(eagerly):
+                return head(*held)
+
+        self._launch, self._outputs = record(run, site)
         self._held = held  # the recording reads their memory
 
     def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
@@ -73,7 +137,9 @@ class Replay:
 
 
 class Recorded:
-    """A graph's head, the work before its last collective, which is recorded in steady steps.
+    """A graph's head, the work before its last collective, which is recorded.
+
+    Not in sync steps between steady ones, which are too few to be worth it.
 
     Args:
         runtime: of the model.
@@ -86,38 +152,41 @@ class Recorded:
         self._head = head
         self._moving = moving
         self._fixed: _Fixed | None = None
-        self._pool: Any = None
+        self._site: Site | None = None
         self._fails = False
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        stream, step = self._runtime.now
-        if step.sync or self._fails:
+        runtime = self._runtime
+        stream, step = runtime.now
+        if self._fails or step.sync and runtime.schedule.policy != "gather":
             return self._head(*args)
         if self._fixed is None:
             self._fixed = _Fixed(args, self._moving)
-        rank, memory, key = self._runtime.rank, stream.memory, self._fixed.key(args)
-        if memory.seen.get(rank) != key:
+        memory, key = stream.memory, self._fixed.key(args)
+        which = runtime.rank, memory.standing(runtime.rank)
+        if memory.seen.get(which) != key:
             # Only what is the same twice in a row, so that nothing is recorded at each call. The
-            # first time also makes what kernels need at their first run.
-            memory.replays.pop(rank, None)
-            memory.seen[rank] = key
+            # first time also makes what kernels need at their first run, and what slots send in.
+            memory.replays.pop(which, None)
+            memory.seen[which] = key
             return self._head(*args)
-        if rank not in memory.replays:
+        if which not in memory.replays:
             if not _can_be_recorded(args, self._moving):
                 return self._head(*args)
             try:
-                memory.replays[rank] = Replay(self._head, args, self._moving, self._shared_pool())
+                replay = Replay(runtime, self._head, args, self._moving, self._shared_site())
             except RuntimeError as error:
                 self._fails = True
                 log.warning("steps are launched kernel by kernel, a recording failed: %s", error)
                 return self._head(*args)
-        return memory.replays[rank](args)
+            memory.replays[which] = replay
+        return memory.replays[which](args)
 
-    def _shared_pool(self) -> Any:
-        if self._pool is None and torch.cuda.is_available():
+    def _shared_site(self) -> Site | None:
+        if self._site is None and torch.cuda.is_available():
             # Not a mere handle, which can't be used again once its last recording is gone.
-            self._pool = torch.cuda.MemPool()
-        return self._pool and self._pool.id
+            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
+        return self._site
 
 
 class _Fixed:

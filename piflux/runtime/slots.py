@@ -16,7 +16,8 @@ from torch import Tensor
 
 from piflux.parts import join
 from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, place, row_bytes
-from piflux.runtime.ranks import Packet
+from piflux.runtime.ranks import Packet, Ranks
+from piflux.runtime.replay import Eagerly, at_once
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
 # computed against remembered keys and values themselves. Of 0.6, 0.75 and 0.9 this drifts least on
@@ -119,14 +120,12 @@ class Slot:
     Attributes:
         first: keys and values, each (batch, heads, all tokens, head dim).
         second: another version of each token; empty where nothing is predicted.
-        coming: `displaced`: the last step's keys and values, on their way.
-        parts: the part that each rank computed when it sent `coming`.
+        packet: `displaced`: what each step's keys and values travel in, from its first on.
     """
 
     first: list[Tensor]
     second: list[Tensor] = field(default_factory=list)
-    coming: Packet | None = None
-    parts: tuple[int, ...] = ()
+    packet: Packet | None = None
 
     @classmethod
     def like(cls, fresh: Sequence[Tensor], tokens: int, *, two: bool) -> Slot:
@@ -147,8 +146,18 @@ class Slot:
             for x, y in zip(fresh, self.first, strict=True)
         )
 
+    @property
+    def coming(self) -> bool:
+        """Whether the last step's keys and values are on their way."""
+        return self.packet is not None and self.packet.under_way
+
+    def begin_step(self) -> None:
+        """Before a step: what is on its way is to land as the first version."""
+        if self.coming:
+            self.make_room()
+
     def make_room(self, newer: Tensor | None = None) -> None:
-        """Before a sync step's keys and values are written as the first version.
+        """Before the keys and values of all tokens are written as the first version.
 
         Args:
             newer: whether the first was each token's newer version; None: it was for all.
@@ -203,15 +212,32 @@ class Slot:
         """
         return fresh
 
-    def land(self, lengths: Sequence[int]) -> None:
-        """What was sent in the last step has arrived, or is waited for: the first version."""
-        if self.coming is None:
-            return
-        if self.second:
-            self.first, self.second = self.second, self.first
-        for x, pieces in zip(self.first, self.coming.wait(), strict=True):
-            join(pieces, self.parts, -2, lengths, x)
-        self.coming = None
+    def send(self, ranks: Ranks, tensors: Sequence[Tensor], eagerly: Eagerly) -> None:
+        """Start to send `packets`, once the last ones have landed."""
+        if self.packet is None:
+            self.packet = Packet(ranks, tensors)
+        self.packet.write(tensors)
+        eagerly(self.packet.start)
+
+    def land(
+        self, lengths: Sequence[int], parts: Sequence[int], eagerly: Eagerly = at_once
+    ) -> None:
+        """What was sent in the last step has arrived, or is waited for: the first version.
+
+        Args:
+            lengths: of the segments whose tokens these are.
+            parts: the part that each rank computed then.
+            eagerly: see `Runtime`.
+        """
+        for x, pieces in zip(self.first, self._arrived(eagerly), strict=False):
+            join(pieces, parts, -2, lengths, x)
+
+    def _arrived(self, eagerly: Eagerly) -> Sequence[Sequence[Tensor]]:
+        """What was on its way, as `Packet.read` gives it; empty if nothing was."""
+        if self.packet is None or not self.packet.under_way:
+            return []
+        eagerly(self.packet.wait)
+        return self.packet.read()
 
 
 @dataclass
@@ -225,7 +251,7 @@ class ChangeSlot(Slot):
     Attributes:
         first: the last versions.
         second: their changes, in rows; see `piflux.runtime.exchange`.
-        coming: `displaced`: the last step's changes, on their way.
+        packet: `displaced`: what each step's changes travel in.
     """
 
     _before: list[Tensor] = field(default_factory=list)
@@ -239,6 +265,9 @@ class ChangeSlot(Slot):
             x.new_empty(shape, dtype=torch.uint8) for x, shape in zip(first, shapes, strict=True)
         ]
         return cls(first, rows)
+
+    def begin_step(self) -> None:
+        """See `Slot.begin_step`. Changes land where they are; the version is moved on by them."""
 
     def make_room(self, newer: Tensor | None = None) -> None:
         """See `Slot.make_room`."""
@@ -271,11 +300,11 @@ class ChangeSlot(Slot):
             for version, x in zip(self.first, fresh, strict=True)
         ]
 
-    def land(self, lengths: Sequence[int]) -> None:
+    def land(
+        self, lengths: Sequence[int], parts: Sequence[int], eagerly: Eagerly = at_once
+    ) -> None:
         """See `Slot.land`."""
-        if self.coming is None:
-            return
-        for version, rows, pieces in zip(self.first, self.second, self.coming.wait(), strict=True):
-            join(pieces, self.parts, -2, lengths, rows)
+        arrived = self._arrived(eagerly)
+        for version, rows, pieces in zip(self.first, self.second, arrived, strict=False):
+            join(pieces, parts, -2, lengths, rows)
             advance(version, rows)
-        self.coming = None
