@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,22 @@ _DYNAMO = {
 }
 
 
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Garbage is collected after the call, not in it.
+
+    A first call makes a million objects that stay. With a pipeline's modules loaded, looking
+    through all objects for garbage again and again would take a sixth of it.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class ParallelModule(View, nn.Module):
     """The class that a parallelized module's own class is mixed with; see `View`."""
 
@@ -72,7 +89,9 @@ class ParallelModule(View, nn.Module):
             check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         if has_step_cache(self):
             refuse_step_caches(self)
-        with torch.no_grad(), self._piflux_settings:
+        with torch.no_grad(), self._piflux_settings, _uncollected():
+            if not self._piflux_compiler.reports:
+                self._piflux_compiler.prepare()
             try:
                 return self._piflux_compiled(*args, **kwargs)
             except Unsupported:

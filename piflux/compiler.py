@@ -109,6 +109,16 @@ class Compiler:
             compiled = self._compile(gm, ctx, example_inputs)
         return _PerCall(runtime, roles, compiled, whole)
 
+    def prepare(self) -> None:
+        """Start inductor's workers, which take seconds, for them to be ready after the capture.
+
+        Until they are, inductor compiles kernels one after the other in this process.
+        """
+        if self.inner is not lookup_backend("eager"):
+            from torch._inductor.async_compile import maybe_warm_pool  # imports parts of inductor
+
+            maybe_warm_pool()
+
     def _uncut(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Context] | None:
         """The graph that computes all tokens and fills the cache, where sync steps may want it."""
         ranks, schedule = self.runtime.ranks, self.runtime.schedule

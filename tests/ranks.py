@@ -37,6 +37,7 @@ PRELOAD = [
     "ranks",
     "models",
     "oracle",
+    "warm",
 ]
 
 ONE_THREAD = {

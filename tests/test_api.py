@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -155,6 +156,46 @@ def test_a_graph_break_after_a_plain_call_is_an_error():
     with pytest.raises(Unsupported, match="graph_break"):
         parallel(x, broken=True)
     assert parallel.plain_calls == 1
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_no_garbage_is_collected_in_a_call(enabled):
+    """Before and after one, and after one that failed, as it was."""
+    found = []
+
+    def inner(gm, inputs):
+        found.append(gc.isenabled())
+        return gm.forward
+
+    parallel, x = piflux.parallelize(Scaled(), inner=inner), torch.randn(1, 6, 8)
+    try:
+        if not enabled:
+            gc.disable()
+        with pytest.raises(Unsupported):
+            parallel(x, broken=True)
+        assert gc.isenabled() == enabled
+        parallel(x)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
+    assert found == [False]
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_the_workers_of_inductor_start_before_the_first_capture(inner):
+    parallel, x = piflux.parallelize(Attention(), inner=inner), torch.randn(1, 6, 8)
+    graphs = []
+
+    def start():
+        graphs.append(len(piflux.explain(parallel).graphs))
+
+    with mock.patch("torch._inductor.async_compile.maybe_warm_pool", start):
+        parallel.double()
+        parallel(x.double())
+        parallel.float()
+        parallel(x)
+    assert len(piflux.explain(parallel).graphs) == 2
+    assert graphs[:1] == ([0] if inner == "inductor" else [])
 
 
 class Deprecated(Attention):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
 
@@ -65,7 +65,8 @@ def fuse_linears(gm: fx.GraphModule, ctx: Context) -> int:
     if not all(only_computes(n) for n in gm.graph.nodes if n.op.startswith("call_")):
         return 0
     groups = list(_groups(gm.graph, ctx))
-    weights = [node for group in groups for node in _fuse(gm.graph, group)]
+    number = {node: i for i, node in enumerate(gm.graph.nodes)}
+    weights = [node for group in groups for node in _fuse(gm.graph, group, number)]
     if weights:
         extract(gm, WEIGHTS, weights)
     return sum(map(len, groups))
@@ -120,11 +121,10 @@ def _can_move(parameters: Collection[fx.Node], count: int) -> bool:
     return len(memories) == 1 and steps == {values[0].numel()}
 
 
-def _fuse(graph: fx.Graph, group: Sequence[_Layer]) -> list[fx.Node]:
+def _fuse(graph: fx.Graph, group: Sequence[_Layer], number: Mapping[fx.Node, int]) -> list[fx.Node]:
     """Turn layers into parts of a new one. Returns its parameters."""
     first = group[0]
     # In the order of the model's parameters, so that all graphs of it want them in the same one.
-    number = {node: i for i, node in enumerate(graph.nodes)}
     layers = sorted(group, key=lambda layer: number[layer.parameters[0]])
     each = list(zip(*(layer.parameters for layer in layers), strict=True))
     with graph.inserting_before(first.node):

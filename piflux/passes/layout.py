@@ -21,12 +21,13 @@ from piflux.passes.plan import (
     Value,
     axes,
     example_size,
-    holds,
     known,
     known_equal,
+    less,
     near,
     operands,
     same,
+    simplified,
     sizes,
     tensors,
 )
@@ -118,7 +119,7 @@ def _is_short(node: fx.Node, link: Link, world_size: int) -> bool:
     """Whether a link adds a run to others that can't be cut by itself."""
     target = link.target
     alone = known_equal(link.length, sizes(target.node, target.item)[target.dim])
-    return not alone and holds(sympy.Lt(link.length, max(world_size, FEWEST_TOKENS)), node)
+    return not alone and less(node, link.length, max(world_size, FEWEST_TOKENS))
 
 
 def _is_all(link: Link) -> bool:
@@ -194,7 +195,7 @@ def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
     rest = sympy.expand(segment.length - first)
     for piece in (first, rest):
         # Also what ends the refinement where an op shifts tokens by a few.
-        if holds(sympy.Lt(piece, FEWEST_TOKENS), node):
+        if less(node, piece, FEWEST_TOKENS):
             raise CannotShard(
                 node,
                 f"takes a run of {_example(node, piece)} tokens out of "
@@ -209,19 +210,17 @@ def _example(node: fx.Node, length: sympy.Expr) -> int:
     return example_size(length, near(node))
 
 
-def _shorter(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
-    return holds(sympy.Lt(a, b), node)
-
-
 def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) -> Layout:
     """The segments of layout[start : start + length], refining those cut in two."""
+    if start == 0 and known_equal(length, sum((s.length for s in layout), sympy.Integer(0))):
+        return layout  # most links lead all tokens
     for edge in (start, sympy.expand(start + length)):
         at = sympy.Integer(0)
         for segment in layout:
             end = sympy.expand(at + segment.length)
             if same(node, edge, at) or same(node, edge, end):
                 break
-            if _shorter(node, edge, end):
+            if less(node, edge, end):
                 _split(node, segment, sympy.expand(edge - at))
                 break
             at = end
@@ -247,7 +246,7 @@ def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
         x, y = _next(left), _next(right)
         if x is not y and same(node, x.length, y.length):
             y.stands_for = (x,)
-        elif x is not y and _shorter(node, x.length, y.length):
+        elif x is not y and less(node, x.length, y.length):
             right.appendleft(y)
             _split(node, y, x.length)
             left.appendleft(x)
@@ -431,10 +430,14 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
 
 
 def _check_lengths(plan: Plan, world_size: int) -> None:
+    first: dict[Segment, Axis] = {}
     for axis in plan.layouts:
-        for length in plan.lengths(axis):
-            if holds(sympy.Lt(length, world_size), axis.node):
-                raise _too_short(axis.node, length, world_size)
+        for segment in plan.layout(axis):
+            first.setdefault(segment, axis)
+    for segment, axis in first.items():
+        length = simplified(segment.length, axis.node)
+        if less(axis.node, length, world_size):
+            raise _too_short(axis.node, length, world_size)
 
 
 def _too_short(node: fx.Node, length: sympy.Expr, world_size: int) -> CannotShard:

@@ -119,7 +119,7 @@ def expr(size: int | torch.SymInt) -> sympy.Expr:
 
 def known_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two sizes are the same by algebra alone."""
-    return a == b or sympy.expand(a - b) == 0
+    return a == b or not _are_numbers(a, b) and sympy.expand(a - b) == 0
 
 
 def holds(relation: sympy.Basic, node: fx.Node) -> bool:
@@ -135,7 +135,17 @@ def holds(relation: sympy.Basic, node: fx.Node) -> bool:
 
 def same(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two sizes of `node`'s graph are equal, as `holds` has it."""
-    return known_equal(a, b) or holds(sympy.Eq(a, b), node)
+    return known_equal(a, b) or not _are_numbers(a, b) and holds(sympy.Eq(a, b), node)
+
+
+def less(node: fx.Node, a: sympy.Expr, b: sympy.Expr | int) -> bool:
+    """Whether one size of `node`'s graph is less than another, as `holds` has it."""
+    return int(a) < int(b) if _are_numbers(a, b) else holds(sympy.Lt(a, b), node)
+
+
+def _are_numbers(a: sympy.Expr, b: sympy.Expr | int) -> bool:
+    """Whether Python can compare two sizes, in a hundredth of the time that sympy takes."""
+    return a.is_Integer and (isinstance(b, int) or b.is_Integer)
 
 
 def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:
