@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from piflux.passes.extract import extract, is_source
-from piflux.passes.nodes import only_computes
+from piflux.passes.nodes import computes
 from piflux.passes.plan import Context
 
 HEAD = "head"
@@ -35,10 +35,10 @@ def enclose(gm: fx.GraphModule, ctx: Context) -> int:
     Of a graph that gathers nothing that is all. One that does more than compute stays as it is:
     that writes in place, draws random numbers or switches a mode such as autocast.
     """
+    if not computes(gm.graph):
+        return 0
     nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_source(n)]
     tail = {n for n in nodes if n.target is torch.ops.piflux.unshard.default}
-    if not all(map(only_computes, nodes)):
-        return 0
     for node in nodes:
         if any(n in tail for n in node.all_input_nodes):
             tail.add(node)

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from piflux.passes.nodes import only_computes, op_name
+from piflux.passes.nodes import computes, op_name
 from piflux.passes.plan import Context, known, tensors
 from piflux.runtime import products  # noqa: F401 (the ops)
 
@@ -44,7 +44,7 @@ def fuse_gelu(gm: fx.GraphModule, ctx: Context) -> int:
     Only on GPUs, in 16 bits, for GELU in its tanh form, and for plain weights with a bias. A graph
     that does more than compute stays as it is, as for `enclose`.
     """
-    if not all(only_computes(n) for n in gm.graph.nodes if n.op.startswith("call_")):
+    if not computes(gm.graph):
         return 0
     fused = [node for node in gm.graph.nodes if _fuse(gm.graph, node)]
     for node in fused:

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.passes.extract import extract
-from piflux.passes.nodes import is_attention, only_computes, op_name
+from piflux.passes.nodes import computes, is_attention, op_name
 from piflux.passes.plan import Context, known
 from piflux.runtime.products import adjoining
 
@@ -62,7 +62,7 @@ def fuse_linears(gm: fx.GraphModule, ctx: Context) -> int:
     left alone that are no plain tensors, as quantized ones, or part of a memory that holds others,
     too, and so is a graph that does more than compute, as for `enclose`.
     """
-    if not all(only_computes(n) for n in gm.graph.nodes if n.op.startswith("call_")):
+    if not computes(gm.graph):
         return 0
     groups = list(_groups(gm.graph, ctx))
     number = {node: i for i, node in enumerate(gm.graph.nodes)}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from piflux.passes.nodes import only_computes, op_name
+from piflux.passes.nodes import computes, op_name
 from piflux.passes.plan import Context, known, sizes
 from piflux.runtime import rotary  # noqa: F401 (the op)
 
@@ -63,7 +63,7 @@ def fuse_rotary(gm: fx.GraphModule, ctx: Context) -> int:
     Only on GPUs, and for pairs of neighbours that are turned by a table which all heads share. A
     graph that does more than compute stays as it is, as for `enclose`.
     """
-    if not all(only_computes(n) for n in gm.graph.nodes if n.op.startswith("call_")):
+    if not computes(gm.graph):
         return 0
     return sum(_fuse(gm.graph, node) for node in list(gm.graph.nodes))
 

@@ -6,7 +6,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.passes.extract import extract
-from piflux.passes.nodes import PRODUCTS, only_computes, op_name
+from piflux.passes.nodes import PRODUCTS, computes, op_name
 from piflux.passes.plan import Context, Plan, axes, known, tensors
 from piflux.passes.roles import roles_of
 
@@ -39,9 +39,9 @@ def hoist(gm: fx.GraphModule, ctx: Context) -> int:
     What carries tokens stays, and so does what depends on a size that is a symbol. A graph without
     such products stays as it is, and so does one that does more than compute, as for `enclose`.
     """
-    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
-    if not all(map(only_computes, nodes)):
+    if not computes(gm.graph):
         return 0
+    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
     timely = _timely(gm, ctx.plan)
     wanted = {n for n in timely if op_name(n) in PRODUCTS and timely[n]}
     if not wanted:

@@ -64,6 +64,11 @@ def only_computes(node: fx.Node) -> bool:
     return is_value(node) and not mutates(node) and not node.is_impure()
 
 
+def computes(graph: fx.Graph) -> bool:
+    """Whether no node of a graph does more, so that nodes may go where their operands are."""
+    return all(only_computes(node) for node in graph.nodes if node.op.startswith("call_"))
+
+
 class SDPA(NamedTuple):
     """The arguments of scaled_dot_product_attention, by name."""
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
 from piflux.passes.extract import is_source
-from piflux.passes.nodes import is_attention, is_value, only_computes
+from piflux.passes.nodes import computes, is_attention, is_value
 from piflux.passes.plan import Context, example_size, expr, known, tensors
 from piflux.runtime.ops import slots_from
 
@@ -62,7 +62,7 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     """
     sources = [n for n in gm.graph.nodes if is_source(n)]
     nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_source(n)]
-    if not all(map(is_value, sources)) or not all(map(only_computes, nodes)):
+    if not all(map(is_value, sources)) or not computes(gm.graph):
         return 0
     nodes = [n for n in nodes if _number(n) is None]
     symbols = {expr(known(n)): n for n in sources if isinstance(known(n), torch.SymInt)}
