@@ -72,6 +72,7 @@ class Memory:
     _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)
     # Those that know of this sync step, with what the first slot's exchange found.
     _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
+    # Of sync steps, those that carry nothing at present.
     _packets: list[Packet] = field(default_factory=list)
 
     def standing(self, rank: int) -> Any:
