@@ -15,8 +15,9 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 # Two files at a time: most tests leave one core to the other. A file's tests share ranks and models.
+# The order of files is that of tests/conftest.py.
 test: lint docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

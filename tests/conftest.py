@@ -6,6 +6,14 @@ import pytest
 import torch
 from ranks import Ranks
 
+LONGEST = ("pipelines", "cli", "replay", "numerics", "quality", "outline", "errors", "products")
+"""The files that take longest, in order: begun last, one would leave a core without work."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = [f"test_{name}" for name in LONGEST]
+    items.sort(key=lambda item: names.index(x) if (x := item.path.stem) in names else len(names))
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

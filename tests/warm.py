@@ -1,15 +1,10 @@
 """What the fork server imports last: a first capture, which loads and remembers much.
 
-Workers are forked from it and begin with all of that. What is there by then is no garbage, so
-that workers need not look through it.
+Workers are forked from it and begin with all of that.
 """
-
-import gc
 
 from models import flux_inputs, tiny_flux
 
 import piflux
 
 piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")(**flux_inputs())
-gc.collect()
-gc.freeze()

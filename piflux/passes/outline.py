@@ -268,12 +268,12 @@ class _Context:
         return hash(_Context)
 
 
-def _stated(size: int | torch.SymInt) -> str:
-    """A size or stride as text. Some strides say that a size is at least 1, as all sizes are."""
+def _stated(size: int | torch.SymInt) -> int | sympy.Expr:
+    """A size or stride. Some strides say that a size is at least 1, as all sizes are."""
     if isinstance(size, int):
-        return str(size)
+        return size
     at_least_one = {m: Max(*(x for x in m.args if x != 1)) for m in expr(size).atoms(Max)}
-    return str(expr(size).xreplace(at_least_one))
+    return expr(size).xreplace(at_least_one)
 
 
 def _call(
