@@ -10,11 +10,14 @@ they are small ones. Run once for each way, on the ranks that share the picture:
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -189,6 +192,8 @@ def main(
             torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         )
         record = {
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["python", *sys.argv]),
             "hardware": torch.cuda.get_device_name() if on_gpu else "CPU",
             "torch": torch.__version__,
             "diffusers": version("diffusers"),

@@ -190,7 +190,7 @@ def bench(
         if ROWS[name].needs_gpu and not on_gpu:
             raise typer.BadParameter(f"--row {name} needs a GPU, and there is no CUDA device")
     options.folder(out)
-    where = torch.cuda.get_device_name() if on_gpu else "CPU, one thread a rank"
+    where = f"{ranks} x {torch.cuda.get_device_name()}" if on_gpu else "CPU, one thread a rank"
     if not on_gpu:
         console.print("No CUDA device: a small model in float32 on CPU ranks, not FLUX.1-dev.")
     floor = measure_floor(height, width)
