@@ -155,9 +155,10 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 
 def _is_alike(out: fx.Node, x: fx.Node) -> bool:
-    """Whether the outcome has the type of what was turned, and a kernel for it."""
+    """Whether the outcome is of the kind and where what was turned is, and there is a kernel."""
     a, b = known(out), known(x)
-    return a.dtype == b.dtype and b.dtype in DTYPES and b.device.type == DEVICE
+    fits = (a.dtype, a.device) == (b.dtype, b.device)
+    return fits and b.dtype in DTYPES and b.device.type == DEVICE
 
 
 def _token_dim(x: fx.Node, cos: fx.Node, sin: fx.Node) -> int | None:
