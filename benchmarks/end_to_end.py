@@ -152,6 +152,8 @@ def main(
 ) -> None:
     device = join()
     on_gpu = device.type == "cuda"
+    if way.startswith("diffusers-") and not dist.is_initialized():
+        raise typer.BadParameter(f"{way} is for several ranks: start it with torchrun")
     pipe = prepare(flux_dev(device), way)
     ranks = dist.get_world_size() if dist.is_initialized() else 1
 

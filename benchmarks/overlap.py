@@ -94,7 +94,13 @@ def main(
         "out/overlap"
     ),
 ) -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter(
+            "collectives overlap with kernels on GPUs, and there is no CUDA device"
+        )
     device = join()
+    if not dist.is_initialized():
+        raise typer.BadParameter("one rank has no collectives: start it with torchrun")
     model, inputs = build(device, True, size, size)
     out.mkdir(parents=True, exist_ok=True)
     results = []
