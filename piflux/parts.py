@@ -85,14 +85,35 @@ def join(
     if whole is None:
         whole = pieces[0].new_empty((*shape[:dim], sum(lengths), *shape[dim + 1 :]))
     rows, width = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
-    flat: list[Tensor] = [pieces[0]] * count
-    for part, piece in zip(parts, pieces, strict=True):
-        flat[part] = piece.reshape(rows, -1)
+    given = [piece.reshape(rows, piece.shape[dim], width) for piece in pieces]
+    target, *given = wide(whole.view(rows, -1, width), *given)
+    ordered: list[Tensor] = [target] * count
+    for part, piece in zip(parts, given, strict=True):
+        ordered[part] = piece
     runs = [
-        flat[i % count].narrow(1, w.local * width, w.length * width)
+        ordered[i % count].narrow(1, w.local, w.length)
         for i, w in enumerate(_kept(tuple(lengths), count))
     ]
     # One op, and on a GPU one kernel: a copy for each window is N launches a segment, for keys and
     # for values, at every attention.
-    torch.cat(runs, 1, out=whole.view(rows, -1))
+    torch.cat(runs, 1, out=target)
     return whole
+
+
+def wide(*tensors: Tensor) -> Sequence[Tensor]:
+    """The same memory as the widest integers that all are made of: a copy then moves fewer."""
+    for dtype in (torch.int64, torch.int32, torch.int16):
+        if all(_holds(x, dtype.itemsize) for x in tensors):
+            return [x.view(dtype) for x in tensors]
+    return tensors
+
+
+def _holds(x: Tensor, size: int) -> bool:
+    """Whether the last dimension of `x` is in memory one run of units of so many bytes."""
+    *strides, last = x.stride()
+    steps = (x.shape[-1], x.storage_offset(), *strides)
+    return (
+        x.element_size() <= size
+        and last == 1
+        and all(n * x.element_size() % size == 0 for n in steps)
+    )

@@ -61,7 +61,7 @@ def held(model):
             tensors += [*slot.first, *slot.second]
             if real and slot.packet is not None:
                 gathering = slot.packet._gathering
-                tensors += [gathering._piece, gathering._whole]
+                tensors += [gathering.piece, gathering.whole]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors}
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -213,6 +213,9 @@ class Alone:
     def gather(self, piece):
         return Late(piece, self.events)
 
+    def gather_often(self, count, device):
+        return Late(torch.empty(count, dtype=torch.uint8), self.events)
+
     def any(self, flag, device):
         return flag
 
@@ -246,6 +249,8 @@ class Told(fx.Interpreter):
 
 class Late:
     """What was to be gathered is read when it is waited for."""
+
+    whole, recordable = None, False
 
     def __init__(self, piece, events):
         self.piece = piece

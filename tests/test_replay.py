@@ -33,11 +33,15 @@ class Tape(TorchDispatchMode):
     def __init__(self, longest):
         super().__init__()
         self.longest = longest
+        self.eager = 0
         self.steps = []
         self.before = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace == "twin":  # of a collective that is recorded: here it would run, alone
+            self.steps.append((func, args, kwargs, None))
+            return None
         if func.namespace == "piflux":
             # As on a GPU: Python runs while the tape does, and is not on it.
             with self:
@@ -48,6 +52,7 @@ class Tape(TorchDispatchMode):
         return made
 
     def eagerly(self, function):
+        self.eager += 1
         self.steps.append((function, (), {}, None))
         if len(self.steps) > self.longest:
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -72,10 +77,10 @@ def written(func, args, kwargs):
 
 
 class Recorder:
-    """Stands in for `replay.record`, and counts."""
+    """Stands in for `replay.record`, and counts: also what recordings leave to be called."""
 
     def __init__(self):
-        self.recorded = self.played = 0
+        self.recorded = self.played = self.eager = 0
         self.longest = math.inf
 
     def record(self, run, site):
@@ -88,6 +93,7 @@ class Recorder:
                 outputs = run(tape.eagerly)
         finally:
             tape.undo()
+            self.eager += tape.eager
         for x in outputs:
             if isinstance(x, torch.Tensor):
                 x.fill_(torch.nan)

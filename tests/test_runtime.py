@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from piflux.parts import wide
 from piflux.runtime.agreement import Sketch
 from piflux.runtime.cache import STALE_CALLS, Runtime
 from piflux.runtime.ranks import Packet, virtual_ranks
@@ -131,12 +132,12 @@ def test_sketches_see_other_noise_but_no_rounding(dtype):
 
 
 def test_a_packet_carries_tensors_of_any_layout_and_dtype():
-    """What is sent is a copy; what arrives is contiguous and begins at multiples of 16 bytes."""
+    """What is sent is a copy; each token begins at a multiple of 16 bytes."""
     torch.manual_seed(0)
     tensors = [
         torch.randn(1, 5, 3, 2, dtype=torch.bfloat16).transpose(1, 2),
-        torch.arange(7, dtype=torch.uint8),
-        torch.randn(4, 6, dtype=torch.float64)[:, ::2],
+        torch.arange(35, dtype=torch.uint8).view(5, 7),
+        torch.randn(2, 2, 5, 8, dtype=torch.float64)[..., ::2],
     ]
     want = [x.clone() for x in tensors]
     packet = Packet(virtual_ranks(2), tensors)
@@ -148,5 +149,32 @@ def test_a_packet_carries_tensors_of_any_layout_and_dtype():
     for pieces, x in zip(packet.read(), want, strict=True):
         assert len(pieces) == 2
         for piece in pieces:
-            assert torch.equal(piece, x) and piece.is_contiguous()
-            assert piece.data_ptr() % 16 == 0
+            assert torch.equal(piece, x)
+            assert piece.data_ptr() % 16 == piece.stride(-2) * piece.element_size() % 16 == 0
+    assert packet.read_whole() is None  # of virtual ranks
+
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "x, size",
+    [
+        (torch.randn(3, 8, dtype=BF16), 8),
+        (torch.randn(3, 8, dtype=BF16)[:, 4:], 8),
+        (torch.randn(3, 8, dtype=BF16)[:, 2:], 4),
+        (torch.randn(3, 8, dtype=BF16)[:, 1:5], 2),
+        (torch.randn(3, 6, dtype=BF16), 4),
+        (torch.randn(8, 4, dtype=BF16).t(), 2),
+        (torch.randn(3, 5), 4),
+        (torch.randn(3, 5, dtype=torch.float64), 8),
+        (torch.zeros(3, 4, dtype=torch.uint8), 4),
+        (torch.zeros(3, 5, dtype=torch.uint8), 1),
+    ],
+)
+def test_wide_views_are_of_the_same_memory(x, size):
+    (found,) = wide(x)
+    assert found.element_size() == size
+    assert found.data_ptr() == x.data_ptr() and torch.equal(found.view(x.dtype), x)
+    narrow = torch.zeros(2, 1, dtype=x.dtype)
+    assert all(y.element_size() == x.element_size() for y in wide(x, narrow))

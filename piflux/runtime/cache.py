@@ -260,11 +260,21 @@ class Runtime:
         if world_size > 1 and step.sync:
             packet = stream.memory.packet(self._ranks, fresh)
             packet.write(fresh)
-            self.eagerly(packet.start)
+            self._turn(packet)(packet.start)
             self._sent[self.first_slot + slot] = packet
 
+    def _turn(self, packet: Packet) -> Eagerly:
+        """How a packet is sent, or waited for, where both happen in one step."""
+        return at_once if packet.recordable else self.eagerly
+
     def exchange(
-        self, slot: int, fresh: Sequence[Tensor], lengths: Sequence[int], world_size: int
+        self,
+        slot: int,
+        fresh: Sequence[Tensor],
+        lengths: Sequence[int],
+        world_size: int,
+        *,
+        ordered: bool = True,
     ) -> Sequence[Tensor]:
         """This rank's fresh keys and values for the whole sequence's, as the policy has them.
 
@@ -275,9 +285,10 @@ class Runtime:
             fresh: keys and values of this rank's part, each (batch, heads, part tokens, head dim).
             lengths: the full length of each segment.
             world_size: into how many parts the graph was cut; 1 if `fresh` is of all tokens.
+            ordered: whether it matters in which order tokens come.
 
         Returns:
-            Keys and values, each (batch, heads, all tokens, head dim).
+            Keys and values, each (batch, heads, all tokens, head dim), until the next `send`.
         """
         ranks, (stream, step) = self._ranks, self.now
         lengths = tuple(lengths)
@@ -286,13 +297,14 @@ class Runtime:
             return self._remember(slot, fresh, lengths)
         sent = self._sent.pop(slot, None)
         if sent is not None:
-            self.eagerly(sent.wait)
+            self._turn(sent)(sent.wait)
         if self.schedule.policy != "gather":
             for rank in ranks.here:
                 kept = self._fill(rank, slot, fresh, sent, lengths)
             whole = kept if world_size > 1 else fresh
         elif sent is not None:
-            whole = [join(pieces, step.parts, -2, lengths) for pieces in sent.read()]
+            together = None if ordered or _overlap(lengths, world_size) else sent.read_whole()
+            whole = together or [join(pieces, step.parts, -2, lengths) for pieces in sent.read()]
         else:
             whole = fresh
         if sent is not None:
@@ -354,6 +366,11 @@ class Runtime:
     def _ranks(self) -> Ranks:
         assert self.ranks is not None, "one rank alone runs a graph without piflux's ops"
         return self.ranks
+
+
+def _overlap(lengths: Sequence[int], world_size: int) -> bool:
+    """Whether two parts have a token in common."""
+    return any(length % world_size for length in lengths)
 
 
 def _unknown() -> None:

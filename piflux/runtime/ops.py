@@ -116,7 +116,10 @@ def cached_sdpa(
     found = Runtime.named(runtime)
     if sent is None:
         found.send(slot, (key, value), world_size)
-    key, value = found.exchange(slot, (key, value), lengths, world_size)
+    # Attention adds up its keys in any order, but a mask says where each stands.
+    key, value = found.exchange(
+        slot, (key, value), lengths, world_size, ordered=attn_mask is not None
+    )
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
     )

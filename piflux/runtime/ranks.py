@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piflux.parts import wide
 from piflux.runtime.agreement import check_agreement
+from piflux.runtime.copies import Copies, Line, reach
 
 # Under its name of torch 2.13, or else of before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -20,12 +22,22 @@ class Gathering(Protocol):
     """An all-gather, which may be started over once it was waited for.
 
     Attributes:
+        piece: what this rank sends.
         pieces: what the latest one that was waited for has brought: one tensor per rank, by rank,
             each shaped like this rank's own.
+        whole: the same as one tensor, (ranks, ..), if they lie together.
+        recordable: whether `start` and `wait` may both be recorded, in one recording of
+            `piflux.runtime.replay`, without the other ranks having to do so.
     """
+
+    piece: Tensor
+    recordable: bool
 
     @property
     def pieces(self) -> Sequence[Tensor]: ...
+
+    @property
+    def whole(self) -> Tensor | None: ...
 
     def start(self) -> Gathering:
         """Send what this rank's piece holds now. Returns itself."""
@@ -49,6 +61,12 @@ class Ranks(Protocol):
 
     def gather(self, piece: Tensor) -> Gathering:
         """An all-gather of every rank's `piece`, to be started; all have one shape and dtype."""
+
+    def gather_often(self, count: int, device: torch.device) -> Gathering:
+        """An all-gather of so many bytes of every rank, from memory of its own: its `piece`.
+
+        All ranks make as many, in one order.
+        """
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set on any rank. Synchronises host and device."""
@@ -77,6 +95,7 @@ class ProcessRanks:
         self.size = group.size()
         self.rank = group.rank()
         self.here: Sequence[int] = (self.rank,)
+        self._lines: dict[torch.device, Line | None] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -90,6 +109,14 @@ class ProcessRanks:
 
     def gather(self, piece: Tensor) -> Gathering:
         return _Collective(piece, self)
+
+    def gather_often(self, count: int, device: torch.device) -> Gathering:
+        if device not in self._lines:
+            self._lines[device] = reach(self, device)
+        line = self._lines[device]
+        if line is not None:
+            return Copies(count, line)
+        return _Collective(torch.empty(count, dtype=torch.uint8, device=device), self)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
@@ -116,19 +143,23 @@ class _Collective:
     It holds the ranks, not their group; see `ProcessRanks`.
     """
 
+    # It may be recorded, but then by all ranks or none.
+    recordable = False
+
     def __init__(self, piece: Tensor, ranks: ProcessRanks) -> None:
-        piece = piece.contiguous()
+        # Kept, because its memory must stay untouched until the collective has read it.
+        self.piece = piece.contiguous()
         whole = piece.new_empty((ranks.size, *piece.shape))
+        self.whole: Tensor | None = whole
         self.pieces: Sequence[Tensor] = whole.unbind(0)
-        # Bytes, because gloo knows neither bfloat16 nor the 8-bit floats. The piece's are kept: its
-        # memory must stay untouched until the collective has read it.
-        self._whole = whole.view(-1).view(torch.uint8)
-        self._piece = piece.view(-1).view(torch.uint8)
+        # Because gloo knows neither bfloat16 nor the 8-bit floats.
+        self._to = whole.view(-1).view(torch.uint8)
+        self._of = self.piece.view(-1).view(torch.uint8)
         self._ranks = ranks
         self._work: dist.Work | None = None
 
     def start(self) -> Gathering:
-        self._work = all_gather(self._whole, self._piece, group=self._ranks.group, async_op=True)
+        self._work = all_gather(self._to, self._of, group=self._ranks.group, async_op=True)
         return self
 
     def wait(self) -> Sequence[Tensor]:
@@ -139,7 +170,7 @@ class _Collective:
         return self.pieces
 
 
-# Where a tensor of a packet begins, in bytes: kernels read so many at once.
+# Where a tensor's share of a packet's row begins, in bytes: kernels read so many at once.
 ALIGNMENT = 16
 
 
@@ -147,11 +178,13 @@ class Packet:
     """Memory for several tensors that go to all ranks in one all-gather, once or over and over.
 
     An attention's keys and values are gathered so: each collective has a latency and a launch of
-    its own, and a step of FLUX.1 has 57 attentions.
+    its own, and a step of FLUX.1 has 57 attentions. What belongs to one token lies together, so
+    that the tokens of all ranks, one rank's after the other's, are tensors of one stride.
 
     Args:
         ranks: who sends and receives.
-        like: the tensors, in any layout; those of the other ranks are like them.
+        like: the tensors, each (.., part tokens, width), in any layout; those of the other ranks
+            are like them.
 
     Attributes:
         under_way: whether it was sent and not yet waited for.
@@ -160,10 +193,15 @@ class Packet:
     def __init__(self, ranks: Ranks, like: Sequence[Tensor]) -> None:
         self._shapes = [x.shape for x in like]
         self._dtypes = [x.dtype for x in like]
-        sizes = [x.nbytes + -x.nbytes % ALIGNMENT for x in like]
-        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self._packed = like[0].new_empty(sum(sizes), dtype=torch.uint8)
-        self._gathering = ranks.gather(self._packed)
+        self._device = like[0].device
+        tokens = like[0].shape[-2]
+        sizes = [x.nbytes // tokens for x in like]
+        padded = [size + -size % ALIGNMENT for size in sizes]
+        starts = [sum(padded[:i]) for i in range(len(sizes))]
+        self._row = sum(padded)
+        self._columns = [slice(a, a + size) for a, size in zip(starts, sizes, strict=True)]
+        self._gathering = ranks.gather_often(tokens * self._row, self._device)
+        self.recordable = self._gathering.recordable
         self.under_way = False
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
@@ -171,13 +209,14 @@ class Packet:
         return (
             [x.shape for x in tensors] == self._shapes
             and [x.dtype for x in tensors] == self._dtypes
-            and tensors[0].device == self._packed.device
+            and tensors[0].device == self._device
         )
 
     def write(self, tensors: Sequence[Tensor]) -> None:
         """Copy in what is to be sent; `tensors` may then be written over."""
-        for place, x in zip(self._opened(self._packed), tensors, strict=True):
-            place.copy_(x)
+        for place, x in zip(self._opened(self._gathering.piece), tensors, strict=True):
+            to, of = wide(place, x)
+            to.copy_(of)
 
     def start(self) -> None:
         """Send what was written."""
@@ -193,11 +232,20 @@ class Packet:
         """What has arrived: for each of the tensors, one per rank, by rank."""
         return list(zip(*map(self._opened, self._gathering.pieces), strict=True))
 
+    def read_whole(self) -> Sequence[Tensor] | None:
+        """What has arrived: each of the tensors with the tokens of all ranks, rank by rank.
+
+        None where they don't lie together.
+        """
+        whole = self._gathering.whole
+        return None if whole is None else self._opened(whole)
+
     def _opened(self, packed: Tensor) -> list[Tensor]:
-        """The tensors that a packet holds."""
+        """The tensors that a packet, or several that lie together, holds."""
+        rows = packed.view(-1, self._row)
         return [
-            packed[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for start, shape, dtype in zip(self._starts, self._shapes, self._dtypes, strict=True)
+            rows[:, column].view(dtype).view(-1, *shape[:-2], shape[-1]).movedim(0, -2)
+            for column, shape, dtype in zip(self._columns, self._shapes, self._dtypes, strict=True)
         ]
 
 
@@ -219,6 +267,9 @@ class VirtualRanks:
 
     def gather(self, piece: Tensor) -> Gathering:
         return _Letters(self, piece)
+
+    def gather_often(self, count: int, device: torch.device) -> Gathering:
+        return _Letters(self, torch.empty(count, dtype=torch.uint8, device=device))
 
     def post(self, piece: Tensor) -> list[Tensor | None]:
         """Send a copy of `piece`. Returns one per rank, None where one has yet to send its own."""
@@ -253,19 +304,22 @@ class VirtualRanks:
 
 
 class _Letters:
+    whole = None
+    recordable = False
+
     def __init__(self, ranks: VirtualRanks, piece: Tensor) -> None:
+        self.piece = piece
         self._ranks = ranks
-        self._piece = piece
         self._mail: list[Tensor | None] = []
 
     def start(self) -> Gathering:
-        self._mail = self._ranks.post(self._piece)
+        self._mail = self._ranks.post(self.piece)
         return self
 
     @property
     def pieces(self) -> Sequence[Tensor]:
         """A rank that has not run yet has its place held by this one's piece."""
-        return [self._piece if piece is None else piece for piece in self._mail]
+        return [self.piece if piece is None else piece for piece in self._mail]
 
     def wait(self) -> Sequence[Tensor]:
         return self.pieces

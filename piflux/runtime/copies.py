@@ -1,0 +1,138 @@
+"""All-gathers by the copy engines: each rank writes its piece into the other GPUs' memory.
+
+NCCL moves data by kernels, whose multiprocessors are then missing to the matrix products that run
+meanwhile. Copy engines take none, and what they do can be recorded with the step. It needs GPUs of
+one host that reach each other's memory, which torch's symmetric memory
+(https://docs.pytorch.org/docs/stable/symmetric_memory.html) maps into each process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from piflux.runtime.ranks import ProcessRanks
+
+log = logging.getLogger(__name__)
+
+
+class Shared(Protocol):
+    """Memory of which each rank has as much, and all see all; torch's `_SymmetricMemory`."""
+
+    def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, /) -> Tensor:
+        """The memory of one rank."""
+
+    def barrier(self, channel: int) -> None:
+        """What the current stream was given before is done on all ranks before what comes next."""
+
+
+class Line:
+    """What the gathers of one group of ranks have in common: who takes part, and where they run.
+
+    Args:
+        group: the ranks.
+        device: of this one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self._group = group.group_name  # a name, since who destroys the group means to
+        self.device = device
+        self.module = torch.get_device_module(device)
+        # Before the kernels of the step: they have just begun to wait for what is sent.
+        self.stream = self.module.Stream(priority=-1)
+
+    def share(self, count: int) -> tuple[Tensor, Shared]:
+        """So many bytes of each rank, with this rank's own. All ranks call it together."""
+        from torch.distributed import _symmetric_memory as symmetric
+        from torch.distributed._symmetric_memory import _SymmetricMemory
+
+        # Not `empty`, which takes memory from a pool: where a rank finds room in it depends on what
+        # it has freed, and ranks that share different places wait for ever or overwrite.
+        memory = _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, self.device)
+        return memory, cast(Shared, symmetric.rendezvous(memory, self._group))
+
+
+class Copies:
+    """One all-gather, over and over; see `Gathering`.
+
+    Args:
+        count: bytes of a rank's piece.
+        line: where it runs.
+    """
+
+    recordable = True
+
+    def __init__(self, count: int, line: Line) -> None:
+        shape = line.size, count
+        memory, self._shared = line.share(line.size * count)
+        self.whole: Tensor | None = memory.view(shape)
+        self.pieces: Sequence[Tensor] = memory.view(shape).unbind(0)
+        self.piece = self.pieces[line.rank]
+        # Each begins with its next neighbour, that not all write to the same one.
+        others = [(line.rank + i) % line.size for i in range(1, line.size)]
+        self._theirs = [
+            self._shared.get_buffer(other, shape, torch.uint8)[line.rank] for other in others
+        ]
+        self._line = line
+        self._arrived = line.module.Event()
+
+    def start(self) -> Copies:
+        """Send what the piece holds now. Returns itself."""
+        line = self._line
+        line.stream.wait_stream(line.module.current_stream())
+        with line.module.stream(line.stream):
+            self._shared.barrier(0)  # all have read what came last
+            for there in self._theirs:
+                there.copy_(self.piece, non_blocking=True)
+            self._shared.barrier(1)  # all has been written
+            self._arrived.record(line.stream)
+        return self
+
+    def wait(self) -> Sequence[Tensor]:
+        """What comes next finds `pieces`, which it returns."""
+        self._arrived.wait(self._line.module.current_stream())
+        return self.pieces
+
+
+def reach(ranks: ProcessRanks, device: torch.device) -> Line | None:
+    """Where gathers by copy engines run; None where there can't be any. All ranks call it together.
+
+    They need every rank's GPU to reach every other's memory. NCCL's own switch, NCCL_P2P_DISABLE=1,
+    holds here too.
+    """
+    if device.type != "cuda":
+        return None
+    here = {_uuid(index): index for index in range(torch.cuda.device_count())}
+    mine = socket.gethostname(), _uuid(device.index)
+    told: list[Any] = [None] * ranks.size
+    dist.all_gather_object(told, mine, group=ranks.group)
+    reaches = os.environ.get("NCCL_P2P_DISABLE") != "1" and all(
+        host == mine[0]
+        and uuid in here
+        and torch.cuda.can_device_access_peer(device.index, here[uuid])
+        for host, uuid in told
+        if (host, uuid) != mine
+    )
+    # In two rounds, so that who finds out alone that it can't leaves nobody waiting in the second.
+    if len(set(told)) < ranks.size or ranks.any(not reaches, device):
+        return None
+    line = Line(ranks.group, device)
+    try:
+        Copies(1, line)
+    except RuntimeError as error:
+        log.warning("no gathers by copy engines, GPUs can't share memory: %s", error)
+        reaches = False
+    return None if ranks.any(not reaches, device) else line
+
+
+def _uuid(index: int) -> str:
+    return str(torch.cuda.get_device_properties(index).uuid)

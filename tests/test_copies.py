@@ -1,0 +1,288 @@
+"""Gathers by copy engines: each rank writes its keys and values into the other ranks' memory.
+
+Without GPUs the memory is that of files, which all ranks have mapped, and gloo's barrier stands in
+for that of torch's symmetric memory.
+"""
+
+import tempfile
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import flux_inputs, tiny_flux
+from test_numerics import EXACT
+from test_replay import SAME, as_captured, farthest, on_tape
+from test_virtual_ranks import image
+
+import piflux
+from piflux.runtime import cache, copies
+from piflux.runtime import ranks as runtime_ranks
+
+STEPS = 6
+
+
+class Files(copies.Line):
+    """A line of ranks that share files in a folder."""
+
+    def __init__(self, group, folder):
+        super().__init__(group, torch.device("cpu"))
+        self._pg = group
+        self._folder = Path(folder)
+        self._numbers = count()
+
+    def share(self, count):
+        number = next(self._numbers)
+
+        def memory(rank):
+            path = str(self._folder / f"{number}-{rank}")
+            return torch.from_file(path, shared=True, size=count, dtype=torch.uint8)
+
+        memory(self.rank)
+        dist.barrier(self._pg)  # all are there
+        every = [memory(rank) for rank in range(self.size)]
+        return every[self.rank], Mapped(every, self._pg)
+
+
+class Mapped:
+    def __init__(self, every, group):
+        self._every, self._group = every, group
+
+    def get_buffer(self, rank, sizes, dtype):
+        return self._every[rank].view(dtype).view(sizes)
+
+    def barrier(self, channel):
+        dist.barrier(self._group)
+
+
+LAUNCHED: dict[int, copies.Copies] = {}
+
+
+@torch.library.custom_op("twin::launch", mutates_args=())
+def launch(piece: torch.Tensor, starts: bool) -> None:
+    """What a recording of a GPU holds of a gather."""
+    gathering = LAUNCHED[piece.data_ptr()]
+    (copies.Copies.start if starts else copies.Copies.wait)(gathering)
+
+
+class Launched(copies.Copies):
+    def __init__(self, count, line):
+        super().__init__(count, line)
+        LAUNCHED[self.piece.data_ptr()] = self
+
+    def start(self):
+        torch.ops.twin.launch(self.piece, True)
+        return self
+
+    def wait(self):
+        torch.ops.twin.launch(self.piece, False)
+        return self.pieces
+
+
+def through_files(patch, group):
+    """Packets go this way from here on. Returns the collectives that are started all the same."""
+    line = Files(group, _folder(group))
+    patch.setattr(runtime_ranks, "reach", lambda ranks, device: line)
+    patch.setattr(runtime_ranks, "Copies", Launched)
+    started, original = [], runtime_ranks.all_gather
+
+    def counted(*args, **kwargs):
+        started.append(args)
+        return original(*args, **kwargs)
+
+    patch.setattr(runtime_ranks, "all_gather", counted)
+    return started
+
+
+def _folder(group):
+    folders = [tempfile.mkdtemp(prefix="piflux-") if group.rank() == 0 else None]
+    dist.broadcast_object_list(folders, group_src=0, group=group)
+    return folders[0]
+
+
+EVEN = {"image_hw": (6, 6), "text": 12}  # of which 2 and 3 ranks have parts without a shared token
+UNEVEN = {"image_hw": (5, 7), "text": 13}
+
+
+def images(rank, group, options, shape):
+    """By collectives and by copies; how often a gathered whole had to be copied together."""
+    model, inputs = tiny_flux(single=2), flux_inputs(**shape)
+    want = image(piflux.parallelize(model, group=group, inner="eager", **options), inputs, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        started = through_files(patch, group)
+        joined, original = [], cache.join
+        patch.setattr(cache, "join", lambda *args: joined.append(args) or original(*args))
+        parallel = piflux.parallelize(model, group=group, inner="eager", **options)
+        got = [image(parallel, inputs, STEPS) for _ in range(2)]
+    return [float((x - want).abs().max()) for x in got], len(started), len(joined)
+
+
+ATTENTIONS = 3
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "gather"},
+        {"policy": "displaced"},
+        {"policy": "displaced", "order": 0},
+        {"policy": "displaced", "compression": "int8"},
+        {"policy": "rotate", "sync_steps": 2},
+    ],
+    ids=["gather", "displaced", "unpredicted", "int8", "rotate"],
+)
+def test_images_are_those_of_collectives(ranks, world_size, options):
+    for apart, started, _ in ranks(world_size, images, options, UNEVEN):
+        assert max(apart) <= EXACT
+        assert started == 2 * STEPS  # the predictions
+
+
+@pytest.mark.parametrize("shape, copied", [(EVEN, 0), (UNEVEN, 2 * ATTENTIONS)])
+def test_what_lies_together_is_read_where_it_arrived(ranks, shape, copied):
+    """For attention, in whatever order; the prediction is put in order."""
+    for apart, _, joined in ranks(2, images, {"policy": "gather"}, shape):
+        assert max(apart) <= EXACT
+        assert joined == 2 * STEPS * (copied + 1)
+
+
+def recorded(rank, group):
+    """How far recorded images are from others, and what was recorded and left out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        through_files(patch, group)
+        recorder = on_tape(patch)
+        recorder.longest = 300  # ops; what is called eagerly would be refused beyond
+        plain, taped = (
+            piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
+            for inner in ("eager", as_captured)
+        )
+        made = [
+            image(model, flux_inputs(**EVEN, seed=seed), STEPS)
+            for seed in range(2)
+            for model in (plain, taped)
+        ]
+    return farthest(made), recorder.recorded, recorder.played, recorder.eager
+
+
+def test_a_step_with_copies_is_recorded_whole(ranks):
+    for apart, made, played, eager in ranks(2, recorded):
+        assert apart <= SAME
+        assert (made, played, eager) == (1, 2 * STEPS - 1, 0)
+
+
+def one_that_fails(rank, group):
+    """Rank 0 launches its steps one by one, what the others have recorded."""
+    with pytest.MonkeyPatch.context() as patch:
+        through_files(patch, group)
+        recorder = on_tape(patch)
+        if rank == 0:
+            recorder.record = None
+            patch.setattr("piflux.runtime.replay._can_be_recorded", lambda *_: False)
+        plain, taped = (
+            piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
+            for inner in ("eager", as_captured)
+        )
+        made = [image(model, flux_inputs(**EVEN), STEPS) for model in (plain, taped)]
+    return farthest(made), recorder.played
+
+
+def test_a_rank_that_does_not_record_goes_on_with_the_others(ranks):
+    (first, none), (second, played) = ranks(2, one_that_fails)
+    assert max(first, second) <= SAME
+    assert none == 0 < played
+
+
+@pytest.mark.parametrize("world_size", [2])
+def test_cpus_have_no_copy_engines(ranks, world_size):
+    assert ranks(world_size, _reach) == [None] * world_size
+
+
+def _reach(rank, group):
+    return copies.reach(runtime_ranks.ProcessRanks(group), torch.device("cpu"))
+
+
+class Reported:
+    """A group whose ranks have told these hosts and GPUs."""
+
+    def __init__(self, told):
+        self.told = told
+        self.size, self.group = len(told), None
+        self.asked = []
+
+    def any(self, flag, device):
+        self.asked.append(flag)
+        return flag
+
+
+@pytest.mark.parametrize(
+    "told, p2p, reaches, why",
+    [
+        ([("a", "0"), ("a", "1")], True, True, "one host"),
+        ([("a", "0"), ("b", "1")], True, False, "another host"),
+        ([("a", "0"), ("a", "2")], True, False, "a GPU that this process does not see"),
+        ([("a", "0"), ("a", "1")], False, False, "no peer access"),
+    ],
+)
+def test_gpus_of_one_host_that_reach_each_other(monkeypatch, told, p2p, reaches, why):
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    assert _decided(monkeypatch, told, p2p) is reaches, why
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert not _decided(monkeypatch, told, p2p)
+
+
+def test_two_ranks_of_one_gpu_do_not_copy(monkeypatch):
+    assert not _decided(monkeypatch, [("a", "0"), ("a", "0")], True)
+
+
+def test_memory_that_can_not_be_shared_is_told_and_done_without(monkeypatch, caplog):
+    def refused(*_):
+        raise RuntimeError("pidfd_getfd: operation not permitted")
+
+    monkeypatch.setattr(copies, "Copies", refused)
+    assert not _decided(monkeypatch, [("a", "0"), ("a", "1")], True, copies_work=False)
+    assert "operation not permitted" in caplog.text
+
+
+def _decided(monkeypatch, told, p2p, copies_work=True):
+    def gather(into, mine, group):
+        assert mine == told[0]
+        into[:] = told
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(copies.socket, "gethostname", lambda: "a")
+    monkeypatch.setattr(copies, "_uuid", str)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: p2p)
+    monkeypatch.setattr(copies, "Line", lambda group, device: "line")
+    if copies_work:
+        monkeypatch.setattr(copies, "Copies", lambda count, line: None)
+    ranks = Reported(told)
+    found = copies.reach(ranks, torch.device("cuda", 0))
+    assert found in (None, "line")
+    return found is not None
+
+
+def on_gpus(rank, group, options):
+    """As `images`, between real GPUs, with steps recorded."""
+    torch.cuda.set_device(rank)
+    group = dist.new_group(backend="cpu:gloo,cuda:nccl")
+    model = tiny_flux(single=2).cuda()
+    inputs = {k: v.cuda() for k, v in flux_inputs(**EVEN).items()}
+    made = []
+    for reach in (lambda ranks, device: None, copies.reach):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime_ranks, "reach", reach)
+            parallel = piflux.parallelize(model, group=group, inner=as_captured, **options)
+            made.append(torch.stack([image(parallel, inputs, STEPS) for _ in range(3)]).cpu())
+            runtime = parallel._piflux_compiler.runtime
+            lines = list(runtime.ranks._lines.values())
+    return float((made[0] - made[1]).abs().max()), [line is not None for line in lines]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; its twins are above")
+@pytest.mark.parametrize("policy", ["gather", "displaced", "rotate"])
+def test_on_gpus(ranks, policy):
+    for apart, copied in ranks(2, on_gpus, {"policy": policy}):
+        assert apart <= 1e-4
+        assert copied == [True]
