@@ -24,8 +24,11 @@ from piflux.drift import Variant
 from piflux.launch import is_first, join
 from piflux.rows import build
 
-COLLECTIVE = "nccl"
-"""What the names of kernels have that move data between GPUs."""
+COLLECTIVE = "nccl", "PtoP"
+"""What the names of kernels have, and of copies, that move data between GPUs."""
+
+WAITS = "symmetric_memory"
+"""What the names of kernels have that wait for other ranks."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Overlap:
     """One step of one rank, in milliseconds.
 
     Attributes:
-        collectives: kernels of collectives, of which there are so many.
+        collectives: kernels or copies of collectives, of which there are so many.
         collective_ms: while at least one runs.
         hidden_ms: of it, while another kernel runs as well.
         compute_ms: while at least one other kernel runs.
@@ -51,10 +54,14 @@ class Overlap:
 
 def overlap_of(events: list[dict[str, Any]], variant: str, ranks: int) -> Overlap:
     """Read off a trace's events. Raises ValueError if it has no kernels."""
-    kernels = [e for e in events if e.get("cat") == "kernel"]
+    ran = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy")]
+    kernels = [e for e in ran if WAITS not in e["name"]]
     if not kernels:
         raise ValueError("the trace has no kernels")
-    spans = [(e["ts"], e["ts"] + e["dur"], COLLECTIVE in e["name"]) for e in kernels]
+    spans = [
+        (e["ts"], e["ts"] + e["dur"], any(name in e["name"] for name in COLLECTIVE))
+        for e in kernels
+    ]
     collectives = _union([(a, b) for a, b, sends in spans if sends])
     others = _union([(a, b) for a, b, sends in spans if not sends])
     busy = _union([(a, b) for a, b, _ in spans])

@@ -75,7 +75,8 @@ class Result:
     Attributes:
         step_ms: every timed step of every timed image, in milliseconds.
         first_call_s: seconds of the first two steps, compilation included.
-        peak_memory_gib: most GPU memory allocated in timed steps; None on CPUs.
+        peak_memory_gib: most GPU memory allocated in timed steps, what piflux's ranks share
+            included; None on CPUs.
         sync_bytes: what a rank sends in a sync step, where piflux runs.
         steady_bytes: and in any other step.
         error: why there is nothing else.
@@ -250,10 +251,14 @@ def measure(settings: Settings) -> Result:
 def _explain(call: Model, result: Result) -> None:
     import piflux
     from piflux.api import ParallelModule
+    from piflux.runtime.ranks import ProcessRanks
 
     if isinstance(call, ParallelModule) and result.ranks > 1:
         report = piflux.explain(call).graphs[-1]
         result.sync_bytes, result.steady_bytes = report.sync_bytes, report.steady_bytes
+        ranks = call._piflux_compiler.runtime.ranks
+        if result.peak_memory_gib is not None and isinstance(ranks, ProcessRanks):
+            result.peak_memory_gib += ranks.shared_bytes / 2**30
 
 
 def build(

@@ -52,7 +52,8 @@ class Mapped:
     def get_buffer(self, rank, sizes, dtype):
         return self._every[rank].view(dtype).view(sizes)
 
-    def barrier(self, channel):
+    def barrier(self, channel, timeout_ms):
+        assert timeout_ms > 0
         dist.barrier(self._group)
 
 
@@ -193,13 +194,21 @@ def test_a_rank_that_does_not_record_goes_on_with_the_others(ranks):
     assert none == 0 < played
 
 
-@pytest.mark.parametrize("world_size", [2])
-def test_cpus_have_no_copy_engines(ranks, world_size):
-    assert ranks(world_size, _reach) == [None] * world_size
+def about_a_line(rank, group):
+    """What a line without GPUs says: where it goes, how long it waits, and what it holds."""
+    ranks = runtime_ranks.ProcessRanks(group)
+    assert copies.reach(ranks, torch.device("cpu")) is None
+    line = Files(group, _folder(group))
+    first, second = (copies.Copies(count, line) for count in (5, 7))
+    held = [line.bytes]
+    del first
+    held.append(line.bytes)
+    wait = copies.timeout(group, torch.device("cpu")).total_seconds()
+    return held, second.piece.numel(), line.timeout_ms == 1000 * wait
 
 
-def _reach(rank, group):
-    return copies.reach(runtime_ranks.ProcessRanks(group), torch.device("cpu"))
+def test_a_line(ranks):
+    assert ranks(2, about_a_line) == [([24, 14], 7, True)] * 2
 
 
 class Reported:

@@ -12,7 +12,9 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ class Shared(Protocol):
     def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, /) -> Tensor:
         """The memory of one rank."""
 
-    def barrier(self, channel: int) -> None:
+    def barrier(self, channel: int, timeout_ms: int) -> None:
         """What the current stream was given before is done on all ranks before what comes next."""
 
 
@@ -49,6 +51,18 @@ class Line:
         self.module = torch.get_device_module(device)
         # Before the kernels of the step: they have just begun to wait for what is sent.
         self.stream = self.module.Stream(priority=-1)
+        # A kernel that waits for ever could not even be aborted, as NCCL's are.
+        self.timeout_ms = int(timeout(group, device).total_seconds() * 1000)
+        self._members: WeakSet[Copies] = WeakSet()
+
+    @property
+    def bytes(self) -> int:
+        """Of all memory that is shared: no allocator's statistics know of it."""
+        return sum(member.bytes for member in self._members)
+
+    def join(self, member: Copies) -> None:
+        """Count its memory, as long as it lives."""
+        self._members.add(member)
 
     def share(self, count: int) -> tuple[Tensor, Shared]:
         """So many bytes of each rank, with this rank's own. All ranks call it together."""
@@ -83,6 +97,8 @@ class Copies:
             self._shared.get_buffer(other, shape, torch.uint8)[line.rank] for other in others
         ]
         self._line = line
+        self.bytes = memory.nbytes
+        line.join(self)
         self._arrived = line.module.Event()
 
     def start(self) -> Copies:
@@ -90,10 +106,10 @@ class Copies:
         line = self._line
         line.stream.wait_stream(line.module.current_stream())
         with line.module.stream(line.stream):
-            self._shared.barrier(0)  # all have read what came last
+            self._shared.barrier(0, line.timeout_ms)  # all have read what came last
             for there in self._theirs:
                 there.copy_(self.piece, non_blocking=True)
-            self._shared.barrier(1)  # all has been written
+            self._shared.barrier(1, line.timeout_ms)  # all has been written
             self._arrived.record(line.stream)
         return self
 
@@ -132,6 +148,11 @@ def reach(ranks: ProcessRanks, device: torch.device) -> Line | None:
         log.warning("no gathers by copy engines, GPUs can't share memory: %s", error)
         reaches = False
     return None if ranks.any(not reaches, device) else line
+
+
+def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
+    """After which the group's collectives on such a device fail."""
+    return group._get_backend(device).options._timeout
 
 
 def _uuid(index: int) -> str:
