@@ -232,12 +232,11 @@ class Runtime:
     def turn(self) -> None:
         """The rank being computed begins its part of this step."""
         stream, step = self.now
-        predicts = self.schedule.predicts and not step.sync
         stream.memory.turn(
             self.rank,
             self.schedule.world_size,
-            self.part(),
-            stream.now if predicts else None,
+            step,
+            stream.now if self.schedule.predicts else None,
             own=self.schedule.policy == "rotate",
         )
 

@@ -14,6 +14,7 @@ from piflux.runtime.hoisted import Hoisted, Packed
 from piflux.runtime.ranks import Packet, Ranks
 from piflux.runtime.replay import Replay
 from piflux.runtime.slots import Ages, Slot
+from piflux.schedule import Step
 
 
 class Places:
@@ -58,19 +59,19 @@ class Memory:
 
     Attributes:
         slots: by rank and attention.
-        replays: by rank and what `standing` was, a recorded step.
+        replays: by rank, what `standing` was and the step's kind, a recorded step.
         seen: likewise, what was the same at the last step that was not recorded; see `Recorded`.
         hoisted: this step's products of the time.
     """
 
     slots: dict[tuple[int, int], Slot] = field(default_factory=dict)
-    replays: dict[tuple[int, Any], Replay] = field(default_factory=dict)
-    seen: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    replays: dict[tuple[Any, ...], Replay] = field(default_factory=dict)
+    seen: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     hoisted: dict[Hoisted, Packed] = field(default_factory=dict)
     # Of all slots whose tokens are of the same segments; by rank and the segments' lengths.
     _ages: dict[tuple[int, tuple[int, ...]], Ages] = field(default_factory=dict)
     _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)
-    # Those that know of this sync step, with what the first slot's exchange found.
+    # Those that know of this sync step, with what they were before.
     _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
     # Of sync steps, those that carry nothing at present.
     _packets: list[Packet] = field(default_factory=list)
@@ -103,29 +104,36 @@ class Memory:
             self._places[key] = Places(lengths, world_size, part, device)
         return self._places[key]
 
-    def turn(self, rank: int, world_size: int, part: int, now: Tensor | None, *, own: bool) -> None:
+    def turn(
+        self, rank: int, world_size: int, step: Step, now: Tensor | None, *, own: bool
+    ) -> None:
         """A rank begins its part of a step; what the step needs to know is written down for it.
 
         Args:
             rank: which.
             world_size: the number of parts.
-            part: the rank's.
-            now: the step's time if this step predicts.
-            own: whether it then remembers its own part alone; else all, as they arrive.
+            step: which.
+            now: the step's time, where keys and values are predicted.
+            own: whether steady steps remember the rank's part alone; else all, as they arrive.
         """
+        part = step.parts[rank]
         for tables in self._places.values():
             tables.turn(part)
         if now is None:
             return
         for (whose, lengths), ages in self._ages.items():
-            if whose == rank:
-                here = now.to(ages.line.device)
-                ages.look(here)
-                if own:
-                    tables = self.places(lengths, world_size, part, here.device)
-                    ages.renew_part(tables.sources >= 0, here)
-                else:
-                    ages.renew(here)
+            if whose != rank:
+                continue
+            here = now.to(ages.line.device)
+            if step.sync:
+                self._told[whose, lengths] = _sync(ages, here, first=step.index == 0)
+                continue
+            ages.look(here)
+            if own:
+                tables = self.places(lengths, world_size, part, here.device)
+                ages.renew_part(tables.sources >= 0, here)
+            else:
+                ages.renew(here)
 
     def begin_step(self) -> None:
         """A step begins; if it is a sync step, no age knows of it yet."""
@@ -153,12 +161,16 @@ class Memory:
             here = now.to(device)
             if key not in self._ages:
                 self._ages[key] = Ages(lengths, here)
-            ages = self._ages[key]
-            if first:
-                ages.begin(here)
-            self._told[key] = ages.renew(here)
+            self._told[key] = _sync(self._ages[key], here, first=first)
         return self._told[key]
 
     def ages(self, rank: int, lengths: tuple[int, ...]) -> Ages:
         """Of the slots of `rank` whose tokens are of segments of these lengths."""
         return self._ages[rank, lengths]
+
+
+def _sync(ages: Ages, now: Tensor, *, first: bool) -> Tensor:
+    """A step at the time `now` computes all tokens; see `Memory.synced`."""
+    if first:
+        ages.begin(now)
+    return ages.renew(now)

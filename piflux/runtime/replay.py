@@ -3,11 +3,13 @@
 Where each rank has a small part to compute, the host can't issue kernels as fast as the GPU runs
 them. A steady step, or one of `gather`, computes the same shapes each time, and finds its part and
 its caches at fixed addresses, so one recording serves every later step and, since memory outlives
-its stream, every later image.
+its stream, every later image. A sync step of `rotate` is recorded by itself, for each place in an
+image at which it puts the parts together in another order.
 
-A steady step of `rotate` holds no collective but the last and is one graph. Others are several, and
-between them their collectives are started and waited for as ever. So the ranks need not agree on
-what they record: what they send to each other is the same, recorded or not.
+A steady step of `rotate` holds no collective but the last and is one graph, and so is a step whose
+keys and values travel by copy engines. Others are several, and between them their collectives are
+started and waited for as ever. So the ranks need not agree on what they record: what they send to
+each other is the same, recorded or not.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from piflux.runtime.cache import Runtime
+    from piflux.schedule import Step
 
 log = logging.getLogger(__name__)
 
@@ -139,8 +142,6 @@ class Replay:
 class Recorded:
     """A graph's head, the work before its last collective, which is recorded.
 
-    Not in sync steps between steady ones, which are too few to be worth it.
-
     Args:
         runtime: of the model.
         head: the compiled head.
@@ -158,12 +159,13 @@ class Recorded:
     def __call__(self, *args: Any) -> Sequence[Any]:
         runtime = self._runtime
         stream, step = runtime.now
-        if self._fails or step.sync and runtime.schedule.policy != "gather":
+        kind = _kind(runtime, step)
+        if self._fails or kind is None:
             return self._head(*args)
         if self._fixed is None:
             self._fixed = _Fixed(args, self._moving)
         memory, key = stream.memory, self._fixed.key(args)
-        which = runtime.rank, memory.standing(runtime.rank)
+        which = runtime.rank, memory.standing(runtime.rank), kind
         if memory.seen.get(which) != key:
             # Only what is the same twice in a row, so that nothing is recorded at each call. The
             # first time also makes what kernels need at their first run, and what slots send in.
@@ -187,6 +189,21 @@ class Recorded:
             # Not a mere handle, which can't be used again once its last recording is gone.
             self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
         return self._site
+
+
+def _kind(runtime: Runtime, step: Step) -> Any:
+    """What Python decides by in a step: one recording serves all of a kind. None: it serves none.
+
+    In a sync step `displaced` has the two versions of its caches change places, and virtual ranks,
+    or ranks that compute it whole, run another graph.
+    """
+    schedule, ranks = runtime.schedule, runtime.ranks
+    assert ranks is not None, "one rank alone has no steps of a kind"
+    if not step.sync or schedule.policy == "gather":
+        return "as ever"
+    if schedule.policy == "displaced" or schedule.sync != "gather" or len(ranks.here) > 1:
+        return None
+    return step.index == 0, step.parts
 
 
 class _Fixed:

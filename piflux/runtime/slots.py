@@ -75,8 +75,9 @@ class Ages:
         ahead: (tokens,) in float32: attention reads a token's last version, moved on by so many
             times its change since the one before.
         line: likewise: that is second + line * (first - second).
-        newer: (tokens,) of bool: whether a token's first version is its newer one. These tensors
-            are written over, never replaced.
+        newer: (tokens,) of bool: whether a token's first version is its newer one.
+        was: likewise, before all tokens were last renewed. These tensors are written over, never
+            replaced.
     """
 
     def __init__(self, lengths: Sequence[int], now: Tensor) -> None:
@@ -84,6 +85,7 @@ class Ages:
         self.ahead = torch.zeros_like(self.last)
         self.line = torch.ones_like(self.last)
         self.newer = torch.ones_like(self.last, dtype=torch.bool)
+        self.was = self.newer.clone()
 
     def begin(self, now: Tensor) -> None:
         """Every token has one version, its first, and nothing is known of before."""
@@ -100,11 +102,11 @@ class Ages:
         torch.where(self.newer, 1 + self.ahead, -self.ahead, out=self.line)
 
     def renew(self, now: Tensor) -> Tensor:
-        """Every token has a new version, its first. Returns what `newer` was before."""
+        """Every token has a new version, its first. Returns `was`."""
         self.before, self.last = self.last, now.expand(len(self.last))
-        was = self.newer.clone()
+        self.was.copy_(self.newer)
         self.newer.fill_(True)
-        return was
+        return self.was
 
     def renew_part(self, own: Tensor, now: Tensor) -> None:
         """Tokens where `own` is set have a new version, where the older of two was."""
