@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -57,6 +58,9 @@ _DYNAMO = {
     # One graph for each set of optional inputs, adapters and static or dynamic sizes.
     "recompile_limit": 64,
 }
+
+_NUMBERS = itertools.count()
+"""Of the modules parallelized in this process."""
 
 
 @contextlib.contextmanager
@@ -210,11 +214,11 @@ def _call(target: nn.Module) -> FunctionType:
     def call(*args: Any, **kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
-    # Dynamo counts recompilations by code object. With one of its own a model is not held to
-    # account for others of its class.
-    return FunctionType(
-        call.__code__.replace(), call.__globals__, call.__name__, None, call.__closure__
-    )
+    # Dynamo counts recompilations by code object, and remembers by its name which sizes varied.
+    # With one of its own a model is not held to account for others of its class: sizes that they
+    # were called with don't make its first graph symbolic.
+    code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
+    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
 
 
 def _compiled(call: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:

@@ -1,10 +1,15 @@
 """What every test may ask for."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
 from ranks import Ranks
+
+# For any handler of this logger torch traces captures in detail, which takes a quarter of their
+# time, and pytest gives a handler to each logger that doesn't propagate.
+logging.getLogger("torch.__trace").propagate = True
 
 LONGEST = ("pipelines", "cli", "replay", "numerics", "quality", "outline", "errors", "products")
 """The files that take longest, in order: begun last, one would leave a core without work."""

@@ -95,6 +95,22 @@ def test_many_models_of_one_class():
         assert len(piflux.explain(parallel).graphs) == 1
 
 
+def test_sizes_that_varied_between_models_are_numbers():
+    """Those of one model's calls are symbols from the second on."""
+    sizes = []
+
+    def inner(gm, inputs):
+        sizes.append([x for x in inputs if isinstance(x, torch.SymInt)])
+        return gm.forward
+
+    for tokens in (6, 7):
+        parallel = piflux.parallelize(Attention(), inner=inner)
+        parallel(torch.randn(1, tokens, 8))
+    assert sizes == [[], []]
+    parallel(torch.randn(1, 8, 8))
+    assert len(sizes[2]) == 1
+
+
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_nothing_outlives_the_parallel_module(inner):
     """Its caches are gigabytes; the target lives on."""
