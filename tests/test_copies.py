@@ -253,7 +253,11 @@ def test_memory_that_can_not_be_shared_is_told_and_done_without(monkeypatch, cap
     assert "operation not permitted" in caplog.text
 
 
-def _decided(monkeypatch, told, p2p, copies_work=True):
+def test_a_model_on_another_than_the_current_gpu_does_not_copy(monkeypatch):
+    assert not _decided(monkeypatch, [("a", "0"), ("a", "1")], True, current=1)
+
+
+def _decided(monkeypatch, told, p2p, copies_work=True, current=0):
     def gather(into, mine, group):
         assert mine == told[0]
         into[:] = told
@@ -262,6 +266,7 @@ def _decided(monkeypatch, told, p2p, copies_work=True):
     monkeypatch.setattr(copies.socket, "gethostname", lambda: "a")
     monkeypatch.setattr(copies, "_uuid", str)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: p2p)
     monkeypatch.setattr(copies, "Line", lambda group, device: "line")
     if copies_work:

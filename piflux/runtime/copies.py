@@ -131,12 +131,16 @@ def reach(ranks: ProcessRanks, device: torch.device) -> Line | None:
     mine = socket.gethostname(), _uuid(device.index)
     told: list[Any] = [None] * ranks.size
     dist.all_gather_object(told, mine, group=ranks.group)
-    reaches = os.environ.get("NCCL_P2P_DISABLE") != "1" and all(
-        host == mine[0]
-        and uuid in here
-        and torch.cuda.can_device_access_peer(device.index, here[uuid])
-        for host, uuid in told
-        if (host, uuid) != mine
+    reaches = (
+        os.environ.get("NCCL_P2P_DISABLE") != "1"
+        and torch.cuda.current_device() == device.index  # whose streams are used
+        and all(
+            host == mine[0]
+            and uuid in here
+            and torch.cuda.can_device_access_peer(device.index, here[uuid])
+            for host, uuid in told
+            if (host, uuid) != mine
+        )
     )
     # In two rounds, so that who finds out alone that it can't leaves nobody waiting in the second.
     if len(set(told)) < ranks.size or ranks.any(not reaches, device):
