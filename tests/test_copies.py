@@ -153,7 +153,6 @@ def recorded(rank, group):
     with pytest.MonkeyPatch.context() as patch:
         through_files(patch, group)
         recorder = on_tape(patch)
-        recorder.longest = 300  # ops; what is called eagerly would be refused beyond
         plain, taped = (
             piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
             for inner in ("eager", as_captured)
@@ -172,26 +171,27 @@ def test_a_step_with_copies_is_recorded_whole(ranks):
         assert (made, played, eager) == (1, 2 * STEPS - 1, 0)
 
 
-def one_that_fails(rank, group):
-    """Rank 0 launches its steps one by one, what the others have recorded."""
+def one_that_fails(rank, group, longest):
+    """Rank 0 can't record steps of more ops, the other can."""
     with pytest.MonkeyPatch.context() as patch:
         through_files(patch, group)
         recorder = on_tape(patch)
         if rank == 0:
-            recorder.record = None
-            patch.setattr("piflux.runtime.replay._can_be_recorded", lambda *_: False)
+            recorder.longest = longest
         plain, taped = (
             piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
             for inner in ("eager", as_captured)
         )
         made = [image(model, flux_inputs(**EVEN), STEPS) for model in (plain, taped)]
-    return farthest(made), recorder.played
+    return farthest(made), recorder.recorded, recorder.played
 
 
-def test_a_rank_that_does_not_record_goes_on_with_the_others(ranks):
-    (first, none), (second, played) = ranks(2, one_that_fails)
+@pytest.mark.parametrize("longest", [0, 170])
+def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, longest):
+    """Where it fails in a send, or in waiting for one, it sends again from the same memory."""
+    (first, tried, none), (second, _, played) = ranks(2, one_that_fails, longest)
     assert max(first, second) <= SAME
-    assert none == 0 < played
+    assert (tried, none) == (1, 0) and played == STEPS - 1
 
 
 def about_a_line(rank, group):

@@ -40,7 +40,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == "twin":  # of a collective that is recorded: here it would run, alone
-            self.steps.append((func, args, kwargs, None))
+            self.append(func, args, kwargs)
             return None
         if func.namespace == "piflux":
             # As on a GPU: Python runs while the tape does, and is not on it.
@@ -53,7 +53,10 @@ class Tape(TorchDispatchMode):
 
     def eagerly(self, function):
         self.eager += 1
-        self.steps.append((function, (), {}, None))
+        self.append(function, (), {})
+
+    def append(self, function, args, kwargs):
+        self.steps.append((function, args, kwargs, None))
         if len(self.steps) > self.longest:
             raise RuntimeError("operation not permitted when stream is capturing")
 

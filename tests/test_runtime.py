@@ -8,6 +8,7 @@ import torch
 from piflux.parts import wide
 from piflux.runtime.agreement import Sketch
 from piflux.runtime.cache import STALE_CALLS, Runtime
+from piflux.runtime.memory import Memory
 from piflux.runtime.ranks import Packet, virtual_ranks
 from piflux.runtime.streams import Roles, Seen, Stream
 from piflux.schedule import Schedule
@@ -178,3 +179,17 @@ def test_wide_views_are_of_the_same_memory(x, size):
     assert found.data_ptr() == x.data_ptr() and torch.equal(found.view(x.dtype), x)
     narrow = torch.zeros(2, 1, dtype=x.dtype)
     assert all(y.element_size() == x.element_size() for y in wide(x, narrow))
+
+
+def test_packets_are_the_same_in_every_step():
+    """Whatever the order in which two that travel at once are given back."""
+    memory, ranks, like = Memory(), virtual_ranks(2), [torch.zeros(1, 2, 3, 4)]
+    first, second = memory.packet(ranks, like), memory.packet(ranks, like)
+    assert first is not second
+    for one, other in ((first, second), (second, first)):
+        memory.give_back(one)
+        memory.give_back(other)
+        assert memory.packet(ranks, like) is first and memory.packet(ranks, like) is second
+    memory.give_all_back()
+    assert memory.packet(ranks, like) is first
+    assert memory.packet(ranks, [torch.zeros(1, 2, 3, 8)]) not in (first, second)

@@ -222,6 +222,11 @@ class Runtime:
         self.eagerly = eagerly
         try:
             yield
+        except BaseException:
+            # Nothing was sent, and the step is about to begin once more.
+            self._sent.clear()
+            self.now[0].memory.give_all_back()
+            raise
         finally:
             self.eagerly = at_once
 

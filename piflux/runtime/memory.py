@@ -73,8 +73,9 @@ class Memory:
     _places: dict[tuple[tuple[int, ...], torch.device], Places] = field(default_factory=dict)
     # Those that know of this sync step, with what they were before.
     _told: dict[tuple[int, tuple[int, ...]], Tensor] = field(default_factory=dict)
-    # Of sync steps, those that carry nothing at present.
+    # Of sync steps, in the order in which they were made, and those that carry something.
     _packets: list[Packet] = field(default_factory=list)
+    _taken: set[Packet] = field(default_factory=set)
 
     def standing(self, rank: int) -> Any:
         """What Python knows of a rank's slots before a step, of which recordings know nothing."""
@@ -85,15 +86,27 @@ class Memory:
         )
 
     def packet(self, ranks: Ranks, like: Sequence[Tensor]) -> Packet:
-        """One for tensors like these, to be given back; the same in every step, if it can be."""
-        for i in reversed(range(len(self._packets))):
-            if self._packets[i].fits(like):
-                return self._packets.pop(i)
-        return Packet(ranks, like)
+        """One for tensors like these, to be given back.
+
+        In every step the same, on all ranks: what two of them share has to be what both mean, and
+        what is recorded does not ask again.
+        """
+        for packet in self._packets:
+            if packet not in self._taken and packet.fits(like):
+                break
+        else:
+            packet = Packet(ranks, like)
+            self._packets.append(packet)
+        self._taken.add(packet)
+        return packet
 
     def give_back(self, packet: Packet) -> None:
         """All that it brought has been read, or will have been when it is written next."""
-        self._packets.append(packet)
+        self._taken.discard(packet)
+
+    def give_all_back(self) -> None:
+        """The step begins once more."""
+        self._taken.clear()
 
     def places(
         self, lengths: tuple[int, ...], world_size: int, part: int, device: torch.device

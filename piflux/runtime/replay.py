@@ -154,13 +154,13 @@ class Recorded:
         self._moving = moving
         self._fixed: _Fixed | None = None
         self._site: Site | None = None
-        self._fails = False
+        self._failed: set[Any] = set()  # kinds of steps
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         runtime = self._runtime
         stream, step = runtime.now
         kind = _kind(runtime, step)
-        if self._fails or kind is None:
+        if kind is None or kind in self._failed:
             return self._head(*args)
         if self._fixed is None:
             self._fixed = _Fixed(args, self._moving)
@@ -178,8 +178,12 @@ class Recorded:
             try:
                 replay = Replay(runtime, self._head, args, self._moving, self._shared_site())
             except RuntimeError as error:
-                self._fails = True
-                log.warning("steps are launched kernel by kernel, a recording failed: %s", error)
+                self._failed.add(kind)
+                log.warning(
+                    "%s steps are launched kernel by kernel, a recording failed: %s",
+                    "sync" if step.sync else "steady",
+                    error,
+                )
                 return self._head(*args)
             memory.replays[which] = replay
         return memory.replays[which](args)
