@@ -52,7 +52,7 @@ def slowest_rates(
     """
     *heads, tokens, head_dim = query
     on_gpu = device.type == "cuda"
-    gathering = ranks.gather_often(count, device)
+    gathering = ranks.persistent_gather(count, device)
     seconds = median_seconds(lambda: gathering.start().wait(), on_gpu, FEW)
     link_gbs = count * (ranks.size - 1) / seconds / 1e9
     kernels = measure_rates(tokens, heads[-1] if heads else 1, head_dim, dtype, device, FEW)

@@ -23,8 +23,8 @@ from piflux.runtime import ranks as runtime_ranks
 STEPS = 6
 
 
-class Files(copies.Line):
-    """A line of ranks that share files in a folder."""
+class Files(copies.Peers):
+    """Ranks that share files in a folder."""
 
     def __init__(self, group, folder):
         super().__init__(group, torch.device("cpu"))
@@ -68,8 +68,8 @@ def launch(piece: torch.Tensor, starts: bool) -> None:
 
 
 class Launched(copies.Copies):
-    def __init__(self, count, line):
-        super().__init__(count, line)
+    def __init__(self, count, peers):
+        super().__init__(count, peers)
         LAUNCHED[self.piece.data_ptr()] = self
 
     def start(self):
@@ -83,8 +83,8 @@ class Launched(copies.Copies):
 
 def through_files(patch, group):
     """Packets go this way from here on. Returns the collectives that are started all the same."""
-    line = Files(group, _folder(group))
-    patch.setattr(runtime_ranks, "reach", lambda ranks, device: line)
+    peers = Files(group, _folder(group))
+    patch.setattr(runtime_ranks, "reach", lambda ranks, device: peers)
     patch.setattr(runtime_ranks, "Copies", Launched)
     started, original = [], runtime_ranks.all_gather
 
@@ -194,21 +194,21 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, longest):
     assert (tried, none) == (1, 0) and played == STEPS - 1
 
 
-def about_a_line(rank, group):
-    """What a line without GPUs says: where it goes, how long it waits, and what it holds."""
+def about_peers(rank, group):
+    """What peers without GPUs say: where it goes, how long it waits, and what it holds."""
     ranks = runtime_ranks.ProcessRanks(group)
     assert copies.reach(ranks, torch.device("cpu")) is None
-    line = Files(group, _folder(group))
-    first, second = (copies.Copies(count, line) for count in (5, 7))
-    held = [line.bytes]
+    peers = Files(group, _folder(group))
+    first, second = (copies.Copies(count, peers) for count in (5, 7))
+    held = [peers.bytes]
     del first
-    held.append(line.bytes)
+    held.append(peers.bytes)
     wait = copies.timeout(group, torch.device("cpu")).total_seconds()
-    return held, second.piece.numel(), line.timeout_ms == 1000 * wait
+    return held, second.piece.numel(), peers.timeout_ms == 1000 * wait
 
 
-def test_a_line(ranks):
-    assert ranks(2, about_a_line) == [([24, 14], 7, True)] * 2
+def test_peers(ranks):
+    assert ranks(2, about_peers) == [([24, 14], 7, True)] * 2
 
 
 class Reported:
@@ -268,12 +268,12 @@ def _decided(monkeypatch, told, p2p, copies_work=True, current=0):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: p2p)
-    monkeypatch.setattr(copies, "Line", lambda group, device: "line")
+    monkeypatch.setattr(copies, "Peers", lambda group, device: "peers")
     if copies_work:
-        monkeypatch.setattr(copies, "Copies", lambda count, line: None)
+        monkeypatch.setattr(copies, "Copies", lambda count, peers: None)
     ranks = Reported(told)
     found = copies.reach(ranks, torch.device("cuda", 0))
-    assert found in (None, "line")
+    assert found in (None, "peers")
     return found is not None
 
 
@@ -290,8 +290,8 @@ def on_gpus(rank, group, options):
             parallel = piflux.parallelize(model, group=group, inner=as_captured, **options)
             made.append(torch.stack([image(parallel, inputs, STEPS) for _ in range(3)]).cpu())
             runtime = parallel._piflux_compiler.runtime
-            lines = list(runtime.ranks._lines.values())
-    return float((made[0] - made[1]).abs().max()), [line is not None for line in lines]
+            found = list(runtime.ranks._peers.values())
+    return float((made[0] - made[1]).abs().max()), [peers is not None for peers in found]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs; its twins are above")

@@ -213,7 +213,7 @@ class Alone:
     def gather(self, piece):
         return Late(piece, self.events)
 
-    def gather_often(self, count, device):
+    def persistent_gather(self, count, device):
         return Late(torch.empty(count, dtype=torch.uint8), self.events)
 
     def any(self, flag, device):

@@ -36,7 +36,7 @@ class Shared(Protocol):
         """What the current stream was given before is done on all ranks before what comes next."""
 
 
-class Line:
+class Peers:
     """What the gathers of one group of ranks have in common: who takes part, and where they run.
 
     Args:
@@ -80,46 +80,46 @@ class Copies:
 
     Args:
         count: bytes of a rank's piece.
-        line: where it runs.
+        peers: who takes part.
     """
 
     recordable = True
 
-    def __init__(self, count: int, line: Line) -> None:
-        shape = line.size, count
-        memory, self._shared = line.share(line.size * count)
+    def __init__(self, count: int, peers: Peers) -> None:
+        shape = peers.size, count
+        memory, self._shared = peers.share(peers.size * count)
         self.whole: Tensor | None = memory.view(shape)
         self.pieces: Sequence[Tensor] = memory.view(shape).unbind(0)
-        self.piece = self.pieces[line.rank]
+        self.piece = self.pieces[peers.rank]
         # Each begins with its next neighbour, that not all write to the same one.
-        others = [(line.rank + i) % line.size for i in range(1, line.size)]
+        others = [(peers.rank + i) % peers.size for i in range(1, peers.size)]
         self._theirs = [
-            self._shared.get_buffer(other, shape, torch.uint8)[line.rank] for other in others
+            self._shared.get_buffer(other, shape, torch.uint8)[peers.rank] for other in others
         ]
-        self._line = line
+        self._peers = peers
         self.bytes = memory.nbytes
-        line.join(self)
-        self._arrived = line.module.Event()
+        peers.join(self)
+        self._arrived = peers.module.Event()
 
     def start(self) -> Copies:
         """Send what the piece holds now. Returns itself."""
-        line = self._line
-        line.stream.wait_stream(line.module.current_stream())
-        with line.module.stream(line.stream):
-            self._shared.barrier(0, line.timeout_ms)  # all have read what came last
+        peers = self._peers
+        peers.stream.wait_stream(peers.module.current_stream())
+        with peers.module.stream(peers.stream):
+            self._shared.barrier(0, peers.timeout_ms)  # all have read what came last
             for there in self._theirs:
                 there.copy_(self.piece, non_blocking=True)
-            self._shared.barrier(1, line.timeout_ms)  # all has been written
-            self._arrived.record(line.stream)
+            self._shared.barrier(1, peers.timeout_ms)  # all has been written
+            self._arrived.record(peers.stream)
         return self
 
     def wait(self) -> Sequence[Tensor]:
         """What comes next finds `pieces`, which it returns."""
-        self._arrived.wait(self._line.module.current_stream())
+        self._arrived.wait(self._peers.module.current_stream())
         return self.pieces
 
 
-def reach(ranks: ProcessRanks, device: torch.device) -> Line | None:
+def reach(ranks: ProcessRanks, device: torch.device) -> Peers | None:
     """Where gathers by copy engines run; None where there can't be any. All ranks call it together.
 
     They need every rank's GPU to reach every other's memory. NCCL's own switch, NCCL_P2P_DISABLE=1,
@@ -145,13 +145,13 @@ def reach(ranks: ProcessRanks, device: torch.device) -> Line | None:
     # In two rounds, so that who finds out alone that it can't leaves nobody waiting in the second.
     if len(set(told)) < ranks.size or ranks.any(not reaches, device):
         return None
-    line = Line(ranks.group, device)
+    peers = Peers(ranks.group, device)
     try:
-        Copies(1, line)
+        Copies(1, peers)
     except RuntimeError as error:
         log.warning("no gathers by copy engines, GPUs can't share memory: %s", error)
         reaches = False
-    return None if ranks.any(not reaches, device) else line
+    return None if ranks.any(not reaches, device) else peers
 
 
 def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from piflux.parts import wide
 from piflux.runtime.agreement import check_agreement
-from piflux.runtime.copies import Copies, Line, reach
+from piflux.runtime.copies import Copies, Peers, reach
 
 # Under its name of torch 2.13, or else of before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -62,8 +62,12 @@ class Ranks(Protocol):
     def gather(self, piece: Tensor) -> Gathering:
         """An all-gather of every rank's `piece`, to be started; all have one shape and dtype."""
 
-    def gather_often(self, count: int, device: torch.device) -> Gathering:
-        """An all-gather of so many bytes of every rank, from memory of its own: its `piece`.
+    def persistent_gather(self, count: int, device: torch.device) -> Gathering:
+        """An all-gather to be started over and over, as MPI's persistent collectives are.
+
+        Args:
+            count: bytes that every rank sends: its `piece`, memory of its own, in uint8.
+            device: where they are.
 
         All ranks make as many, in one order.
         """
@@ -95,7 +99,7 @@ class ProcessRanks:
         self.size = group.size()
         self.rank = group.rank()
         self.here: Sequence[int] = (self.rank,)
-        self._lines: dict[torch.device, Line | None] = {}
+        self._peers: dict[torch.device, Peers | None] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -110,18 +114,18 @@ class ProcessRanks:
     def gather(self, piece: Tensor) -> Gathering:
         return _Collective(piece, self)
 
-    def gather_often(self, count: int, device: torch.device) -> Gathering:
-        if device not in self._lines:
-            self._lines[device] = reach(self, device)
-        line = self._lines[device]
-        if line is not None:
-            return Copies(count, line)
+    def persistent_gather(self, count: int, device: torch.device) -> Gathering:
+        if device not in self._peers:
+            self._peers[device] = reach(self, device)
+        peers = self._peers[device]
+        if peers is not None:
+            return Copies(count, peers)
         return _Collective(torch.empty(count, dtype=torch.uint8, device=device), self)
 
     @property
     def shared_bytes(self) -> int:
         """GPU memory that the ranks share: no allocator's statistics know of it."""
-        return sum(line.bytes for line in self._lines.values() if line is not None)
+        return sum(peers.bytes for peers in self._peers.values() if peers is not None)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
@@ -205,7 +209,7 @@ class Packet:
         starts = [sum(padded[:i]) for i in range(len(sizes))]
         self._row = sum(padded)
         self._columns = [slice(a, a + size) for a, size in zip(starts, sizes, strict=True)]
-        self._gathering = ranks.gather_often(tokens * self._row, self._device)
+        self._gathering = ranks.persistent_gather(tokens * self._row, self._device)
         self.recordable = self._gathering.recordable
         self.under_way = False
 
@@ -273,7 +277,7 @@ class VirtualRanks:
     def gather(self, piece: Tensor) -> Gathering:
         return _Letters(self, piece)
 
-    def gather_often(self, count: int, device: torch.device) -> Gathering:
+    def persistent_gather(self, count: int, device: torch.device) -> Gathering:
         return _Letters(self, torch.empty(count, dtype=torch.uint8, device=device))
 
     def post(self, piece: Tensor) -> list[Tensor | None]:
