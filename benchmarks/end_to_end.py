@@ -34,6 +34,7 @@ from piflux.clock import StepClock, synchronize
 from piflux.demo import MODEL
 from piflux.launch import is_first, join
 from piflux.rows import FLUX_DEV, SMALL, random_flux
+from piflux.runtime.copies import peak_bytes
 
 PROMPT = "A red fox in fresh snow, early morning light"
 
@@ -191,7 +192,7 @@ def main(
             size,
             steps,
             *map(statistics.median, (total, encode, decode, step)),
-            torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            peak_bytes() / 2**30 if on_gpu else None,
         )
         record = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

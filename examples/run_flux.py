@@ -23,6 +23,7 @@ from piflux.generate import load, show
 from piflux.launch import own_device
 from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 from piflux.rows import FLUX_DEV, random_flux
+from piflux.runtime.copies import peak_bytes
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -186,9 +187,7 @@ def main(
         step_ms=step_ms,
         median_step_ms=statistics.median(step_ms) if step_ms else total_s * 1000,
         total_s=total_s,
-        peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30
-        if device.type == "cuda"
-        else None,
+        peak_memory_gib=peak_bytes() / 2**30 if device.type == "cuda" else None,
         note=NOTE if demo else RANDOM_NOTE if random_weights else "",
     )
     if int(os.environ.get("RANK", "0")) == 0:

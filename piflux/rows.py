@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflux.clock import between, mark, synchronize
+from piflux.runtime.copies import peak_bytes
 
 FLUX_DEV: dict[str, Any] = {
     "in_channels": 64,
@@ -244,7 +245,7 @@ def measure(settings: Settings) -> Result:
         for _ in range(settings.images):
             result.step_ms += _image(call, generation, inputs, settings.steps)
     if on_gpu:
-        result.peak_memory_gib = torch.cuda.max_memory_allocated() / 2**30
+        result.peak_memory_gib = peak_bytes() / 2**30
     _explain(call, result)
     return result
 
@@ -252,14 +253,10 @@ def measure(settings: Settings) -> Result:
 def _explain(call: Model, result: Result) -> None:
     import piflux
     from piflux.api import ParallelModule
-    from piflux.runtime.ranks import ProcessRanks
 
     if isinstance(call, ParallelModule) and result.ranks > 1:
         report = piflux.explain(call).graphs[-1]
         result.sync_bytes, result.steady_bytes = report.sync_bytes, report.steady_bytes
-        ranks = call._piflux_compiler.runtime.ranks
-        if result.peak_memory_gib is not None and isinstance(ranks, ProcessRanks):
-            result.peak_memory_gib += ranks.shared_bytes / 2**30
 
 
 def build(

@@ -4,9 +4,9 @@ Without GPUs the memory is that of files, which all ranks have mapped, and gloo'
 for that of torch's symmetric memory.
 """
 
-import tempfile
 from itertools import count
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ class Mapped:
         dist.barrier(self._group)
 
 
-LAUNCHED: dict[int, copies.Copies] = {}
+LAUNCHED: WeakValueDictionary[int, copies.Copies] = WeakValueDictionary()
 
 
 @torch.library.custom_op("twin::launch", mutates_args=())
@@ -81,9 +81,9 @@ class Launched(copies.Copies):
         return self.pieces
 
 
-def through_files(patch, group):
+def through_files(patch, group, folder):
     """Packets go this way from here on. Returns the collectives that are started all the same."""
-    peers = Files(group, _folder(group))
+    peers = Files(group, folder)
     patch.setattr(runtime_ranks, "reach", lambda ranks, device: peers)
     patch.setattr(runtime_ranks, "Copies", Launched)
     started, original = [], runtime_ranks.all_gather
@@ -96,22 +96,16 @@ def through_files(patch, group):
     return started
 
 
-def _folder(group):
-    folders = [tempfile.mkdtemp(prefix="piflux-") if group.rank() == 0 else None]
-    dist.broadcast_object_list(folders, group_src=0, group=group)
-    return folders[0]
-
-
 EVEN = {"image_hw": (6, 6), "text": 12}  # of which 2 and 3 ranks have parts without a shared token
 UNEVEN = {"image_hw": (5, 7), "text": 13}
 
 
-def images(rank, group, options, shape):
+def images(rank, group, folder, options, shape):
     """By collectives and by copies; how often a gathered whole had to be copied together."""
     model, inputs = tiny_flux(single=2), flux_inputs(**shape)
     want = image(piflux.parallelize(model, group=group, inner="eager", **options), inputs, STEPS)
     with pytest.MonkeyPatch.context() as patch:
-        started = through_files(patch, group)
+        started = through_files(patch, group, folder)
         joined, original = [], cache.join
         patch.setattr(cache, "join", lambda *args: joined.append(args) or original(*args))
         parallel = piflux.parallelize(model, group=group, inner="eager", **options)
@@ -134,24 +128,24 @@ ATTENTIONS = 3
     ],
     ids=["gather", "displaced", "unpredicted", "int8", "rotate"],
 )
-def test_images_are_those_of_collectives(ranks, world_size, options):
-    for apart, started, _ in ranks(world_size, images, options, UNEVEN):
+def test_images_are_those_of_collectives(ranks, tmp_path, world_size, options):
+    for apart, started, _ in ranks(world_size, images, tmp_path, options, UNEVEN):
         assert max(apart) <= EXACT
         assert started == 2 * STEPS  # the predictions
 
 
 @pytest.mark.parametrize("shape, copied", [(EVEN, 0), (UNEVEN, 2 * ATTENTIONS)])
-def test_what_lies_together_is_read_where_it_arrived(ranks, shape, copied):
+def test_what_lies_together_is_read_where_it_arrived(ranks, tmp_path, shape, copied):
     """For attention, in whatever order; the prediction is put in order."""
-    for apart, _, joined in ranks(2, images, {"policy": "gather"}, shape):
+    for apart, _, joined in ranks(2, images, tmp_path, {"policy": "gather"}, shape):
         assert max(apart) <= EXACT
         assert joined == 2 * STEPS * (copied + 1)
 
 
-def recorded(rank, group):
+def recorded(rank, group, folder):
     """How far recorded images are from others, and what was recorded and left out of it."""
     with pytest.MonkeyPatch.context() as patch:
-        through_files(patch, group)
+        through_files(patch, group, folder)
         recorder = on_tape(patch)
         plain, taped = (
             piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
@@ -165,16 +159,16 @@ def recorded(rank, group):
     return farthest(made), recorder.recorded, recorder.played, recorder.eager
 
 
-def test_a_step_with_copies_is_recorded_whole(ranks):
-    for apart, made, played, eager in ranks(2, recorded):
+def test_a_step_with_copies_is_recorded_whole(ranks, tmp_path):
+    for apart, made, played, eager in ranks(2, recorded, tmp_path):
         assert apart <= SAME
         assert (made, played, eager) == (1, 2 * STEPS - 1, 0)
 
 
-def one_that_fails(rank, group, longest):
+def one_that_fails(rank, group, folder, longest):
     """Rank 0 can't record steps of more ops, the other can."""
     with pytest.MonkeyPatch.context() as patch:
-        through_files(patch, group)
+        through_files(patch, group, folder)
         recorder = on_tape(patch)
         if rank == 0:
             recorder.longest = longest
@@ -187,28 +181,28 @@ def one_that_fails(rank, group, longest):
 
 
 @pytest.mark.parametrize("longest", [0, 170])
-def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, longest):
+def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, tmp_path, longest):
     """Where it fails in a send, or in waiting for one, it sends again from the same memory."""
-    (first, tried, none), (second, _, played) = ranks(2, one_that_fails, longest)
+    (first, tried, none), (second, _, played) = ranks(2, one_that_fails, tmp_path, longest)
     assert max(first, second) <= SAME
     assert (tried, none) == (1, 0) and played == STEPS - 1
 
 
-def about_peers(rank, group):
+def about_peers(rank, group, folder):
     """What peers without GPUs say: where it goes, how long it waits, and what it holds."""
     ranks = runtime_ranks.ProcessRanks(group)
     assert copies.reach(ranks, torch.device("cpu")) is None
-    peers = Files(group, _folder(group))
+    peers = Files(group, folder)
     first, second = (copies.Copies(count, peers) for count in (5, 7))
-    held = [peers.bytes]
+    both = copies.shared_bytes()
     del first
-    held.append(peers.bytes)
+    one = copies.shared_bytes()
     wait = copies.timeout(group, torch.device("cpu")).total_seconds()
-    return held, second.piece.numel(), peers.timeout_ms == 1000 * wait
+    return both - one, second.piece.numel(), peers.timeout_ms == 1000 * wait
 
 
-def test_peers(ranks):
-    assert ranks(2, about_peers) == [([24, 14], 7, True)] * 2
+def test_peers(ranks, tmp_path):
+    assert ranks(2, about_peers, tmp_path) == [(2 * 5, 7, True)] * 2
 
 
 class Reported:

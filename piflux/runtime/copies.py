@@ -1,9 +1,9 @@
 """All-gathers by the copy engines: each rank writes its piece into the other GPUs' memory.
 
 NCCL moves data by kernels, whose multiprocessors are then missing to the matrix products that run
-meanwhile. Copy engines take none, and what they do can be recorded with the step. It needs GPUs of
-one host that reach each other's memory, which torch's symmetric memory
-(https://docs.pytorch.org/docs/stable/symmetric_memory.html) maps into each process.
+meanwhile. Copy engines take none (docs/experiments.md has both, timed), and what they do can be
+recorded with the step. It needs GPUs of one host that reach each other's memory, which torch's
+symmetric memory (https://docs.pytorch.org/docs/stable/symmetric_memory.html) maps into each process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,18 @@ if TYPE_CHECKING:
     from piflux.runtime.ranks import ProcessRanks
 
 log = logging.getLogger(__name__)
+
+_ALIVE: WeakSet[Copies] = WeakSet()
+
+
+def shared_bytes() -> int:
+    """GPU memory of this process that other ranks see: no allocator's statistics know of it."""
+    return sum(gathering.whole.nbytes for gathering in _ALIVE)
+
+
+def peak_bytes() -> int:
+    """Most GPU memory at once since `torch.cuda.reset_peak_memory_stats`, with what is shared."""
+    return torch.cuda.max_memory_allocated() + shared_bytes()
 
 
 class Shared(Protocol):
@@ -53,16 +65,6 @@ class Peers:
         self.stream = self.module.Stream(priority=-1)
         # A kernel that waits for ever could not even be aborted, as NCCL's are.
         self.timeout_ms = int(timeout(group, device).total_seconds() * 1000)
-        self._members: WeakSet[Copies] = WeakSet()
-
-    @property
-    def bytes(self) -> int:
-        """Of all memory that is shared: no allocator's statistics know of it."""
-        return sum(member.bytes for member in self._members)
-
-    def join(self, member: Copies) -> None:
-        """Count its memory, as long as it lives."""
-        self._members.add(member)
 
     def share(self, count: int) -> tuple[Tensor, Shared]:
         """So many bytes of each rank, with this rank's own. All ranks call it together."""
@@ -88,8 +90,8 @@ class Copies:
     def __init__(self, count: int, peers: Peers) -> None:
         shape = peers.size, count
         memory, self._shared = peers.share(peers.size * count)
-        self.whole: Tensor | None = memory.view(shape)
-        self.pieces: Sequence[Tensor] = memory.view(shape).unbind(0)
+        self.whole = memory.view(shape)
+        self.pieces: Sequence[Tensor] = self.whole.unbind(0)
         self.piece = self.pieces[peers.rank]
         # Each begins with its next neighbour, that not all write to the same one.
         others = [(peers.rank + i) % peers.size for i in range(1, peers.size)]
@@ -97,8 +99,7 @@ class Copies:
             self._shared.get_buffer(other, shape, torch.uint8)[peers.rank] for other in others
         ]
         self._peers = peers
-        self.bytes = memory.nbytes
-        peers.join(self)
+        _ALIVE.add(self)
         self._arrived = peers.module.Event()
 
     def start(self) -> Copies:

@@ -122,11 +122,6 @@ class ProcessRanks:
             return Copies(count, peers)
         return _Collective(torch.empty(count, dtype=torch.uint8, device=device), self)
 
-    @property
-    def shared_bytes(self) -> int:
-        """GPU memory that the ranks share: no allocator's statistics know of it."""
-        return sum(peers.bytes for peers in self._peers.values() if peers is not None)
-
     def any(self, flag: bool, device: torch.device) -> bool:
         votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)

@@ -196,7 +196,7 @@ class Recorded:
 
 
 def _kind(runtime: Runtime, step: Step) -> Any:
-    """What Python decides by in a step: one recording serves all of a kind. None: it serves none.
+    """What Python decides by in a step: one recording serves all of a kind. None: there is none.
 
     In a sync step `displaced` has the two versions of its caches change places, and virtual ranks,
     or ranks that compute it whole, run another graph.
@@ -204,7 +204,7 @@ def _kind(runtime: Runtime, step: Step) -> Any:
     schedule, ranks = runtime.schedule, runtime.ranks
     assert ranks is not None, "one rank alone has no steps of a kind"
     if not step.sync or schedule.policy == "gather":
-        return "as ever"
+        return ()
     if schedule.policy == "displaced" or schedule.sync != "gather" or len(ranks.here) > 1:
         return None
     return step.index == 0, step.parts
