@@ -2,8 +2,8 @@
 
 NCCL moves data by kernels, whose multiprocessors are then missing to the matrix products that run
 meanwhile. Copy engines take none (docs/experiments.md has both, timed), and what they do can be
-recorded with the step. It needs GPUs of one host that reach each other's memory, which torch's
-symmetric memory (https://docs.pytorch.org/docs/stable/symmetric_memory.html) maps into each process.
+recorded with the step. It needs GPUs of one host that reach each other's memory, which torch
+maps into each process (https://docs.pytorch.org/docs/stable/symmetric_memory.html).
 """
 
 from __future__ import annotations
