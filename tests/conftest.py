@@ -11,8 +11,12 @@ from ranks import Ranks
 # time, and pytest gives a handler to each logger that doesn't propagate.
 logging.getLogger("torch.__trace").propagate = True
 
-LONGEST = ("pipelines", "replay", "numerics", "cli", "model_zoo", "quality", "outline", "hoist")
-"""The files that take longest, in order: begun last, one would leave a core without work."""
+LONGEST = ("pipelines", "cli", "replay", "numerics", "model_zoo", "quality", "outline", "hoist")
+"""The files that take longest, in order: begun last, one would leave a core without work.
+
+`cli` stands beside `pipelines`: others have more ranks at once, and it counts seconds until a
+command ends.
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
