@@ -214,7 +214,11 @@ def _context():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # The server imports the preload list from a bare interpreter, so it needs our path spelled out.
-    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = ONE_THREAD | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # What is forked of a process that asked CUDA for its GPUs can't use them.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
     with mock.patch.dict(os.environ, environment):
         multiprocessing.forkserver.ensure_running()
     return context

@@ -6,10 +6,12 @@ through it for some.
 
 import gc
 
+import torch
 from models import flux_inputs, tiny_flux
 
 import piflux
 
-piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")(**flux_inputs())
+if not torch.cuda.device_count():  # a capture also starts CUDA, which then no fork can use
+    piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")(**flux_inputs())
 gc.collect()
 gc.freeze()
