@@ -1,6 +1,7 @@
 """Cache slots: time, ages, and where prediction goes."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -49,9 +50,14 @@ def test_without_a_clock_time_is_the_step():
     assert time(step=3) - time(step=5) == 2
 
 
+def five_in_two(part):
+    """Where the tokens of a part stand: five in two parts of three that share one."""
+    return Places((5,), 2, part, torch.device("cpu"))
+
+
 def own(part):
     """Which of five tokens are of a part of two."""
-    return Places((5,), 2, part, torch.device("cpu")).sources >= 0
+    return five_in_two(part).sources >= 0
 
 
 def read_line(ages, now):
@@ -113,37 +119,49 @@ def tokens(x):
     return x[0][0, 0, :, 0].tolist()
 
 
+def write_all(slot, value):
+    """All tokens are new, as the first version."""
+    for x, y in zip(slot.first, kv(value), strict=True):
+        x.copy_(y)
+
+
+def slot_of(value, *, two):
+    """A slot that knows one step's keys and values."""
+    slot = Slot.like(kv(value), 5, two=two)
+    write_all(slot, value)
+    slot.settle(alone=True)
+    return slot
+
+
 def test_a_slot_reads_what_its_versions_lead_to():
-    slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
+    slot, ages = slot_of(1, two=True), Ages((5,), at(4))
     slot.make_room(ages.renew(at(3)))
-    slot.first = kv(3)
+    write_all(slot, 3)
     ages.look(at(2))
     ages.renew_part(own(1), at(2))
-    sources = Places((5,), 2, 1, torch.device("cpu")).sources
-    assert sources.tolist() == [-1, -1, 0, 1, 2]
-    keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=True)
+    places = five_in_two(1)
+    assert places.sources.tolist() == [-1, -1, 0, 1, 2]
+    keys, values = slot.predict(ages, places, [x[..., :3, :] for x in kv(7)], keep=True)
     assert keys[0, 0, :, 0].tolist() == [3 + 2 * BELIEF] * 2 + [7] * 3
     assert torch.equal(values, -keys)
     assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1, 1, 7, 7, 7])
     slot.make_room(ages.renew(at(1)))
-    slot.first = kv(9)
+    write_all(slot, 9)
     assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [3, 3, 7, 7, 7])
 
 
 def test_what_is_not_kept_is_only_read():
-    slot, ages = Slot(kv(1), kv(1)), Ages((5,), at(4))
-    sources = Places((5,), 2, 0, torch.device("cpu")).sources
-    keys, _ = slot.predict(ages, sources, [x[..., :3, :] for x in kv(7)], keep=False)
+    slot, ages = slot_of(1, two=True), Ages((5,), at(4))
+    keys, _ = slot.predict(ages, five_in_two(0), [x[..., :3, :] for x in kv(7)], keep=False)
     assert keys[0, 0, :, 0].tolist() == [7, 7, 7, 1, 1]
     assert tokens(slot.first) == tokens(slot.second) == [1] * 5
 
 
 def test_a_slot_of_order_0_remembers_one_version():
-    slot = Slot(kv(1))
+    slot = slot_of(1, two=False)
     slot.make_room()
-    slot.first = kv(3)
-    index = Places((5,), 2, 0, torch.device("cpu")).index
-    read = slot.write(index, [x[..., :3, :] for x in kv(7)])
+    write_all(slot, 3)
+    read = slot.write(five_in_two(0).index, [x[..., :3, :] for x in kv(7)])
     assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
     assert slot.second == []
 
@@ -166,8 +184,7 @@ class Arrived:
 def sync(slot, value, *, alone=False):
     if not alone:
         slot.make_room()
-    for x, y in zip(slot.first, kv(value), strict=True):
-        x.copy_(y)
+    write_all(slot, value)
     slot.settle(alone=alone)
 
 
@@ -192,8 +209,7 @@ def test_a_slot_of_changes_reads_what_they_lead_to():
     sync(slot, 128)
     ages.look(at(2))
     ages.renew_part(own(1), at(2))
-    sources = Places((5,), 2, 1, torch.device("cpu")).sources
-    keys, values = slot.predict(ages, sources, [x[..., :3, :] for x in kv(1)], keep=True)
+    keys, values = slot.predict(ages, five_in_two(1), [x[..., :3, :] for x in kv(1)], keep=True)
     assert keys[0, 0, :, 0].tolist() == [128 + 127 * BELIEF] * 2 + [1] * 3
     assert torch.equal(values, -keys)
     assert tokens(slot.first) == [128, 128, 1, 1, 1]
@@ -243,6 +259,18 @@ gpu = pytest.mark.skipif(
 )
 
 
+class Standing(NamedTuple):
+    """`Places` of tokens that are no part of a model's."""
+
+    index: torch.Tensor
+    sources: torch.Tensor
+
+    @classmethod
+    def of(cls, sources, device="cpu"):
+        fresh = (sources >= 0).nonzero()[:, 0]
+        return cls(fresh[sources[fresh].argsort()].to(device), sources.to(device))
+
+
 def versions(dtype, device="cpu", seed=0, heads=3, tokens=37, dim=24):
     """Two versions and a part of tokens 5 to 14 and 30 to 36, laid out (batch, tokens, heads, dim)
     as projections write it; some tokens' newer version is the first."""
@@ -273,15 +301,15 @@ def token_by_token(first, second, fresh, sources, line, newer, keep):
 
 
 def check_exchange(function, dtype, keep, device="cpu"):
-    args = versions(dtype)
-    want_args = [x.clone() for x in args]
-    want = token_by_token(*want_args, keep)
-    args = [x.to(device) for x in args]
-    got = function(*args, keep)
+    first, second, fresh, sources, line, newer = versions(dtype)
+    both = torch.stack([first, second]).to(device)
+    want = token_by_token(first, second, fresh, sources, line, newer, keep)
+    args = fresh.to(device), Standing.of(sources, device), line.to(device), newer.to(device)
+    got = function(*both, *args, both if keep else None)
     assert got.dtype == dtype
     assert got.is_contiguous()
     torch.testing.assert_close(got.cpu(), want)
-    for mine, theirs in zip(args, want_args, strict=True):
+    for mine, theirs in zip(both, (first, second), strict=True):
         assert torch.equal(mine.cpu(), theirs)
 
 
@@ -303,18 +331,21 @@ def test_exchange_by_kernel_equals_a_loop_over_tokens(dtype, keep):
 
 def test_exchange_meets_either_version_exactly():
     first, second, fresh, sources, line, newer = versions(torch.float32)
-    fresh, sources = fresh[..., :0, :], sources.fill_(-1)
+    both = torch.stack([first, second])
+    fresh, nothing = fresh[..., :0, :], Standing.of(sources.fill_(-1))
     for share, version in ((1, first), (0, second)):
         line.fill_(share)
-        read = exchange_in_torch(first, second, fresh, sources, line, newer, True)
+        read = exchange_in_torch(*both, fresh, nothing, line, newer, both)
         assert torch.equal(read, version)
 
 
 def test_exchange_takes_heads_without_a_batch():
-    args = versions(torch.float32)
-    one = [x[0] for x in args[:3]] + list(args[3:])
-    whole = exchange_in_torch(*(x.clone() for x in args), True)
-    assert torch.equal(exchange_in_torch(*one, True), whole[0])
+    first, second, fresh, sources, *rest = versions(torch.float32)
+    both, places = torch.stack([first, second]), Standing.of(sources)
+    one = both[:, 0].clone()
+    whole = exchange_in_torch(*both, fresh, places, *rest, both)
+    assert torch.equal(exchange_in_torch(*one, fresh[0], places, *rest, one), whole[0])
+    assert torch.equal(one, both[:, 0])
 
 
 def check_place(dtype, device="cpu"):
@@ -379,7 +410,8 @@ def check_exchange_changes(function, dtype, keep, device="cpu"):
     rows = compress_in_torch(version, before)
     moved = version.double().clone()
     advance(moved, rows)
-    args = [x.to(device) for x in (version.clone(), rows.clone(), fresh, sources, ahead)]
+    args = [x.to(device) for x in (version.clone(), rows.clone(), fresh, ahead)]
+    args.insert(3, Standing.of(sources, device))
     got = function(*args, keep)
     assert got.dtype == dtype
     assert got.is_contiguous()

@@ -364,7 +364,7 @@ class Runtime:
             return kept.write(places.index, fresh)
         # displaced: all ranks' are kept, as they arrive.
         ages = stream.memory.ages(ranks.rank, lengths)
-        return kept.predict(ages, places.sources, fresh, keep=not displaced)
+        return kept.predict(ages, places, fresh, keep=not displaced)
 
     @property
     def _ranks(self) -> Ranks:

@@ -8,8 +8,13 @@ its rounding error is half of a 127th of its own largest number at most.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from piflux.runtime.memory import Places
 
 SCALE_BYTES = 4
 LARGEST = 127
@@ -35,10 +40,10 @@ def exchange(
     first: Tensor,
     second: Tensor,
     fresh: Tensor,
-    sources: Tensor,
+    places: Places,
     line: Tensor,
     newer: Tensor,
-    keep: bool,
+    both: Tensor | None,
 ) -> Tensor:
     """What attention reads of one slot's keys or values, and the slot's new versions.
 
@@ -49,13 +54,13 @@ def exchange(
         first: (batch, heads, tokens, head dim), contiguous: one version of each token.
         second: like `first`: another version.
         fresh: (batch, heads, part tokens, head dim): this step's, of one part, in any layout.
-        sources: (tokens,) in int32: where in `fresh` a token stands, each of it once; -1 if it does
-            not.
+        places: of the part's tokens.
         line: (tokens,) in float32: a token that is not fresh is read as
             second + line * (first - second), computed in float32 at least.
         newer: (tokens,) of bool: of a token that is fresh, whether it is kept as the first version
             or as the second.
-        keep: whether fresh tokens are kept at all.
+        both: (2, batch, heads, tokens, head dim): the memory of `first` and `second`, where fresh
+            tokens are kept. None: they are not.
 
     Returns:
         Like `first`, a new tensor.
@@ -63,39 +68,30 @@ def exchange(
     if first.is_cuda:
         from piflux.runtime.kernels import exchange_by_kernel
 
-        return exchange_by_kernel(first, second, fresh, sources, line, newer, keep)
-    return exchange_in_torch(first, second, fresh, sources, line, newer, keep)
+        keep = both is not None
+        return exchange_by_kernel(first, second, fresh, places.sources, line, newer, keep)
+    return exchange_in_torch(first, second, fresh, places, line, newer, both)
 
 
 def exchange_in_torch(
     first: Tensor,
     second: Tensor,
     fresh: Tensor,
-    sources: Tensor,
+    places: Places,
     line: Tensor,
     newer: Tensor,
-    keep: bool,
+    both: Tensor | None,
 ) -> Tensor:
     """`exchange`, in ops that run on any device."""
-    index = _index(sources, fresh.shape[-2])
+    index = places.index
     dtype = torch.promote_types(first.dtype, line.dtype)
     weight = line[:, None].to(dtype)
     read = torch.lerp(second.to(dtype), first.to(dtype), weight).to(first.dtype)
-    if keep:
-        up = newer.index_select(0, index)[:, None]
-        for version, renewed in ((first, up), (second, ~up)):
-            kept = torch.where(renewed, fresh, version.index_select(-2, index))
-            version.index_copy_(-2, index, kept)
+    if both is not None:
+        # Which tokens go where is data, as is `index`: shapes that depend on it can't be recorded.
+        which = newer.logical_not().index_select(0, index).long()
+        both.movedim(-2, 1)[which, index] = fresh.movedim(-2, 0)
     return read.index_copy_(-2, index, fresh)
-
-
-def _index(sources: Tensor, part_tokens: int) -> Tensor:
-    """The place in the whole of each of the part's tokens, (part tokens,) in int64.
-
-    Sorted, the tokens of other parts come first, all as -1, then the part's, in its order. A mask
-    would do as well, but shapes would depend on data, which can't be recorded.
-    """
-    return sources.argsort()[len(sources) - part_tokens :]
 
 
 def row_bytes(head_dim: int) -> int:
@@ -145,7 +141,7 @@ def compress_in_torch(new: Tensor, old: Tensor) -> Tensor:
 
 
 def exchange_changes(
-    version: Tensor, rows: Tensor, fresh: Tensor, sources: Tensor, ahead: Tensor, keep: bool
+    version: Tensor, rows: Tensor, fresh: Tensor, places: Places, ahead: Tensor, keep: bool
 ) -> Tensor:
     """`exchange` for a slot that holds the last version of each token and its change until then.
 
@@ -153,8 +149,7 @@ def exchange_changes(
         version: (batch, heads, tokens, head dim), contiguous.
         rows: the changes, (batch, heads, tokens, row bytes) in uint8, contiguous.
         fresh: (batch, heads, part tokens, head dim): this step's, of one part, in any layout.
-        sources: (tokens,) in int32: where in `fresh` a token stands, each of it once; -1 if it does
-            not.
+        places: of the part's tokens.
         ahead: (tokens,) in float32: a token that is not fresh is read as
             version + ahead * change, computed in float32 at least.
         keep: whether fresh tokens become the version, and their change is kept.
@@ -165,15 +160,15 @@ def exchange_changes(
     if version.is_cuda:
         from piflux.runtime.kernels import exchange_changes_by_kernel
 
-        return exchange_changes_by_kernel(version, rows, fresh, sources, ahead, keep)
-    return exchange_changes_in_torch(version, rows, fresh, sources, ahead, keep)
+        return exchange_changes_by_kernel(version, rows, fresh, places.sources, ahead, keep)
+    return exchange_changes_in_torch(version, rows, fresh, places, ahead, keep)
 
 
 def exchange_changes_in_torch(
-    version: Tensor, rows: Tensor, fresh: Tensor, sources: Tensor, ahead: Tensor, keep: bool
+    version: Tensor, rows: Tensor, fresh: Tensor, places: Places, ahead: Tensor, keep: bool
 ) -> Tensor:
     """`exchange_changes`, in ops that run on any device."""
-    index = _index(sources, fresh.shape[-2])
+    index = places.index
     dtype = torch.promote_types(version.dtype, ahead.dtype)
     numbers, scales = changes(rows, version.shape[-1])
     change = numbers.to(dtype) * scales.to(dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from piflux.parts import join
 from piflux.runtime.exchange import advance, compress, exchange, exchange_changes, place, row_bytes
 from piflux.runtime.ranks import Packet, Ranks
 from piflux.runtime.replay import Eagerly, at_once
+
+if TYPE_CHECKING:
+    from piflux.runtime.memory import Places
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
 # computed against remembered keys and values themselves. Of 0.6, 0.75 and 0.9 this drifts least on
@@ -122,11 +126,13 @@ class Slot:
     Attributes:
         first: keys and values, each (batch, heads, all tokens, head dim).
         second: another version of each token; empty where nothing is predicted.
+        both: the memory of both, each (2, batch, heads, all tokens, head dim).
         packet: `displaced`: what each step's keys and values travel in, from its first on.
     """
 
     first: list[Tensor]
     second: list[Tensor] = field(default_factory=list)
+    both: list[Tensor] = field(default_factory=list)
     packet: Packet | None = None
 
     @classmethod
@@ -136,9 +142,9 @@ class Slot:
         Args:
             two: whether it has a second version.
         """
-        shapes = [(*x.shape[:-2], tokens, x.shape[-1]) for x in fresh]
-        first = [x.new_empty(shape) for x, shape in zip(fresh, shapes, strict=True)]
-        return cls(first, [torch.empty_like(x) for x in first] if two else [])
+        both = [x.new_empty(1 + two, *x.shape[:-2], tokens, x.shape[-1]) for x in fresh]
+        first = [x[0] for x in both]
+        return cls(first, [x[1] for x in both], both) if two else cls(first)
 
     def fits(self, fresh: Sequence[Tensor], tokens: int) -> bool:
         """Whether keys and values like `fresh`, but of so many tokens, are of this slot's kind."""
@@ -191,20 +197,20 @@ class Slot:
         return self.first
 
     def predict(
-        self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
+        self, ages: Ages, places: Places, fresh: Sequence[Tensor], *, keep: bool
     ) -> list[Tensor]:
         """The whole at this step's time, in which one part is fresh; new tensors.
 
         Args:
             ages: which look at this step's time, and know of the part's new version if it is kept.
-            sources: see `Places`.
+            places: of the part's tokens.
             fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
             keep: whether to remember them, over the older version of each token.
         """
-        versions = zip(self.first, self.second, fresh, strict=True)
+        versions = zip(self.first, self.second, self.both, fresh, strict=True)
         return [
-            exchange(first, second, x, sources, ages.line, ages.newer, keep)
-            for first, second, x in versions
+            exchange(first, second, x, places, ages.line, ages.newer, both if keep else None)
+            for first, second, both, x in versions
         ]
 
     def packets(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -286,12 +292,12 @@ class ChangeSlot(Slot):
         self._before = []
 
     def predict(
-        self, ages: Ages, sources: Tensor, fresh: Sequence[Tensor], *, keep: bool
+        self, ages: Ages, places: Places, fresh: Sequence[Tensor], *, keep: bool
     ) -> list[Tensor]:
         """See `Slot.predict`."""
         held = zip(self.first, self.second, fresh, strict=True)
         return [
-            exchange_changes(version, rows, x, sources, ages.ahead, keep)
+            exchange_changes(version, rows, x, places, ages.ahead, keep)
             for version, rows, x in held
         ]
 
