@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -44,6 +44,9 @@ SMALL: dict[str, Any] = FLUX_DEV | {
     "pooled_projection_dim": 128,
     "axes_dims_rope": (16, 24, 24),
 }
+
+TEXT_TOKENS = 512
+"""Of a prompt, on a GPU."""
 
 Model = Callable[..., Any]
 Generation = Callable[[Tensor], contextlib.AbstractContextManager[Any]]
@@ -108,6 +111,22 @@ class Result:
 # --- rows: each makes a model ready to be called step by step -----------------------------------
 
 
+def _image(
+    call: Model, generation: Generation, inputs: dict[str, Tensor], steps: int
+) -> list[float]:
+    """One denoise loop of Euler steps: milliseconds of each."""
+    latents = inputs["hidden_states"]
+    sigmas = torch.linspace(1, 0, steps + 1).tolist()
+    timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
+    marks = [mark(latents.is_cuda)]
+    with generation(timesteps[:-1]):
+        for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
+            step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
+            latents = latents + (then - now) * call(**step, return_dict=False)[0]
+            marks.append(mark(latents.is_cuda))
+    return between(marks)
+
+
 @dataclass(frozen=True)
 class Row:
     """A way to run the model.
@@ -117,11 +136,14 @@ class Row:
             of given timesteps.
         alone: whether it is one rank's.
         needs_gpu: whether it has no CPU counterpart.
+        image: one denoise loop of what is prepared, with such inputs and so many steps:
+            milliseconds of each.
     """
 
     prepare: Callable[[nn.Module, bool], tuple[Model, Generation]]
     alone: bool = False
     needs_gpu: bool = False
+    image: Callable[[Model, Generation, dict[str, Tensor], int], list[float]] = _image
 
 
 def _eager(model: nn.Module, on_gpu: bool) -> tuple[Model, Generation]:
@@ -200,6 +222,71 @@ def _para_attention(model: nn.Module, on_gpu: bool) -> tuple[Model, Generation]:
     return model, contextlib.nullcontext
 
 
+def _xdit(transformer: nn.Module, **degrees: int) -> tuple[Any, Any]:
+    """A pipeline of this transformer alone, and xDiT's settings with its process groups made."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import initialize_runtime_state
+
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(), transformer=cast(Any, transformer), **cast(Any, absent)
+    )
+    config, _ = xFuserArgs(**degrees).create_config()
+    config.runtime_config.dtype = next(transformer.parameters()).dtype
+    initialize_runtime_state(pipe, config)
+    return pipe, config
+
+
+def _xdit_ulysses(model: Any, on_gpu: bool) -> tuple[Model, Generation]:
+    from xfuser.core.distributed import get_runtime_state
+    from xfuser.model_executor.models.transformers.transformer_flux import (
+        xFuserFlux1Transformer2DWrapper,
+    )
+
+    with torch.device("meta"):
+        split = xFuserFlux1Transformer2DWrapper.from_config(model.config)
+    split.load_state_dict(model.state_dict(), assign=True)
+    _xdit(split, ulysses_degree=int(os.environ["WORLD_SIZE"]))
+    get_runtime_state().set_input_parameters(
+        max_condition_sequence_length=TEXT_TOKENS, split_text_embed_in_sp=True
+    )
+    split.compile_repeated_blocks(fullgraph=True)
+    return split.eval(), contextlib.nullcontext
+
+
+def _xdit_pipefusion(model: nn.Module, on_gpu: bool) -> tuple[Model, Generation]:
+    from xfuser import xFuserFluxPipeline
+
+    pipe, config = _xdit(model, pipefusion_parallel_degree=int(os.environ["WORLD_SIZE"]))
+    pipe.set_progress_bar_config(disable=True)
+    return xFuserFluxPipeline(pipe, config), contextlib.nullcontext
+
+
+def _pipefusion_image(
+    call: Model, generation: Generation, inputs: dict[str, Tensor], steps: int
+) -> list[float]:
+    """One denoise loop of xDiT's own: milliseconds of a step in the mean, as steps overlap."""
+    latents, text = inputs["hidden_states"], inputs["encoder_hidden_states"]
+    height, width = (16 * (1 + int(x)) for x in inputs["img_ids"][-1, 1:])
+    dist.barrier()
+    start = mark(latents.is_cuda)
+    call(
+        prompt_embeds=text,
+        pooled_prompt_embeds=inputs["pooled_projections"],
+        latents=latents,
+        height=height,
+        width=width,
+        num_inference_steps=steps,
+        max_sequence_length=text.shape[1],
+        output_type="latent",
+        return_dict=False,
+    )
+    dist.barrier()  # stages end one after the other
+    (whole,) = between([start, mark(latents.is_cuda)])
+    return [whole / steps]
+
+
 ROWS = {
     "eager": Row(_eager, alone=True),
     "compiled": Row(_compiled, alone=True, needs_gpu=True),
@@ -215,6 +302,8 @@ ROWS = {
     "displaced-int8": Row(_piflux(policy="displaced", compression="int8")),
     "diffusers-ulysses": Row(_diffusers("ulysses"), needs_gpu=True),
     "diffusers-ring": Row(_diffusers("ring"), needs_gpu=True),
+    "xdit-ulysses": Row(_xdit_ulysses, needs_gpu=True),
+    "xdit-pipefusion": Row(_xdit_pipefusion, needs_gpu=True, image=_pipefusion_image),
     "para-attention": Row(_para_attention, needs_gpu=True),
 }
 
@@ -231,19 +320,20 @@ def measure(settings: Settings) -> Result:
     else:
         torch.set_num_threads(1)
     model, inputs = build(device, on_gpu, settings.height, settings.width)
-    call, generation = ROWS[settings.row].prepare(model, on_gpu)
+    row = ROWS[settings.row]
+    call, generation = row.prepare(model, on_gpu)
     result = Result(settings.row, settings.ranks)
     with torch.no_grad():
         start = time.perf_counter()
-        _image(call, generation, inputs, 2)
+        row.image(call, generation, inputs, 2)
         synchronize(on_gpu)
         result.first_call_s = time.perf_counter() - start
         for _ in range(2):  # what comes for the second time is recorded
-            _image(call, generation, inputs, settings.steps)
+            row.image(call, generation, inputs, settings.steps)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         for _ in range(settings.images):
-            result.step_ms += _image(call, generation, inputs, settings.steps)
+            result.step_ms += row.image(call, generation, inputs, settings.steps)
     if on_gpu:
         result.peak_memory_gib = peak_bytes() / 2**30
     _explain(call, result)
@@ -275,7 +365,7 @@ def build(
         return torch.randn(*shape, device=device, dtype=dtype, generator=generator)
 
     rows, columns = height // 16, width // 16
-    text = 512 if on_gpu else 64
+    text = TEXT_TOKENS if on_gpu else 64
     grid = torch.cartesian_prod(
         torch.zeros(1), torch.arange(rows) * 1.0, torch.arange(columns) * 1.0
     )
@@ -306,22 +396,6 @@ def random_flux(
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     return model
-
-
-def _image(
-    call: Model, generation: Generation, inputs: dict[str, Tensor], steps: int
-) -> list[float]:
-    """One denoise loop of Euler steps: milliseconds of each."""
-    latents = inputs["hidden_states"]
-    sigmas = torch.linspace(1, 0, steps + 1).tolist()
-    timesteps = torch.tensor(sigmas, device=latents.device, dtype=latents.dtype)
-    marks = [mark(latents.is_cuda)]
-    with generation(timesteps[:-1]):
-        for i, (now, then) in enumerate(itertools.pairwise(sigmas)):
-            step = inputs | {"hidden_states": latents, "timestep": timesteps[i : i + 1]}
-            latents = latents + (then - now) * call(**step, return_dict=False)[0]
-            marks.append(mark(latents.is_cuda))
-    return between(marks)
 
 
 def worker(settings: str, out: str) -> None:

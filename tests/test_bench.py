@@ -3,14 +3,17 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 
 import pytest
+import torch.distributed as dist
 from models import tiny_flux
 from typer.testing import CliRunner
 
 from piflux import bench
 from piflux.bench import Floor, chart, markdown, measure_floor, run_row
-from piflux.rows import FLUX_DEV, ROWS, Result, Settings, is_in_a_block
+from piflux.rows import FLUX_DEV, ROWS, Result, Settings, build, is_in_a_block
 from piflux.schedule import Schedule
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
@@ -87,6 +90,25 @@ def test_rows_on_cpu_ranks(tmp_path):
 def test_rows_are_of_the_policy_that_they_name(row, policy, settings):
     model, _ = ROWS[row].prepare(tiny_flux(), False)
     assert model._piflux_compiler.runtime.schedule == Schedule(policy, **settings)
+
+
+def test_a_loop_of_its_own_is_timed_as_a_whole(monkeypatch):
+    """PipeFusion's steps overlap, so that what lies between two of them is no step's time."""
+    calls = []
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
+
+    def call(**settings):
+        time.sleep(0.06)
+        calls.append(settings)
+
+    _, inputs = build("cpu", False, 128, 96)
+    (mean,) = ROWS["xdit-pipefusion"].image(call, nullcontext, inputs, 3)
+    before, settings, after = calls
+    assert before == after == "barrier"
+    assert (settings["height"], settings["width"]) == (128, 96)
+    assert (settings["num_inference_steps"], settings["max_sequence_length"]) == (3, 64)
+    assert settings["latents"] is inputs["hidden_states"]
+    assert 20 <= mean < 60
 
 
 def test_what_is_quantized():
