@@ -1,5 +1,7 @@
 """What the compiler tells: explain, the log and the trace."""
 
+import copy
+import functools
 import json
 import os
 import subprocess
@@ -27,8 +29,13 @@ print(piflux.parallelize(Model(), inner="eager")(torch.randn(1, 8, 4)).shape)
 """
 
 
+@functools.cache
+def captured():
+    return capture(tiny_flux(), **flux_inputs())
+
+
 def report(policy, world_size=2, **options):
-    gm = capture(tiny_flux(), **flux_inputs())
+    gm = copy.deepcopy(captured())
     ctx = transformed(gm, world_size)
     return GraphReport.of(gm, ctx, Schedule(policy, world_size=world_size, **options))
 
