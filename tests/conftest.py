@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from captures import captured_once as captures_shared
 from ranks import Ranks
 
 # For any handler of this logger torch traces captures in detail, which takes a quarter of their
@@ -31,6 +32,13 @@ def one_thread() -> None:
     Before each test, since a command that runs in this process may take what cores there are.
     """
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def captured_once() -> Iterator[None]:
+    """Models that are alike are captured once in this process; see `captures`."""
+    with captures_shared():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ def image(model, example, *, times=None, announced=True):
 
 
 @pytest.fixture
-def reads(monkeypatch):
+def reads(monkeypatch, captured_once):
     """One entry for each step whose products were looked up."""
     found = []
     read = Table.read
@@ -239,6 +239,7 @@ def steps(model, known, *changes):
             model(**flux_inputs() | {name: torch.tensor([x]) for name, x in change.items()})
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_step_at_another_time_is_told():
     model = piflux.parallelize(tiny_flux(), inner=as_captured)
     times = [{"timestep": time} for time in (1.0, 0.5, 0.3)]
@@ -248,6 +249,7 @@ def test_a_step_at_another_time_is_told():
         steps(model, torch.tensor([1.0, 0.5, 0.4]), *times)
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_guidance_that_changes_is_told():
     model = piflux.parallelize(tiny_flux(), inner=as_captured)
     guided = {"timestep": 1.0, "guidance": 4.0}, {"timestep": 0.5, "guidance": 2.0}

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 import torch.distributed as dist
+from captures import shares_captures
 from models import (
     control_samples,
     denoise,
@@ -223,16 +224,25 @@ def test_lora_loaded_before_and_after(ranks):
 # -------------------------------------------------------------------------- rotate and displaced
 
 
-def drawn(rank, group, build, inputs, options, inner="eager"):
-    """The latents after each step of one image."""
-    model = piflux.parallelize(build(), group=group, inner=inner, **options)
+def image(build, inputs, **options):
+    """The latents after each step."""
+    model = piflux.parallelize(build(), **options)
     with piflux.generation(model):
         return list(denoise(sample(model), inputs, STEPS))
 
 
-def judge_image(ranks, n, build, inputs, options, *, inner="eager", tolerance=EXACT):
+@shares_captures
+def drawn(rank, group, build, inputs, options):
+    return image(build, inputs, group=group, inner="eager", **options)
+
+
+def drawn_by_inductor(rank, group, build, inputs, options):
+    return image(build, inputs, group=group, inner="inductor", **options)
+
+
+def judge_image(ranks, n, build, inputs, options, *, job=drawn, tolerance=EXACT):
     want = list(denoise(Oracle(build(), n, **options), inputs, STEPS))
-    assert_equal(ranks(n, drawn, build, inputs, options, inner), want, tolerance)
+    assert_equal(ranks(n, job, build, inputs, options), want, tolerance)
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
@@ -303,9 +313,11 @@ def test_enough_sync_steps_are_gather(ranks, policy):
 def test_inductor_equals_the_oracle(ranks, policy):
     """Fused kernels round differently; over nine steps that may grow a little."""
     options = {"policy": policy}
-    judge_image(ranks, 2, tiny_flux, flux_inputs(), options, inner="inductor", tolerance=5e-5)
+    job = drawn_by_inductor
+    judge_image(ranks, 2, tiny_flux, flux_inputs(), options, job=job, tolerance=5e-5)
 
 
+@shares_captures
 def marked(rank, group, policy):
     """Rank 1 alone adds one to every output token that it computes."""
     model = tiny_flux()
@@ -357,6 +369,7 @@ def guided_inputs():
     return inputs | {"negative": flux_inputs(seed=1)["encoder_hidden_states"]}
 
 
+@shares_captures
 def drawn_with_guidance(rank, group, policy):
     model = piflux.parallelize(tiny_flux(), group=group, policy=policy, inner="eager")
     step = guided(sample(model), sample(model))
@@ -374,6 +387,7 @@ def test_true_guidance_keeps_a_cache_per_pass(ranks, policy):
     assert_equal(ranks(2, drawn_with_guidance, policy), want * 2)
 
 
+@shares_captures
 def drawn_in_a_row(rank, group, images):
     """No generation is opened, and the very same embeddings serve all images."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
@@ -400,6 +414,7 @@ def another_image():
     return flux_inputs() | {"hidden_states": noise, "timestep": torch.full((1,), 0.5)}
 
 
+@shares_captures
 def rewritten(rank, group):
     """Two images whose embeddings lie in the same tensor, which counts no versions."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")

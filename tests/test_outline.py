@@ -5,6 +5,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from captures import captured_once
 from expecttest import TestCase
 from graphs import capture, text, transformed
 from models import Int8Weight, flux_inputs, quantized, sd3_inputs, tiny_flux, tiny_sd3
@@ -286,7 +287,8 @@ def test_another_size_needs_no_other_pieces():
 
 def drawn(model, inputs, inner, options):
     group = piflux.virtual_ranks(3)
-    return image(piflux.parallelize(model, group=group, inner=inner, **options), inputs)
+    with captured_once():
+        return image(piflux.parallelize(model, group=group, inner=inner, **options), inputs)
 
 
 @pytest.mark.parametrize("options", list(settings()))
@@ -314,6 +316,7 @@ def test_pieces_of_another_model():
     assert inner.calls > 2
 
 
+@pytest.mark.usefixtures("captured_once")
 @needs_compiler
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_inductor(world_size):

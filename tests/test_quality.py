@@ -201,6 +201,7 @@ def test_summaries_pair_pictures():
     assert lines[3].endswith("| 0.700 | 0.500 | 0.600 |")
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_policies_from_exact_to_drifting():
     """Steps of a small picture: gather is one rank's, prediction is nearer to it than none."""
     pipe = demo_pipeline()
@@ -340,6 +341,7 @@ def test_the_command(tmp_path):
     assert table[2].startswith("| 2 | rotate order=0 | ")
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
     monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
     known = {}
@@ -368,6 +370,7 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     assert [key[:2] for key in known] == [halves[0], halves[1], halves[1]]
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
     """Over a link that takes longer than a step computes."""
     displaced = [text for text in drift.CANDIDATES if "displaced" in text]
@@ -428,6 +431,7 @@ RECORDED = {
 MARGIN_DB, MARGIN_LPIPS = 0.5, 1.1
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_drift_does_not_grow():
     pipe = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)

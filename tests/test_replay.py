@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from captures import shares_captures
 from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from test_virtual_ranks import STEPS, image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,7 +122,7 @@ def on_tape(monkeypatch):
 
 
 @pytest.fixture
-def recorder(monkeypatch):
+def recorder(monkeypatch, captured_once):
     return on_tape(monkeypatch)
 
 
@@ -153,9 +154,9 @@ def test_refreshed_caches_stay_where_they_are(recorder):
     check(2, [flux_inputs()], 2, 2 * (STEPS - 4), recorder, sync_steps=2, refresh_every=3)
 
 
-def test_another_size_is_recorded_anew(recorder):
+def test_another_size_is_recorded_anew(monkeypatch):
     small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
-    check(2, [small, large, small], 6, 3 * 2 * (STEADY - 1), recorder)
+    check(2, [small, large, small], 6, 3 * 2 * (STEADY - 1), on_tape(monkeypatch))
 
 
 def test_what_is_left_of_a_graph_computes_the_same(recorder):
@@ -234,6 +235,7 @@ def test_an_input_on_another_device_is_not_recorded(recorder, monkeypatch):
     check(2, [flux_inputs()], 0, 0, recorder)
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
     def fail(run, site):
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -246,6 +248,7 @@ def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
     assert [r.levelname for r in caplog.records if "not permitted" in r.message] == ["WARNING"]
 
 
+@shares_captures
 def real(rank, group, options):
     """Three images by real ranks, recorded and not: how far they are apart, and counts."""
     images = []
@@ -302,6 +305,7 @@ def farthest(images):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+@shares_captures
 def in_pieces(rank, group, options):
     """Two images: how far they are apart, what was recorded, and collectives in each step."""
     started, turn = runtime_ranks.all_gather, Runtime.turn
@@ -352,6 +356,7 @@ def test_between_collectives_steps_are_recorded(ranks, world_size, options, reco
         assert collectives == [GATHERS] * 2 * 2 * MORE_STEPS
 
 
+@shares_captures
 def with_failures(rank, group, options, longest):
     """An image whose recording fails on rank 0 after so many ops, and one after it."""
     with pytest.MonkeyPatch.context() as patch:

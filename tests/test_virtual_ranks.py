@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from captures import shares_captures
 from models import denoise, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from oracle import Oracle
 from test_numerics import EXACT
@@ -33,6 +34,7 @@ def settings():
     yield {"policy": "gather"}
 
 
+@shares_captures
 def images(rank, group):
     model, inputs = tiny_flux(), flux_inputs()
     return [
@@ -41,6 +43,7 @@ def images(rank, group):
     ]
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_virtual_ranks_equal_real_ones(ranks, world_size):
     real = ranks(world_size, images)[0]
@@ -58,6 +61,7 @@ def test_virtual_ranks_equal_real_ones(ranks, world_size):
     assert (virtual[0] - virtual[-1]).abs().max() > 100 * EXACT  # rotation does drift
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
 def test_compressed_changes_equal_the_oracle(policy):
     """Every rank's own, and what arrives is whole when the last one has run."""
