@@ -1,70 +1,96 @@
 """One capture by Dynamo for all models that are alike, for tests of what comes after it.
 
 Dynamo takes most of the time of a tiny model's first call, and makes the same graph of every model
-of a kind, whatever its settings and its weights. Inside of `captured_once` models have their graph
-from the first of their kind. Dynamo decides whether it is theirs, by the guards that it always
-checks; the compiler, which gets a copy of the graph, is each model's own, and so is all that it
-makes of it. How models are captured, at a second size above all, is for tests outside of it.
+of a kind, whatever its settings and its weights. Inside of `captured_once` models whose first
+calls are alike have their graph from the first of them. Dynamo decides whether it is theirs, by the
+guards that it always checks; the compiler, which gets a copy of the graph, is each model's own, and
+so is all that it makes of it. How models are captured is for tests outside of it.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from itertools import count
+from types import CodeType, FunctionType
 from typing import Any
 from unittest import mock
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext, tracing
+from torch.utils._pytree import tree_flatten
 
 from piflux import api
 from piflux.compiler import Compiler
 
-_CODE = api._call(torch.nn.Identity()).__code__
-"""What all models call here: Dynamo keeps its graphs by code."""
+_codes: dict[Hashable, CodeType] = {}
+"""By first call. Dynamo remembers by code which graphs it has captured, and which sizes varied."""
 
-_called: Compiler
-"""That of the model which is being called."""
+_numbers = count()
+
+_called: tuple[Hashable, Compiler]
+"""The first call of the model that is being called, and its compiler."""
 
 
 @contextmanager
 def captured_once() -> Iterator[None]:
-    """Also a decorator, of jobs for ranks too: those of one file then share their graphs."""
+    """For models that are parallelized inside of it."""
     with mock.patch.object(api, "_compiled", _compiled):
         yield
 
 
 def shares_captures(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a job for ranks: it runs inside of `captured_once`, as others of its file do."""
+    """A job for ranks inside of `captured_once`: those of one file share their graphs."""
     shared = captured_once()(function)
     shared.shares_captures = True
     return shared
 
 
 def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:
-    """As `piflux.api._compiled`, but all models have the same code and the same backend."""
-    alike = FunctionType(_CODE, call.__globals__, call.__name__, None, call.__closure__)
-    compiled = torch.compile(alike, backend=_backend, fullgraph=True)
+    """As `piflux.api._compiled`, but models that are alike have one code and one backend."""
+    first: Hashable = None
+    compiled: Callable[..., Any] = call
 
     def run(*args: Any, **kwargs: Any) -> Any:
         global _called
-        _called = compiler
+        nonlocal first, compiled
+        if first is None:
+            first = _signature(call.__closure__[0].cell_contents, args, kwargs)
+            if first not in _codes:
+                _codes[first] = call.__code__.replace(co_name=f"alike_{next(_numbers)}")
+            code = _codes[first]
+            alike = FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
+            compiled = torch.compile(alike, backend=_backend, fullgraph=True)
+        _called = first, compiler
         return compiled(*args, **kwargs)
 
     return run
 
 
+def _signature(target: torch.nn.Module, args: Any, kwargs: Any) -> Hashable:
+    leaves, structure = tree_flatten((args, kwargs))
+    kinds = ((x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
+    return type(target), str(structure), *kinds
+
+
 def _backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    assert not _called.reports, "a model that is captured twice must have its captures to itself"
+    first, compiler = _called
+    if compiler.reports:
+        # A second graph serves more calls, as of several sizes. A model to come would have it at
+        # once, where alone it had the first.
+        _codes.pop(first, None)
     context, untouched = TracingContext.get(), copy.deepcopy(gm)
     compiled: WeakKeyDictionary[Compiler, Callable[..., Any]] = WeakKeyDictionary()
-    compiled[_called] = _called(gm, example_inputs)
+    compiled[compiler] = compiler(gm, example_inputs)
 
     def run(*args: Any) -> Any:
-        if _called not in compiled:
+        _, compiler = _called
+        if compiler not in compiled:
+            counters["stats"]["unique_graphs"] += 1  # Dynamo's, which would have captured it
             with tracing(context):
-                compiled[_called] = _called(copy.deepcopy(untouched), example_inputs)
-        return compiled[_called](*args)
+                compiled[compiler] = compiler(copy.deepcopy(untouched), example_inputs)
+        return compiled[compiler](*args)
 
     return run

@@ -11,6 +11,7 @@ from itertools import islice
 
 import pytest
 import torch
+from captures import shares_captures
 from models import HEAD_DIM, denoise, flux_inputs, tiny_flux
 from oracle import Oracle
 from test_numerics import assert_equal, sample
@@ -82,6 +83,7 @@ def drawn(model):
     return tuple(map(list, zip(*found, strict=True)))
 
 
+@shares_captures
 def drawn_by_one_of_eight(rank, group, policy):
     model = piflux.parallelize(tiny_flux(), group=group, policy=policy, inner="eager")
     return *drawn(model), piflux.explain(model).graphs[-1].cache_bytes
@@ -100,10 +102,10 @@ def test_eight_ranks(ranks, policy):
         assert max(bytes_held) == reported
 
 
+@pytest.mark.usefixtures("captured_once")
 @POLICIES
 def test_eight_virtual_ranks(policy):
     """As real ones, and in one process lie the caches of all eight."""
-    torch._dynamo.reset()
     group = piflux.virtual_ranks(RANKS)
     model = piflux.parallelize(tiny_flux(), group=group, policy=policy, inner="eager")
     latents, graphs, bytes_held = drawn(model)

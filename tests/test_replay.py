@@ -154,9 +154,9 @@ def test_refreshed_caches_stay_where_they_are(recorder):
     check(2, [flux_inputs()], 2, 2 * (STEPS - 4), recorder, sync_steps=2, refresh_every=3)
 
 
-def test_another_size_is_recorded_anew(monkeypatch):
+def test_another_size_is_recorded_anew(recorder):
     small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
-    check(2, [small, large, small], 6, 3 * 2 * (STEADY - 1), on_tape(monkeypatch))
+    check(2, [small, large, small], 6, 3 * 2 * (STEADY - 1), recorder)
 
 
 def test_what_is_left_of_a_graph_computes_the_same(recorder):
@@ -380,6 +380,7 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, policy, long
     assert none == 0 < played
 
 
+@shares_captures
 def changing(rank, group, options):
     """Images of two sizes, of moved parameters and of two prompts, and recordings after each."""
     images, counts = [], []
