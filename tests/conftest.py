@@ -12,7 +12,7 @@ from ranks import Ranks
 # time, and pytest gives a handler to each logger that doesn't propagate.
 logging.getLogger("torch.__trace").propagate = True
 
-LONGEST = ("pipelines", "cli", "replay", "numerics", "model_zoo", "quality", "outline", "hoist")
+LONGEST = ("pipelines", "cli", "numerics", "model_zoo", "replay", "errors", "bench", "outline")
 """The files that take longest, in order: begun last, one would leave a core without work.
 
 `cli` stands beside `pipelines`: others have more ranks at once, and it counts seconds until a
