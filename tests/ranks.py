@@ -188,7 +188,9 @@ class Ranks:
         return [got if isinstance(got, Failure) else None for got in outcomes]
 
     def _run(self, n: int, fn, *args, timeout: float) -> list:
-        size = next(size for size in (2, 4, 8) if size >= n)
+        # In a larger pool the other ranks sit out, and these may have captured its models before.
+        enough = sorted(size for size in self._pools if size >= n)
+        size = next(iter(enough), None) or next(size for size in (2, 4, 8) if size >= n)
         if size not in self._pools:
             self._pools[size] = Pool(size)
         try:

@@ -8,6 +8,7 @@ import shutil
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
+from unittest import mock
 
 import pytest
 import torch
@@ -138,7 +139,7 @@ def test_gather_of_a_quantized_model(ranks):
     judge_gather(ranks, 3, quantized_flux, [inputs])
 
 
-def torchao_flux():
+def in_int8():
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = tiny_flux()
@@ -146,14 +147,31 @@ def torchao_flux():
     return model
 
 
+def in_fp8():
+    from torchao.quantization import (
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quant_api,
+        quantize_,
+    )
+
+    model = tiny_flux(dtype=torch.bfloat16)
+    # torchao asks for a GPU that is fast at it; a CPU computes the same.
+    with mock.patch.object(quant_api, "_check_hardware_support"):
+        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        quantize_(model, config, is_in_a_block)
+    return model
+
+
 @pytest.mark.skipif(
     find_spec("torchao") is None,
     reason="needs torchao, which prints warnings wherever it is installed; its twin is above",
 )
-def test_gather_of_a_model_that_torchao_quantized(ranks):
+@pytest.mark.parametrize(("build", "dtype"), [(in_int8, torch.float32), (in_fp8, torch.bfloat16)])
+def test_gather_of_a_model_that_torchao_quantized(ranks, build, dtype):
     """Activations, too, are in 8 bits: scaled by token, so that parts are rounded as the whole."""
-    assert is_traceable_wrapper_subclass(torchao_flux().transformer_blocks[0].attn.to_q.weight)
-    judge_gather(ranks, 2, torchao_flux, [flux_inputs()])
+    assert is_traceable_wrapper_subclass(build().transformer_blocks[0].attn.to_q.weight)
+    judge_gather(ranks, 2, build, [flux_inputs(dtype=dtype)])
 
 
 def returned(rank, group):
