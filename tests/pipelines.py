@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from captures import captured_once
+from captures import shares_captures
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from model_zoo import HEADS, ROPE, WIDTH, hunyuan_video, pixart, qwen_image, wan
 from model_zoo import z_image as z_image_transformer
@@ -115,10 +115,10 @@ class Case:
     remark: str = ""
 
 
+@shares_captures
 def on_ranks(rank: int, group: Any, name: str) -> dict[str, list[Drawn] | Failure]:
     """A case's images by policy, or what it failed with."""
-    with captured_once():
-        return {policy: attempt(CASES[name], policy, group) for policy in ("gather", "rotate")}
+    return {policy: attempt(CASES[name], policy, group) for policy in ("gather", "rotate")}
 
 
 def attempt(case: Case, policy: str, group: Any) -> list[Drawn] | Failure:
