@@ -24,6 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from piflux import options
+from piflux.doctor import versions
 from piflux.rates import measure_rates
 from piflux.rows import FLUX_DEV, ROWS, SMALL, Result, Settings
 
@@ -35,6 +36,9 @@ LINKS = {
 """NCCL's environment for each link: as it is, as without peer access, as between hosts."""
 
 ROW_TIMEOUT_S = 1800
+
+PEERS = ("torchao", "xfuser", "para-attn")
+"""Packages of rows, beside diffusers."""
 
 # --- the floor -----------------------------------------------------------------------------------
 
@@ -202,7 +206,7 @@ def bench(
         "command": shlex.join(["piflux", "bench", *arguments]),
         "hardware": where,
         "link": over,
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": versions(*PEERS),
         "height": height,
         "width": width,
         "steps": steps,

@@ -80,10 +80,10 @@ def devices() -> list[Device]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Of Python, CUDA, NCCL and what piflux stands on; 'none' for what isn't there."""
+def versions(*others: str) -> dict[str, str]:
+    """Of Python, CUDA, NCCL, what piflux stands on and `others`; 'none' for what isn't there."""
     found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *others):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from importlib.metadata import version
 
 import pytest
 import torch.distributed as dist
@@ -68,6 +69,7 @@ def test_rows_on_cpu_ranks(tmp_path):
     assert "No CUDA device" in done.stdout
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["command"].startswith("piflux bench --row=eager --row=rotate --height=128")
+    assert record["versions"]["diffusers"] == version("diffusers")
     eager, rotate = record["rows"]
     assert (eager["ranks"], rotate["ranks"]) == (1, 2)
     assert len(eager["step_ms"]) == len(rotate["step_ms"]) == 3
