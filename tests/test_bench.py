@@ -104,13 +104,15 @@ def test_a_loop_of_its_own_is_timed_as_a_whole(monkeypatch):
         calls.append(settings)
 
     _, inputs = build("cpu", False, 128, 96)
+    start = time.perf_counter()
     (mean,) = ROWS["xdit-pipefusion"].image(call, nullcontext, inputs, 3)
+    whole = 1e3 * (time.perf_counter() - start)
     before, settings, after = calls
     assert before == after == "barrier"
     assert (settings["height"], settings["width"]) == (128, 96)
     assert (settings["num_inference_steps"], settings["max_sequence_length"]) == (3, 64)
     assert settings["latents"] is inputs["hidden_states"]
-    assert 20 <= mean < 60
+    assert 20 <= mean <= whole / 3
 
 
 def test_what_is_quantized():

@@ -301,15 +301,17 @@ def token_by_token(first, second, fresh, sources, line, newer, keep):
 
 
 def check_exchange(function, dtype, keep, device="cpu"):
-    first, second, fresh, sources, line, newer = versions(dtype)
+    first, second, *others = versions(dtype)
     both = torch.stack([first, second]).to(device)
-    want = token_by_token(first, second, fresh, sources, line, newer, keep)
-    args = fresh.to(device), Standing.of(sources, device), line.to(device), newer.to(device)
-    got = function(*both, *args, both if keep else None)
+    fresh, sources, line, newer = (x.to(device, copy=True) for x in others)
+    want = token_by_token(first, second, *others, keep)
+    places = Standing.of(sources, device)
+    got = function(*both, fresh, places, line, newer, both if keep else None)
     assert got.dtype == dtype
     assert got.is_contiguous()
     torch.testing.assert_close(got.cpu(), want)
-    for mine, theirs in zip(both, (first, second), strict=True):
+    args = (*both, fresh, places.sources, line, newer)
+    for mine, theirs in zip(args, (first, second, *others), strict=True):
         assert torch.equal(mine.cpu(), theirs)
 
 
