@@ -37,8 +37,8 @@ LINKS = {
 
 ROW_TIMEOUT_S = 1800
 
-PEERS = ("torchao", "xfuser", "para-attn")
-"""Packages of rows, beside diffusers."""
+PACKAGES = ("torchao", "xfuser", "para-attn")
+"""What single rows need, whose versions are written down with the others'."""
 
 # --- the floor -----------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ def bench(
         "command": shlex.join(["piflux", "bench", *arguments]),
         "hardware": where,
         "link": over,
-        "versions": versions(*PEERS),
+        "versions": versions(*PACKAGES),
         "height": height,
         "width": width,
         "steps": steps,
