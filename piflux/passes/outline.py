@@ -12,12 +12,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._sympy.functions import Max
 
 from piflux.passes.extract import is_source
 from piflux.passes.nodes import computes, is_attention, is_value
 from piflux.passes.plan import Context, example_size, expr, known, tensors
+from piflux.passes.values import all_sizes, described
 from piflux.runtime.ops import slots_from
 
 # The most that is looked for; a block of a known model attends at most twice.
@@ -113,8 +112,8 @@ class _Stretch:
         names = {n: f"node {i}" for n, i in inside.items()}
         names |= {n: f"input {i}" for i, n in enumerate(inputs)}
         self.form = (
-            tuple(_described(known(n)) for n in inputs),
-            tuple(_described(known(n)) for n in nodes),
+            tuple(described(known(n)) for n in inputs),
+            tuple(described(known(n)) for n in nodes),
             tuple(_written(n, self.slot, names.__getitem__) for n in nodes),
         )
 
@@ -160,7 +159,7 @@ def _or_number(node: fx.Node, otherwise: Callable[[fx.Node], Any]) -> Any:
 def _parts(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
     """The nodes in stretches: each repeated block, and what lies between."""
     cuts = [0]
-    like = [(_written(n, _slot(n), lambda _: "node"), _described(known(n))) for n in nodes]
+    like = [(_written(n, _slot(n), lambda _: "node"), described(known(n))) for n in nodes]
     order = {node: i for i, node in enumerate(nodes)}
     last = [max((order.get(user, len(nodes)) for user in _readers(n)), default=-1) for n in nodes]
     attentions = [i for i, n in enumerate(nodes) if is_attention(n) or n.target is _CACHED]
@@ -197,7 +196,7 @@ def _inputs(
     """What a stretch reads; None if it can't be handed to a module."""
     read = [n for node in nodes for n in node.all_input_nodes if _number(n) is None]
     outside = dict.fromkeys(n for n in read if n not in set(nodes))
-    sizes = [size for n in (*outside, *nodes) for size in _sizes(known(n))]
+    sizes = [size for n in (*outside, *nodes) for size in all_sizes(known(n))]
     free = {symbol for size in sizes for symbol in expr(size).free_symbols}
     if not free <= symbols.keys():
         return None
@@ -206,15 +205,6 @@ def _inputs(
         return None
     # A module's sizes are derived from single symbols, which shapes alone need not show.
     return list(dict.fromkeys([*(symbols[s] for s in sorted(free, key=str)), *outside]))
-
-
-def _sizes(value: Any) -> list[int | torch.SymInt]:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    shaped = [x for x in values if isinstance(x, Tensor)]
-    return [
-        *(size for x in shaped for size in (*x.shape, *x.stride())),
-        *(x for x in values if isinstance(x, torch.SymInt)),
-    ]
 
 
 def _slot(node: fx.Node) -> Any:
@@ -228,52 +218,6 @@ def _written(node: fx.Node, slot: Any, name: Callable[[fx.Node], str]) -> tuple[
         args[_SLOTS[node.target]] -= slot
     arguments = fx.map_arg((args, node.kwargs), lambda n: _or_number(n, name))
     return node.op, node.target, repr(arguments)
-
-
-def _described(value: Any) -> Any:
-    """What must be the same of two values for one module to serve both."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_described, value))
-    if not isinstance(value, Tensor):
-        return str(value)
-    outside = value.dtype, str(value.device), *map(_stated, (*value.shape, *value.stride()))
-    if not _wraps(value):
-        return outside
-    wrapper: Any = value
-    names, context = wrapper.__tensor_flatten__()
-    inside = [getattr(wrapper, name) for name in names]
-    if any(isinstance(size, torch.SymInt) for x in (value, *inside) for size in _sizes(x)):
-        return id(value)  # the context may hold sizes, too
-    return type(value), outside, _Context(context), *map(_described, inside)
-
-
-def _wraps(value: object) -> bool:
-    return is_traceable_wrapper_subclass(value)
-
-
-class _Context:
-    """What a tensor subclass is rebuilt from, beside the tensors that it wraps.
-
-    It can be compared, as Dynamo does before it calls a graph with another instance, but need not
-    be hashable.
-    """
-
-    def __init__(self, context: Any) -> None:
-        self.context = context
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and bool(self.context == other.context)
-
-    def __hash__(self) -> int:
-        return hash(_Context)
-
-
-def _stated(size: int | torch.SymInt) -> int | sympy.Expr:
-    """A size or stride. Some strides say that a size is at least 1, as all sizes are."""
-    if isinstance(size, int):
-        return size
-    at_least_one = {m: Max(*(x for x in m.args if x != 1)) for m in expr(size).atoms(Max)}
-    return expr(size).xreplace(at_least_one)
 
 
 def _call(
