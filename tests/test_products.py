@@ -3,7 +3,10 @@
 # ruff: noqa: E501 (snapshots)
 
 import copy
+import re
+from importlib.util import find_spec
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import sympy
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from captures import captured_once
 from expecttest import TestCase
 from graphs import capture, text, transformed
-from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from models import Int8Weight, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from safetensors.torch import load_file, save_file
 from test_numerics import EXACT
 from test_replay import as_captured, parallel
@@ -179,6 +182,90 @@ def test_weights_that_are_inputs_stay():
     assert fused(fuse_linears, model, x(), w, w + 1, rotates=True)[0] == 0
 
 
+class Rows(Int8Weight):
+    """With a `cat` of its own, as torchao's fp8 weights have one."""
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is not torch.ops.aten.cat.default:
+            return super().__torch_dispatch__(op, types, args, kwargs)
+        weights = args[0]
+        inside = [torch.cat([getattr(x, name) for x in weights]) for name in ("values", "scales")]
+        return cls(*inside, weights[0].clipped)
+
+
+class Unable(Int8Weight):
+    """Without: it has no such op."""
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        if op is torch.ops.aten.cat.default:
+            raise NotImplementedError(op)
+        return super().__torch_dispatch__(op, types, args, kwargs)
+
+
+class Wholly(Rows):
+    """With one scale for all rows."""
+
+    @classmethod
+    def of(cls, weight, clipped=3.0):
+        one = Rows.of(weight, clipped)
+        return cls(one.values, one.scales.amax(0, keepdim=True), clipped)
+
+
+def in_8_bits(kind, model=None, clipped=(3.0, 3.0, 3.0)):
+    torch.manual_seed(0)
+    model = model or Block()
+    for name, c in zip(("to_q", "to_k", "to_v"), clipped, strict=True):
+        layer = getattr(model, name)
+        layer.weight = nn.Parameter(kind.of(layer.weight.detach(), c), requires_grad=False)
+    return model
+
+
+def test_quantized_layers_become_one():
+    count, gm = fused(fuse_linears, in_8_bits(Rows), x(), rotates=True)
+    assert count == 3 and products(gm) == 3
+    (layer, *_) = (n for n in gm.graph.nodes if n.target is F.linear and n.args[0].name == "x_part")
+    weight = layer.args[1].meta["example_value"]
+    assert (
+        type(weight) is Rows and weight.values.shape == (12, 4) and weight.scales.shape == (12, 1)
+    )
+    # Those of different settings are none.
+    model = in_8_bits(Rows, clipped=(3.0, 3.0, 2.0))
+    assert fused(fuse_linears, model, x(), rotates=True)[0] == 2
+
+
+@pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao, which prints warnings wherever it is installed; its twin is above",
+)
+def test_torchao_s_fp8_layers_become_one():
+    from torchao import quantization
+
+    model = Block().to(torch.bfloat16)
+    # torchao asks for a GPU that is fast at it; a CPU computes the same.
+    with mock.patch.object(quantization.quant_api, "_check_hardware_support"):
+        by_row = quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=quantization.PerRow(), set_inductor_config=False
+        )
+        quantization.quantize_(model, by_row)
+    count, gm = fused(fuse_linears, model, x().to(torch.bfloat16), rotates=True)
+    assert count == 3 and products(gm) == 3
+
+
+@pytest.mark.parametrize("kind", [Int8Weight, Unable, Wholly])
+def test_quantized_layers_that_are_not_held_by_row_stay(kind):
+    """Nor those of a class whose own `cat` gives something else, or that has none."""
+    assert fused(fuse_linears, in_8_bits(kind), x(), rotates=True)[0] == 0
+
+
+def test_quantized_weights_in_a_memory_of_others_stay():
+    model, flat = in_8_bits(Rows), torch.zeros(100, dtype=torch.int8)
+    for i, layer in enumerate((model.to_q, model.to_k, model.to_v)):
+        layer.weight.values = flat[20 * i : 20 * i + 16].view(4, 4)
+    assert fused(fuse_linears, model, x(), rotates=True)[0] == 0
+
+
 class Crossed(nn.Module):
     """Three layers of which each two share an input."""
 
@@ -266,6 +353,23 @@ def test_adjoining_is_not_misled_by_neighbours():
     assert parts[0].untyped_storage().nbytes() == 16
     assert parts[1].data_ptr() == parts[0].data_ptr() + 16
     assert torch.equal(adjoining(*parts), block.view(6, 2))
+
+
+def test_adjoining_of_quantized_weights():
+    parameters = [nn.Parameter(Rows.of(w.detach()), requires_grad=False) for w in weights()]
+    want = torch.cat([p.values * p.scales for p in parameters])
+    whole = adjoining(*parameters)
+    assert type(whole) is Rows and whole.shape == (8, 3) and whole.clipped == 3.0
+    assert torch.equal(whole.values * whole.scales, want)
+    for name in ("values", "scales"):
+        memory = getattr(whole, name).untyped_storage()
+        assert memory.nbytes() == getattr(whole, name).nbytes
+        assert all(
+            getattr(p, name).untyped_storage().data_ptr() == memory.data_ptr() for p in parameters
+        )
+    parameters[1].scales.mul_(2)
+    assert torch.equal(adjoining(*parameters).scales, torch.cat([p.scales for p in parameters]))
+    assert adjoining(*parameters).values.data_ptr() == whole.values.data_ptr()
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -416,6 +520,20 @@ def test_images_are_the_same(on_cpu, policy):
 
 def test_on_one_rank(on_cpu):
     check(tiny_flux, flux_inputs(), 1)
+
+
+def flux_in_8_bits():
+    model = tiny_flux()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        in_8_bits(Rows, block.attn)
+    return model
+
+
+@pytest.mark.parametrize("policy", ["gather", "rotate"])
+def test_of_a_quantized_model(policy, caplog):
+    caplog.set_level("DEBUG", "piflux")
+    check(flux_in_8_bits, flux_inputs(), 2, policy=policy)
+    assert re.search(r"fuse_linears +[1-9]", caplog.text)
 
 
 def test_of_a_recomputed_sync_step(on_cpu):

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.passes.extract import extract
 from piflux.passes.nodes import computes, is_attention, op_name
 from piflux.passes.plan import Context, known
+from piflux.passes.values import described, wraps
 from piflux.runtime.products import adjoining
 
 WEIGHTS = "weights"
@@ -58,9 +58,9 @@ def fuse_linears(gm: fx.GraphModule, ctx: Context) -> int:
 
     Layers are fused between two attentions, never over one. Unless the policy is `rotate`, whose
     steps send nothing for the most part, what `overlap` put behind a send stays there. Their
-    parameters are moved together in memory (`adjoining`), so nothing is held twice. Parameters are
-    left alone that are no plain tensors, as quantized ones, or part of a memory that holds others,
-    too, and so is a graph that does more than compute, as for `enclose`.
+    parameters are moved together in memory (`adjoining`), so nothing is held twice; quantized ones
+    are, too, if they are held row by row. Parameters are left alone that are part of a memory that
+    holds others, too, and so is a graph that does more than compute, as for `enclose`.
     """
     if not computes(gm.graph):
         return 0
@@ -81,8 +81,8 @@ def _groups(graph: fx.Graph, ctx: Context) -> Iterator[list[_Layer]]:
         if ahead or node.target is _CACHED or is_attention(node):
             period += 1
         elif op_name(node) == "linear" and (layer := _layer(node)) is not None:
-            alike = [(x.shape, x.dtype) for x in map(known, layer.parameters)]
-            groups.setdefault((layer.x, str(alike), period), []).append(layer)
+            alike = tuple(described(known(p)) for p in layer.parameters)
+            groups.setdefault((layer.x, alike, period), []).append(layer)
     moved: dict[fx.Node, frozenset[fx.Node]] = {}
     for group in groups.values():
         each = [frozenset(column) for column in zip(*(x.parameters for x in group), strict=True)]
@@ -103,16 +103,60 @@ def _layer(node: fx.Node) -> _Layer | None:
 def _is_parameter(node: fx.Node) -> bool:
     """Whether it stays from call to call, unlike what a caller hands over."""
     value = known(node)
-    if node.op not in ("placeholder", "get_attr") or not isinstance(value, nn.Parameter):
-        return False
-    return value.is_contiguous() and not is_traceable_wrapper_subclass(value)
+    return node.op in ("placeholder", "get_attr") and isinstance(value, nn.Parameter)
 
 
 def _can_move(parameters: Collection[fx.Node], count: int) -> bool:
-    """Whether they are so many, and nobody else looks at their memory or they were moved before."""
-    if len(parameters) < count:
-        return False
+    """Whether they are so many, and can be moved together in memory."""
     values = list(map(known, parameters))
+    if len(values) < count:
+        return False
+    if not wraps(values[0]):
+        return _is_free(values)
+    return _are_rows(values) and all(map(_is_free, _inside(values).values()))
+
+
+def _inside(values: Sequence[Any]) -> dict[str, list[Tensor]]:
+    """What tensors of one subclass wrap."""
+    names, _ = values[0].__tensor_flatten__()
+    return {name: [getattr(x, name) for x in values] for name in names}
+
+
+def _are_rows(values: Sequence[Any]) -> bool:
+    """Whether what they wrap stands row by row for what they are, as their class has it, too."""
+    inside = [x for column in _inside(values).values() for x in column]
+    if any(wraps(x) or x.shape[:1] != values[0].shape[:1] for x in inside):
+        return False
+    with _fake_mode(values), torch.no_grad():
+        try:
+            whole = torch.cat(list(values))
+        except (NotImplementedError, TypeError):  # how a class says that it has no such op
+            return False
+    return bool(described(whole) == described(_joined(values)))
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Fake parameters as `adjoining` makes one of them."""
+    with _fake_mode(values), torch.no_grad():
+        if not wraps(values[0]):
+            return torch.cat(list(values))
+        _, context = values[0].__tensor_flatten__()
+        inside = {name: torch.cat(column) for name, column in _inside(values).items()}
+        rows = next(iter(inside.values())).shape[0]
+        size = torch.Size((rows, *values[0].shape[1:]))
+        return type(values[0]).__tensor_unflatten__(inside, context, size, values[0].stride())
+
+
+def _fake_mode(values: Sequence[Any]) -> FakeTensorMode:
+    mode = maybe_get_fake_mode(values[0])
+    assert mode is not None, "a parameter's example value is fake"
+    return mode
+
+
+def _is_free(values: Sequence[Tensor]) -> bool:
+    """Whether nobody else looks at the tensors' memory, or they were moved before."""
+    if not all(x.is_contiguous() for x in values):
+        return False
     memories = {StorageWeakRef(x.untyped_storage()): x.untyped_storage() for x in values}
     if sum(memory.nbytes() for memory in memories.values()) == sum(x.nbytes for x in values):
         return True
@@ -132,7 +176,7 @@ def _fuse(graph: fx.Graph, group: Sequence[_Layer], number: Mapping[fx.Node, int
         whole = graph.call_function(F.linear, (first.x, *own))
     with cast(FakeTensor, known(first.node)).fake_mode, torch.no_grad():
         for node, parameters in zip(own, each, strict=True):
-            node.meta["example_value"] = torch.cat(list(map(known, parameters)))
+            node.meta["example_value"] = _joined(list(map(known, parameters)))
         whole.meta["example_value"] = F.linear(*map(known, whole.args))
         width = known(first.node).shape[-1]
         for i, layer in enumerate(layers):
