@@ -30,6 +30,7 @@ from piflux.passes.rewrite_attention import rewrite_attention
 from piflux.passes.roles import roles_of
 from piflux.passes.runner import run_passes
 from piflux.passes.shard import shard
+from piflux.passes.sigmoid_gelu import sigmoid_gelu
 from piflux.pieces import Inner, compile_piece, compile_pieces, replace
 from piflux.rates import slowest_rates
 from piflux.report import GraphReport
@@ -54,6 +55,7 @@ LATER = (
     hoist,
     fuse_linears,  # after overlap, whose order it keeps, and after hoist, for what is left
     fuse_gelu,
+    sigmoid_gelu,  # what fuse_gelu left
     fuse_rotary,
     enclose,  # last, around all of them; outline works inside
 )

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 (snapshots)
 
+import contextlib
 from unittest.mock import patch
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from piflux.compiler import PASSES
 from piflux.passes import fuse_gelu as gelu
 from piflux.passes import fuse_rotary as rotary
+from piflux.passes import sigmoid_gelu as by_sigmoid
 from piflux.passes.enclose import enclose
 from piflux.passes.fuse_linears import fuse_linears
 from piflux.passes.hoist import hoist
@@ -108,7 +110,10 @@ def block(*last):
     gm = capture(Block(), torch.randn(1, 6, 4))
     ctx = transformed(gm)
     # A GPU's products are wanted of this graph, too.
-    with patch.object(gelu, "DEVICE", "cpu"), patch.object(gelu, "DTYPES", (torch.float32,)):
+    with contextlib.ExitStack() as stack:
+        for module in (gelu, by_sigmoid):
+            stack.enter_context(patch.object(module, "DEVICE", "cpu"))
+            stack.enter_context(patch.object(module, "DTYPES", (torch.float32,)))
         for run in last:
             run(gm, ctx)
     return gm
@@ -503,6 +508,31 @@ scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, N
 a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
 m: (1, 3, 8) = piflux.linear_gelu(x_part, up.weight, up.bias)
 linear_4: (1, 3, 4) = piflux.linear_of_cat([a, m], out.weight, out.bias)
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+return (linear_4_whole,)
+""",
+        )
+
+    def test_sigmoid_gelu(self):
+        gm = block(by_sigmoid.sigmoid_gelu)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+x: (1, 6, 4)
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+linear_1: (1, 3, 4) = linear(x_part, to_k.weight, to_k.bias)
+k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
+linear_2: (1, 3, 4) = linear(x_part, to_v.weight, to_v.bias)
+v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
+sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+linear: (1, 3, 4) = linear(x_part, to_q.weight, to_q.bias)
+q: (1, 1, 3, 4) = getitem(linear, (:, None))
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
+linear_3: (1, 3, 8) = linear(x_part, up.weight, up.bias)
+m: (1, 3, 8) = piflux.runtime.products.sigmoid_gelu(linear_3)
+cat: (1, 3, 12) = cat([a, m], -1)
+linear_4: (1, 3, 4) = linear(cat, out.weight, out.bias)
 linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
 return (linear_4_whole,)
 """,

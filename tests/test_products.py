@@ -24,9 +24,10 @@ from torch import nn
 
 from piflux.compiler import PASSES
 from piflux.passes import fuse_gelu as gelu
+from piflux.passes import sigmoid_gelu as sigmoid
 from piflux.passes.fuse_gelu import fuse_gelu
 from piflux.passes.fuse_linears import fuse_linears
-from piflux.runtime.products import adjoining, linear_gelu, linear_of_cat
+from piflux.runtime.products import adjoining, linear_gelu, linear_of_cat, sigmoid_gelu
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; its twin is above"
@@ -70,6 +71,12 @@ def x():
 def on_cpu(monkeypatch):
     monkeypatch.setattr(gelu, "DEVICE", "cpu")
     monkeypatch.setattr(gelu, "DTYPES", (torch.float32,))
+
+
+@pytest.fixture
+def by_sigmoid_on_cpu(monkeypatch):
+    monkeypatch.setattr(sigmoid, "DEVICE", "cpu")
+    monkeypatch.setattr(sigmoid, "DTYPES", (torch.float32,))
 
 
 # ------------------------------------------------------------------------------------------- linear
@@ -501,6 +508,35 @@ def test_ops_on_a_gpu(dtype):
         assert (got - want).norm() <= 1.5 * (now - want).norm()
 
 
+def by_sigmoid(activate=lambda m: F.gelu(m, approximate="tanh"), model=None):
+    return fused(sigmoid.sigmoid_gelu, model or Block(activate=activate), x())[0]
+
+
+def test_gelu_by_a_sigmoid_on_gpus_and_in_16_bits(monkeypatch):
+    assert by_sigmoid() == 0
+    monkeypatch.setattr(sigmoid, "DEVICE", "cpu")
+    assert by_sigmoid() == 0
+    monkeypatch.setattr(sigmoid, "DTYPES", (torch.float32,))
+    assert by_sigmoid() == 1
+
+
+def test_only_the_tanh_form_is_one_of_a_sigmoid(by_sigmoid_on_cpu):
+    assert by_sigmoid(lambda m: F.gelu(m * 2, approximate="tanh") + m) == 1
+    assert by_sigmoid(F.gelu) == 0
+    assert by_sigmoid(F.silu) == 0
+    assert by_sigmoid(lambda m: F.gelu(m.double(), approximate="tanh").float()) == 0
+
+
+@pytest.mark.parametrize("dtype", sigmoid.DTYPES)
+def test_gelu_by_a_sigmoid_is_as_exact(dtype):
+    values = torch.linspace(-12, 12, 4097, dtype=dtype)
+    exact = F.gelu(values.double(), approximate="tanh")
+    now, got = F.gelu(values, approximate="tanh"), sigmoid_gelu(values)
+    assert got.dtype == dtype
+    assert (got - exact).norm() <= 1.01 * (now - exact).norm()
+    assert (got - now).abs().max() <= torch.finfo(dtype).eps * 12
+
+
 # ----------------------------------------------------------------------------------------- numerics
 
 
@@ -530,10 +566,11 @@ def flux_in_8_bits():
 
 
 @pytest.mark.parametrize("policy", ["gather", "rotate"])
-def test_of_a_quantized_model(policy, caplog):
+def test_of_a_quantized_model(by_sigmoid_on_cpu, policy, caplog):
     caplog.set_level("DEBUG", "piflux")
     check(flux_in_8_bits, flux_inputs(), 2, policy=policy)
     assert re.search(r"fuse_linears +[1-9]", caplog.text)
+    assert re.search(r"sigmoid_gelu +[1-9]", caplog.text)
 
 
 def test_of_a_recomputed_sync_step(on_cpu):
