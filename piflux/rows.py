@@ -195,7 +195,9 @@ def _fp8(
         from torchao import quantization
 
         config = quantization.Float8DynamicActivationFloat8WeightConfig(
-            granularity=quantization.PerRow()
+            granularity=quantization.PerRow(),
+            # Inductor would search for each kernel's best settings, in minutes.
+            set_inductor_config=False,
         )
         quantization.quantize_(model, config, is_in_a_block)
         return prepare(model, on_gpu)
