@@ -26,7 +26,6 @@ from piflux.generate import Request, numbered, show, text_tokens
 from piflux.generate import generate as make_pictures
 from piflux.launch import cores, is_first, is_joined, launch
 from piflux.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOption
-from piflux.preview import preview
 from piflux.quality import quality
 from piflux.rates import measure_rates
 from piflux.rows import FLUX_DEV
@@ -184,6 +183,8 @@ def explain(
     config = options.flux_config(model)
     options.check_tokens(ranks, width, height, text_tokens(model))
     tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
+    from piflux.preview import preview  # imports the compiler: wrong usage need not wait for it
+
     foreseen = preview(
         config,
         Schedule(**settings, world_size=ranks),

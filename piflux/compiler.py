@@ -14,7 +14,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 
 from piflux.cost import SyncChoice, choose_sync, layers_of
-from piflux.errors import CompileError
+from piflux.errors import CompileError, let_through
 from piflux.groups import resolve_group
 from piflux.passes.enclose import HEAD, enclose
 from piflux.passes.fuse_gelu import fuse_gelu
@@ -90,6 +90,7 @@ class Compiler:
         self.reports: list[GraphReport] = []
         self._why_sync = ""
 
+    @let_through()
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         runtime, world_size = self.runtime, self.runtime.schedule.world_size
         if runtime.ranks is not None and not self.reports:
@@ -220,6 +221,7 @@ class _PerCall:
         return self.part(*args)
 
 
+@let_through()
 def backend(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],

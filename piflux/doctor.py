@@ -16,7 +16,6 @@ import torch.distributed as dist
 from piflux.clock import median_seconds
 from piflux.cost import Choice, Rates, choose
 from piflux.launch import join
-from piflux.preview import preview
 from piflux.rates import measure_rates
 from piflux.runtime.ranks import all_gather
 from piflux.schedule import Schedule
@@ -123,6 +122,8 @@ def decide(
     Raises:
         CannotShard: see `preview`.
     """
+    from piflux.preview import preview  # imports the compiler, which takes seconds
+
     group = dist.group.WORLD
     assert group is not None, "called on the ranks that `join` joined"
     foreseen = preview(

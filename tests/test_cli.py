@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import failing
 import psutil
 import pytest
 import torch
@@ -23,7 +24,7 @@ from typer.testing import CliRunner
 from piflux import cli, options
 from piflux.cost import Choice, Rates
 from piflux.doctor import Examined, Link, examine
-from piflux.errors import CannotSave, RankFailed
+from piflux.errors import RankFailed
 from piflux.generate import numbered, show
 from piflux.launch import launch
 
@@ -109,32 +110,24 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_fails_is_quoted():
-    said = r"^rank [01] failed: ValueError: on purpose \(test_cli.py:\d+, in _fails\); under torch"
+    said = r"^rank [01] failed: ValueError: on purpose \(failing.py:\d+, in fails\); under torch"
     with pytest.raises(RankFailed, match=said):
-        launch(_fails, 2)
+        launch(failing.fails, 2)
 
 
 def test_other_processes_of_the_program_are_left_alone():
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     other.start()
     with pytest.raises(RankFailed):
-        launch(_fails, 2)
+        launch(failing.fails, 2)
     assert other.is_alive()
     other.kill()
     other.join()
 
 
-def _fails():
-    raise ValueError("on purpose")
-
-
 def test_a_rank_that_says_what_to_do_is_quoted_alone():
     with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
-        launch(_says, 2)
-
-
-def _says():
-    raise CannotSave("the folder is full: empty it")
+        launch(failing.says, 2)
 
 
 def test_one_rank_is_interrupted(monkeypatch, tmp_path):
