@@ -27,9 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All that was imported by now stays: Python need not look through it for garbage."""
+    """All that was imported by now stays: Python need not look through it for garbage.
+
+    Nor as often as for 700 new objects, of which a capture makes hundreds of thousands; ranks are
+    alike (`warm`).
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(autouse=True)

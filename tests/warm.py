@@ -15,3 +15,4 @@ if not torch.cuda.device_count():  # a capture also starts CUDA, which then no f
     piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")(**flux_inputs())
 gc.collect()
 gc.freeze()
+gc.set_threshold(20_000)
