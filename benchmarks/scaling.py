@@ -8,6 +8,7 @@ step (`piflux bench`). Counted in the captured graph: arithmetic, bytes and all-
     rest        what else a rank's measured step takes: norms, pointwise ops, products that are
                 slower because they are small, gaps between kernels
     memory      keys and values moved about in memory: prediction, filling caches, joining parts
+                where they don't arrive in their places
     wait        for keys and values, beyond what is computed while they travel
     final       the gather of the prediction
     host        what the host needs beyond all of this to issue the step, if it is not recorded
@@ -55,6 +56,9 @@ ROWS: dict[str, dict[str, Any]] = {
 VARIANT = "rotate"
 """The row of steps.json whose steps are taken: `rotate` with its defaults."""
 
+OTHER = ("piflux-1-fp8",)
+"""Rows of one rank that compute something else."""
+
 EXCHANGE = "_exchange"
 """The kernel that predicts (`piflux.runtime.kernels`): it moves 3 numbers for each that is held."""
 
@@ -77,11 +81,14 @@ class Link:
         gbs: GB/s that a rank sends while all gather, on any number of ranks.
         latency_s: of an all-gather of two ranks.
         hop_s: that each further rank adds.
+        direct: whether keys and values go by copy engines, into memory that attention reads; else
+            they are joined in memory after they have arrived.
     """
 
     gbs: float
     latency_s: float
     hop_s: float
+    direct: bool = False
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, Link]:
@@ -119,7 +126,7 @@ _NVLINK_GBS = (_LAYER - _FINAL) / (_LAYER_S - _FINAL_S) / 1e9
 _LATENCY_S = _FINAL_S - _FINAL / _NVLINK_GBS / 1e9
 
 LINKS = {
-    "nvlink": Link(_NVLINK_GBS, _LATENCY_S, 3.4e-6),
+    "nvlink": Link(_NVLINK_GBS, _LATENCY_S, 3.4e-6, direct=True),
     "no-p2p": Link(_LAYER / (_LAYER_NO_P2P_S - _LATENCY_S) / 1e9, _LATENCY_S, 5.7e-6),
     "sockets": Link(
         57 * _LAYER / (_ULYSSES_SOCKETS_S - _ULYSSES_S + 57 * _LAYER_S) / 1e9, _LATENCY_S, 14e-6
@@ -166,7 +173,7 @@ class Measured:
         """
         timed, alone = _rows(steps, "steps.json"), _rows(bench, "bench.json")
         size = _number(steps, "steps.json", "size")
-        if bench.get("hardware") != steps.get("hardware"):
+        if _card(bench) != _card(steps):
             raise ValueError(
                 f"steps.json is of {steps.get('hardware')!r}, bench.json of "
                 f"{bench.get('hardware')!r}: times of two machines can't be compared"
@@ -176,7 +183,7 @@ class Measured:
         medians = [
             statistics.median(row["step_ms"]) / 1000
             for row in alone
-            if row.get("ranks") == 1 and row.get("step_ms")
+            if row.get("ranks") == 1 and row.get("step_ms") and row.get("row") not in OTHER
         ]
         if not medians:
             raise ValueError("bench.json has no row of one rank")
@@ -212,6 +219,11 @@ class Measured:
             exchange,
             fill_s,
         )
+
+
+def _card(record: Any) -> str:
+    """The GPU's name, of one or of several alike."""
+    return str(record.get("hardware")).split(" x ")[-1]
 
 
 def _rows(record: Any, where: str) -> list[dict[str, Any]]:
@@ -359,23 +371,23 @@ class Model:
         final = rates.gather_s(work.final_bytes, 1)
         once = work.held_bytes / self._moved[ranks]  # to read or write all keys and values
         waits = sum(layer.wait_s(rates) for layer in work.part)
+        joining = 0.0 if link.direct else 2 * once  # pieces are read, the whole is written
         if schedule.policy == "gather":
-            # Its pieces are read, the whole is written.
-            step = self._issued(Step(arithmetic, rest, 2 * once, waits, final))
+            step = Step(arithmetic, rest, joining, waits, final)
             return step, step
         fill = m.fill_s * work.tokens / m.tokens
         if schedule.sync == "recompute":
             whole = _arithmetic_s(work.whole, rates)
-            sync = Step(whole, self.rest_s(work.tokens), fill)
+            sync = self._issued(Step(whole, self.rest_s(work.tokens), fill))
         else:
             sync = Step(arithmetic, rest, fill, waits, final)
         if schedule.policy == "rotate":
-            return Step(arithmetic, rest, 3 * once, 0.0, final), self._issued(sync)
-        # Prediction, which keeps nothing; the copy of what is sent, and what arrives is joined.
-        memory = (3 - 1 / ranks + 2 / ranks + 2) * once
+            return Step(arithmetic, rest, 3 * once, 0.0, final), sync
+        # Prediction, which keeps nothing, and the copy of what is sent.
+        memory = (3 - 1 / ranks + 2 / ranks) * once + joining
         travel = sum(layer.gather_s(rates) for layer in work.part)
         wait = max(0.0, travel - arithmetic - rest - memory)
-        return self._issued(Step(arithmetic, rest, memory, wait, final)), self._issued(sync)
+        return Step(arithmetic, rest, memory, wait, final), self._issued(sync)
 
     def image(self, work: Work, schedule: Schedule, link: Link, steps: int) -> Image:
         """An image of so many steps."""
@@ -438,10 +450,10 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(
     measured: Annotated[Path, typer.Option("--steps-json", help="What steps.py wrote.")] = RESULTS
-    / "2026-11-24-steps-fused-h200.json",
+    / "2026-11-28-steps-h200.json",
     alone: Annotated[
         Path, typer.Option("--bench-json", help="What piflux bench wrote of one rank.")
-    ] = RESULTS / "2026-11-24-bench-one-fused-h200.json",
+    ] = RESULTS / "2026-11-28-bench-two-h200-fp8.json",
     size: Annotated[
         list[int] | None, typer.Option(help="Pixels a side. Repeatable. Default: 1024, 2048.")
     ] = None,
