@@ -1,8 +1,7 @@
-"""What `fuse_linears`, `fuse_gelu` and `sigmoid_gelu` put into graphs."""
+"""What `fuse_linears` and `fuse_gelu` put into graphs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -75,17 +74,6 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @linear_gelu.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def sigmoid_gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form, as x * sigmoid(2u) for x / 2 * (1 + tanh(u)).
-
-    Args:
-        x: of any shape, in 16 bits; computed in 32.
-    """
-    y = x.float()
-    u = math.sqrt(2 / math.pi) * y * (1 + 0.044715 * y * y)
-    return (y * torch.sigmoid(2 * u)).to(x.dtype)
 
 
 @torch.library.custom_op(
