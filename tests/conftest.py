@@ -1,13 +1,17 @@
-"""What every test may ask for."""
+"""What every test may ask for.
+
+torch is imported where it is needed, since the process that hands tests to others needs none.
+"""
 
 import gc
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from captures import captured_once as captures_shared
-from ranks import Ranks
+
+if TYPE_CHECKING:
+    from ranks import Ranks
 
 # For any handler of this logger torch traces captures in detail, which takes a quarter of their
 # time, and pytest gives a handler to each logger that doesn't propagate.
@@ -43,19 +47,25 @@ def one_thread() -> None:
 
     Before each test, since a command that runs in this process may take what cores there are.
     """
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture
 def captured_once() -> Iterator[None]:
     """Models that are alike are captured once in this process; see `captures`."""
-    with captures_shared():
+    from captures import captured_once
+
+    with captured_once():
         yield
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> "Iterator[Ranks]":
     """Real gloo ranks: `ranks(n, fn, *args)` returns the n results of `fn(rank, group, *args)`."""
+    from ranks import Ranks
+
     pool = Ranks()
     yield pool
     pool.close()

@@ -70,10 +70,15 @@ def gathered(rank, group, build, cases):
     return [sample(model)(**inputs) for inputs in cases]
 
 
-def judge_gather(ranks, n, build, cases, tolerance=EXACT):
+@shares_captures
+def gathered_alike(rank, group, build, cases):
+    return gathered(rank, group, build, cases)
+
+
+def judge_gather(ranks, n, build, cases, *, job=gathered, tolerance=EXACT):
     model = build()
     want = [exact(model, inputs) for inputs in cases]
-    assert_equal(ranks(n, gathered, build, cases), want, tolerance)
+    assert_equal(ranks(n, job, build, cases), want, tolerance)
 
 
 def test_gather_is_exact_at_every_size(ranks):
@@ -90,7 +95,8 @@ def test_gather_is_exact_at_every_size(ranks):
 @pytest.mark.parametrize("n", [2, 4, 5])
 def test_gather_is_exact_where_parts_overlap(ranks, n):
     """77 text tokens and 39 image tokens: no number of ranks divides them."""
-    judge_gather(ranks, n, tiny_flux, [flux_inputs(image_hw=(3, 13), text=77, batch=2)])
+    case = flux_inputs(image_hw=(3, 13), text=77, batch=2)
+    judge_gather(ranks, n, tiny_flux, [case], job=gathered_alike)
 
 
 def test_gather_without_guidance(ranks):
