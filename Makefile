@@ -1,4 +1,4 @@
-# The two commands: `make demo` makes an image on 1 and on 2 ranks, `make test` runs every check.
+# The two commands: `make demo` draws on 1 and on 2 ranks, `make test` runs every check.
 #
 # On Linux PyPI's torch brings CUDA, some gigabytes. A machine without a GPU can do without:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo

@@ -1,4 +1,4 @@
-"""`make demo`: one image on 1 and on 2 CPU ranks, side by side, with times, PSNR and LPIPS."""
+"""`make demo`: pictures on 1 and on 2 CPU ranks, side by side, with times, PSNR and LPIPS."""
 
 import json
 import os
@@ -16,21 +16,24 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from piflux.demo import PROMPTS
+from piflux.generate import numbered
 from piflux.lpips import LPIPS
 
 OUT = Path("out")
-PROMPT = PROMPTS[0]
-MARGIN = 40  # pixels for a label above an image
+PICTURES = PROMPTS[:4]
+"""Drawn in one batch: a step of a single one is too small to share well (docs/experiments.md)."""
+MARGIN = 40  # pixels for a label above pictures
 
 console = Console()
 
 
 def main() -> None:
-    images, results = [], []
-    console.print(f"Prompt: {PROMPT}")
+    rows, results = [], []
+    for prompt in PICTURES:
+        console.print(f"Prompt: {prompt}")
     for ranks in (1, 2):
-        image, result = generate(ranks)
-        images.append(image)
+        images, result = generate(ranks)
+        rows.append(images)
         results.append(result)
     one, two = results
 
@@ -38,30 +41,33 @@ def main() -> None:
         f"{name}, {result['median_step_ms'] / 1000:.2f} s a step"
         for name, result in (("1 rank", one), ("2 ranks", two))
     ]
-    side_by_side(images, labels).save(OUT / "demo-side-by-side.png")
+    side_by_side(rows, labels).save(OUT / "demo-side-by-side.png")
 
     table = Table("", "1 rank", "2 ranks", "speed-up")
     for name, seconds in (
         ("seconds a step (median)", lambda result: result["median_step_ms"] / 1000),
-        ("seconds the image", lambda result: result["total_s"]),
+        (f"seconds all {len(PICTURES)} pictures", lambda result: result["total_s"]),
     ):
         before, after = seconds(one), seconds(two)
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}x")
-    arrays = [np.array(image) for image in images]
-    psnr = peak_signal_noise_ratio(*arrays)
-    lpips = LPIPS()(*(torch.from_numpy(x).permute(2, 0, 1)[None] / 255 for x in arrays)).item()
+    arrays = [np.stack([np.array(image) for image in images]) for images in rows]
+    psnr = np.mean([peak_signal_noise_ratio(*pair) for pair in zip(*arrays, strict=True)])
+    lpips = LPIPS()(*(torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in arrays)).mean().item()
     console.print(table)
-    console.print(f"The image on 2 ranks against that on 1: PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}")
+    console.print(
+        "The pictures on 2 ranks against those on 1, in the mean: "
+        f"PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}"
+    )
     console.print(one["note"])
     console.print(f"Saved {', '.join(str(path) for path in sorted(OUT.glob('demo-*.png')))}")
 
 
-def generate(ranks: int) -> tuple[Image.Image, dict[str, Any]]:
-    """Run `run_flux.py` on `ranks` CPU ranks of one thread each: the image, the measurements."""
+def generate(ranks: int) -> tuple[list[Image.Image], dict[str, Any]]:
+    """Run `run_flux.py` on `ranks` CPU ranks of one thread each: the pictures, what it measured."""
     name = f"demo-{ranks}rank{'s' if ranks > 1 else ''}"
     image, measurements = OUT / f"{name}.png", OUT / f"{name}.json"
     command = ["torchrun", "--standalone", f"--nproc_per_node={ranks}", "examples/run_flux.py"]
-    command += ["--model=demo", "--policy=rotate", f"--prompt={PROMPT}"]
+    command += ["--model=demo", "--policy=rotate", *(f"--prompt={x}" for x in PICTURES)]
     command += ["--no-compile"]  # inductor needs a C++ compiler
     command += [f"--output={image}", f"--json={measurements}"]
     console.rule(f"{ranks} rank{'s' if ranks > 1 else ''}")
@@ -73,19 +79,23 @@ def generate(ranks: int) -> tuple[Image.Image, dict[str, Any]]:
     }
     python = [sys.executable, "-m", "torch.distributed.run", *command[1:]]
     subprocess.run(python, env=environment, check=True)
-    return Image.open(image), json.loads(measurements.read_text())
+    paths = numbered(image, len(PICTURES))
+    return [Image.open(path) for path in paths], json.loads(measurements.read_text())
 
 
-def side_by_side(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """The images from left to right, each under its label; all of one size."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (width * len(images), height + MARGIN), "white")
+def side_by_side(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
+    """Each row's pictures from left to right, under its label; all of one size."""
+    width, height = rows[0][0].size
+    sheet = Image.new("RGB", (width * len(rows[0]), (height + MARGIN) * len(rows)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(size=MARGIN // 2)
-    for column, (image, label) in enumerate(zip(images, labels, strict=True)):
-        middle = (column * width + width // 2, MARGIN // 2)
-        draw.text(middle, label, fill="black", font=font, anchor="mm")
-        sheet.paste(image, (column * width, MARGIN))
+    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
+        top = row * (height + MARGIN)
+        draw.text(
+            (sheet.width // 2, top + MARGIN // 2), label, fill="black", font=font, anchor="mm"
+        )
+        for column, image in enumerate(images):
+            sheet.paste(image, (column * width, top + MARGIN))
     return sheet
 
 

@@ -19,7 +19,7 @@ import piflux
 from piflux import options
 from piflux.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
-from piflux.generate import load, show
+from piflux.generate import load, numbered, show
 from piflux.launch import own_device
 from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 from piflux.rows import FLUX_DEV, random_flux
@@ -38,6 +38,7 @@ class Result:
     """What rank 0 measured in the timed call; warm-ups, and so compilation, come before it.
 
     Attributes:
+        pictures: drawn in one batch.
         step_ms: milliseconds from the end of one denoise step to the end of the next. The first
             step has no entry, since text encoding runs before it.
         total_s: seconds of the whole call, with text encoders and VAE where there are any.
@@ -56,6 +57,7 @@ class Result:
     compiled: bool
     height: int
     width: int
+    pictures: int
     steps: int
     step_ms: list[float]
     median_step_ms: float
@@ -74,9 +76,14 @@ def main(
             "--random-weights", help="FLUX.1-dev's architecture, random weights; latents only."
         ),
     ] = False,
-    prompt: Annotated[str | None, typer.Option(help="Default: one that suits the model.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Default: one that suits the model. Repeatable: all are drawn in one batch."
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Of the first picture; each has one more.")] = 0,
     height: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
     width: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
     guidance_scale: float = 3.5,
@@ -94,7 +101,9 @@ def main(
         bool | None,
         typer.Option("--compile/--no-compile", help="By inductor. Default: on a GPU."),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where the image goes.")] = Path("out/flux.png"),
+    output: Annotated[Path, typer.Option(help="Where the image goes; several get numbers.")] = Path(
+        "out/flux.png"
+    ),
     print_output: Annotated[
         bool, typer.Option("--print-output", help="Draw it in the terminal as well.")
     ] = False,
@@ -102,7 +111,7 @@ def main(
         Path | None, typer.Option("--json", help="Where the measurements go.")
     ] = None,
 ) -> None:
-    """Make one image with FLUX on every rank that torchrun started, and time it."""
+    """Make an image with FLUX, or several at once, on all ranks that torchrun started; time it."""
     try:
         device = own_device()
     except piflux.PifluxError as error:
@@ -126,7 +135,7 @@ def main(
         if model != "demo":
             say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
         pipe, more = load("demo", device)
-        call |= more | {"prompt": prompt or PROMPTS[0]}
+        call |= more | {"prompt": prompt or [PROMPTS[0]]}
     elif random_weights:
         pipe = random_flux_dev(device)
         call |= random_embeddings(device) | {"output_type": "latent"}
@@ -135,7 +144,7 @@ def main(
             pipe, _ = load(model, device)
         except piflux.PifluxError as error:
             raise typer.BadParameter(str(error)) from None
-        call |= {"prompt": prompt or "A red fox in fresh snow, early morning light"}
+        call |= {"prompt": prompt or ["A red fox in fresh snow, early morning light"]}
 
     if policy == "none":
         pipe.set_progress_bar_config(disable=None)
@@ -149,15 +158,17 @@ def main(
             inner="inductor" if compile_ else "eager",
         )
 
+    pictures = 1 if random_weights else len(call["prompt"])
+
     def generate(num_inference_steps: int, clock: StepClock | None = None) -> Any:
-        """The image, or latents of shape (1, tokens, 64); the same noise at every call."""
-        generator = torch.Generator("cpu").manual_seed(seed)
+        """The images, or latents of shape (1, tokens, 64); the same noise at every call."""
+        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(pictures)]
         return pipe(
             **call,
             num_inference_steps=num_inference_steps,
-            generator=generator,
+            generator=generators,
             callback_on_step_end=clock,
-        ).images[0]
+        ).images
 
     for _ in range(warmups):
         generate(min(steps, 3))  # one step of each kind, and one to spare
@@ -166,7 +177,7 @@ def main(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
-    image = generate(steps, clock)
+    images = generate(steps, clock)
     synchronize(device.type == "cuda")
     total_s = time.perf_counter() - start
 
@@ -183,6 +194,7 @@ def main(
         compiled=compile_,
         height=height,
         width=width,
+        pictures=pictures,
         steps=steps,
         step_ms=step_ms,
         median_step_ms=statistics.median(step_ms) if step_ms else total_s * 1000,
@@ -197,10 +209,11 @@ def main(
             json_file.write_text(json.dumps(asdict(result), indent=2) + "\n")
         if not random_weights:
             output.parent.mkdir(parents=True, exist_ok=True)
-            image.save(output)
-            console.print(f"Saved {output}")
-            if print_output:
-                show(image, console)
+            for image, path in zip(images, numbered(output, pictures), strict=True):
+                image.save(path)
+                console.print(f"Saved {path}")
+                if print_output:
+                    show(image, console)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -261,7 +274,8 @@ def report(result: Result) -> None:
     table.add_row("ranks", f"{result.ranks} x {result.device}")
     table.add_row("policy", result.policy)
     table.add_row("compiled", "by inductor" if result.compiled else "no")
-    table.add_row("image", f"{result.width} x {result.height}, {result.steps} steps")
+    size = f"{result.width} x {result.height}"
+    table.add_row("pictures", f"{result.pictures}, {size}, {result.steps} steps")
     table.add_row("a step", f"{result.median_step_ms:.1f} ms (median)")
     table.add_row("whole call", f"{result.total_s:.2f} s")
     if result.peak_memory_gib is not None:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import typer
+from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -85,6 +87,11 @@ def run_flux() -> ModuleType:
     return module
 
 
+def to_tensor(picture: Image.Image) -> Tensor:
+    """(height, width, 3), values from 0 to 255."""
+    return torch.from_numpy(np.array(picture)).int()
+
+
 def invoke(run_flux: ModuleType, *arguments: str, ranks: int = 1) -> tuple[int, str]:
     """The exit status and all output, as one line without the frame around an error."""
     app = typer.Typer(add_completion=False)
@@ -148,5 +155,24 @@ def test_one_rank_makes_an_image(run_flux: ModuleType, tmp_path: Path, policy: s
     times = json.loads((tmp_path / "times.json").read_text())
     assert times["ranks"] == 1
     assert times["policy"] == policy
+    assert times["pictures"] == 1
     assert len(times["step_ms"]) == 2
     assert times["total_s"] > 0
+
+
+def test_several_prompts_are_one_batch(run_flux: ModuleType, tmp_path: Path) -> None:
+    """The second picture is the one that its seed gives alone."""
+    small = ("--model=demo", "--no-compile", "--height=64", "--width=64", "--steps=2")
+    small += ("--warmups=0", f"--json={tmp_path / 'times.json'}")
+    both = tuple(f"--prompt={prompt}" for prompt in PROMPTS[:2])
+    status, output = invoke(run_flux, *small, *both, "--seed=3", f"--output={tmp_path / 'a.png'}")
+    assert status == 0, output
+    assert json.loads((tmp_path / "times.json").read_text())["pictures"] == 2
+    status, output = invoke(run_flux, *small, both[1], "--seed=4", f"--output={tmp_path / 'b.png'}")
+    assert status == 0, output
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["a-1.png", "a-2.png", "b.png"]
+    first, second, alone = (
+        to_tensor(Image.open(tmp_path / name)) for name in ("a-1.png", "a-2.png", "b.png")
+    )
+    assert (second - alone).abs().max() <= 1
+    assert (first - alone).abs().max() > 10
