@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from piflux import bench
 from piflux.bench import Floor, chart, markdown, measure_floor, run_row
-from piflux.rows import FLUX_DEV, ROWS, Result, Settings, build, is_in_a_block, measure
+from piflux.rows import FLUX_DEV, ROWS, Result, Settings, build, is_in_a_block
 from piflux.schedule import Schedule
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
@@ -62,27 +62,20 @@ def test_chart(tmp_path):
 
 
 def test_rows_on_cpu_ranks(tmp_path):
-    command = [sys.executable, "-m", "piflux.bench", "--row=rotate"]
+    command = [sys.executable, "-m", "piflux.bench", "--row=eager", "--row=rotate"]
     command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "No CUDA device" in done.stdout
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert record["command"].startswith("piflux bench --row=rotate --height=128")
+    assert record["command"].startswith("piflux bench --row=eager --row=rotate --height=128")
     assert record["versions"]["diffusers"] == version("diffusers")
-    (rotate,) = record["rows"]
-    assert rotate["ranks"] == 2
-    assert len(rotate["step_ms"]) == 3
+    eager, rotate = record["rows"]
+    assert (eager["ranks"], rotate["ranks"]) == (1, 2)
+    assert len(eager["step_ms"]) == len(rotate["step_ms"]) == 3
     assert rotate["steady_bytes"] == 32 * 64 * 4  # half of 64 latent tokens
     assert rotate["sync_bytes"] > rotate["steady_bytes"]
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
-
-
-def test_a_row_of_one_rank():
-    found = measure(Settings("eager", 1, 128, 128, steps=3, images=2))
-    assert (found.ranks, found.error, found.sync_bytes) == (1, None, None)
-    assert len(found.step_ms) == 2 * 3 and min(found.step_ms) > 0
-    assert found.first_call_s > 0
 
 
 @pytest.mark.parametrize(
