@@ -149,7 +149,8 @@ def in_int8():
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = tiny_flux()
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), is_in_a_block)
+    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
+    quantize_(model, config, is_in_a_block)
     return model
 
 
@@ -164,7 +165,9 @@ def in_fp8():
     model = tiny_flux(dtype=torch.bfloat16)
     # torchao asks for a GPU that is fast at it; a CPU computes the same.
     with mock.patch.object(quant_api, "_check_hardware_support"):
-        config = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
+        config = Float8DynamicActivationFloat8WeightConfig(
+            granularity=PerRow(), set_inductor_config=False
+        )
         quantize_(model, config, is_in_a_block)
     return model
 
