@@ -22,14 +22,12 @@ def adjoining(*weights: Tensor) -> Tensor:
         weights: contiguous, alike in all sizes but the first; or of a subclass that wraps such
             tensors, all of them with the weights' first sizes.
     """
-    first = weights[0]
+    first: Any = weights[0]
     shape = (sum(x.shape[0] for x in weights), *first.shape[1:])
-    if _wraps(first):
-        wrapper: Any = first
-        names, context = wrapper.__tensor_flatten__()
+    if is_traceable_wrapper_subclass(first):
+        names, context = first.__tensor_flatten__()
         inside = {name: adjoining(*[getattr(x, name) for x in weights]) for name in names}
-        whole: Tensor = wrapper.__tensor_unflatten__(inside, context, shape, first.stride())
-        return whole
+        return first.__tensor_unflatten__(inside, context, shape, first.stride())
     if not _adjoin(weights):
         # Tensors of inference mode and others can't be given each other's memory.
         with torch.inference_mode(first.is_inference()), torch.no_grad():
@@ -37,10 +35,6 @@ def adjoining(*weights: Tensor) -> Tensor:
             for x, rows in zip(weights, whole.split([x.shape[0] for x in weights]), strict=True):
                 x.data = rows
     return first.as_strided(shape, first.stride(), first.storage_offset())
-
-
-def _wraps(x: object) -> bool:
-    return is_traceable_wrapper_subclass(x)
 
 
 def _adjoin(weights: Sequence[Tensor]) -> bool:
