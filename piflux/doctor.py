@@ -122,7 +122,7 @@ def decide(
     Raises:
         CannotShard: see `preview`.
     """
-    from piflux.preview import preview  # imports the compiler, which takes seconds
+    from piflux.preview import preview  # imports the compiler, a second
 
     group = dist.group.WORLD
     assert group is not None, "called on the ranks that `join` joined"

@@ -123,7 +123,7 @@ def _inside(values: Sequence[Any]) -> dict[str, list[Tensor]]:
 
 
 def _are_rows(values: Sequence[Any]) -> bool:
-    """Whether what they wrap stands row by row for what they are, as their class has it, too."""
+    """Whether a row of each tensor that they wrap is a weight's row, as their own `cat` says."""
     inside = [x for column in _inside(values).values() for x in column]
     if any(wraps(x) or x.shape[:1] != values[0].shape[:1] for x in inside):
         return False
