@@ -46,7 +46,7 @@ def main() -> None:
     table = Table("", "1 rank", "2 ranks", "speed-up")
     for name, seconds in (
         ("seconds a step (median)", lambda result: result["median_step_ms"] / 1000),
-        (f"seconds all {len(PICTURES)} pictures", lambda result: result["total_s"]),
+        (f"seconds for all {len(PICTURES)} pictures", lambda result: result["total_s"]),
     ):
         before, after = seconds(one), seconds(two)
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}x")
