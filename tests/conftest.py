@@ -13,10 +13,6 @@ import pytest
 if TYPE_CHECKING:
     from ranks import Ranks
 
-# For any handler of this logger torch traces captures in detail, which takes a quarter of their
-# time, and pytest gives a handler to each logger that doesn't propagate.
-logging.getLogger("torch.__trace").propagate = True
-
 LONGEST = ("pipelines", "cli", "numerics", "model_zoo", "replay", "errors", "bench", "outline")
 """The files that take longest, in order: begun last, one would leave a core without work.
 
@@ -31,11 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All that was imported by now stays: Python need not look through it for garbage.
+    """What takes a capture's time and tells no test anything is off; ranks are alike (`warm`).
 
-    Nor as often as for 700 new objects, of which a capture makes hundreds of thousands; ranks are
-    alike (`warm`).
+    For any handler of torch's logger of traces each pass writes its graph down, and pytest gives a
+    handler to each logger that doesn't propagate, as torch has set this one.
+
+    And what was imported by now stays: Python need not look through it for garbage, nor as often as
+    for 700 new objects, of which a capture makes hundreds of thousands.
     """
+    logging.getLogger("torch.__trace").propagate = True
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
