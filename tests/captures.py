@@ -75,11 +75,21 @@ def _signature(target: torch.nn.Module, args: Any, kwargs: Any) -> Hashable:
     return type(target), str(structure), *kinds
 
 
+def _varied(example_input: Any) -> bool:
+    """Whether Dynamo made an input of a number that was not the same in all calls.
+
+    Of an int it makes a symbol, of a float a tensor in double precision.
+    """
+    if isinstance(example_input, Tensor):
+        return example_input.dim() == 0 and example_input.dtype == torch.float64
+    return isinstance(example_input, torch.SymInt)
+
+
 def _backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     first, compiler = _called
-    if compiler.reports:
-        # A second graph serves more calls, as of several sizes. A model to come would have it at
-        # once, where alone it had the first.
+    if compiler.reports and any(map(_varied, example_inputs)):
+        # Such a graph serves more calls, as of many sizes. A model to come would have it at once,
+        # where alone it had one with numbers first.
         _codes.pop(first, None)
     context, untouched = TracingContext.get(), copy.deepcopy(gm)
     compiled: WeakKeyDictionary[Compiler, Callable[..., Any]] = WeakKeyDictionary()
