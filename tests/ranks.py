@@ -169,18 +169,22 @@ class Pool:
 
 
 class Ranks:
-    """The session's pools of 2, 4 and 8 ranks, each started when first asked for."""
+    """The session's eight ranks, started when first asked for; a job takes the first so many.
+
+    One pool, so that ranks have captured a model that was called on another number of them.
+    """
 
     def __init__(self) -> None:
-        self._pools: dict[int, Pool] = {}
+        self._pool: Pool | None = None
 
     def __call__(self, n: int, fn, *args, timeout: float = 120) -> list:
         """`fn(rank, group, *args)` on n ranks, all of which must succeed."""
-        outcomes = self._run(n, fn, *args, timeout=timeout)
-        failed = {rank: got for rank, got in enumerate(outcomes) if isinstance(got, Failure)}
-        if failed:
-            raise RanksFailed(_tell(failed))
-        return outcomes
+        return _succeeded(self._run(n, fn, *args, timeout=timeout))
+
+    def alone(self, n: int, fn, *args, timeout: float = 120) -> list:
+        """The same on ranks of its own: the default process group is theirs."""
+        with Pool(n) as pool:
+            return _succeeded(pool.run(n, fn, *args, timeout=timeout))
 
     def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
         """The same for jobs meant to fail: each rank's Failure, None where it succeeded."""
@@ -188,27 +192,28 @@ class Ranks:
         return [got if isinstance(got, Failure) else None for got in outcomes]
 
     def _run(self, n: int, fn, *args, timeout: float) -> list:
-        # In a larger pool the other ranks sit out, and these may have captured its models before.
-        enough = sorted(size for size in self._pools if size >= n)
-        size = next(iter(enough), None) or next(size for size in (2, 4, 8) if size >= n)
-        if size not in self._pools:
-            self._pools[size] = Pool(size)
+        self._pool = self._pool or Pool(8)
         try:
-            outcomes = self._pools[size].run(n, fn, *args, timeout=timeout)
+            outcomes = self._pool.run(n, fn, *args, timeout=timeout)
         except BaseException:
-            self._discard(size)
+            self.close()
             raise
         # A rank that raised may have left its peers inside a collective: trust none of them.
         if any(isinstance(got, Failure) for got in outcomes):
-            self._discard(size)
+            self.close()
         return outcomes
 
-    def _discard(self, size: int) -> None:
-        self._pools.pop(size).close()
-
     def close(self) -> None:
-        for size in list(self._pools):
-            self._discard(size)
+        if self._pool:
+            self._pool.close()
+        self._pool = None
+
+
+def _succeeded(outcomes: list) -> list:
+    failed = {rank: got for rank, got in enumerate(outcomes) if isinstance(got, Failure)}
+    if failed:
+        raise RanksFailed(_tell(failed))
+    return outcomes
 
 
 def free_port() -> int:

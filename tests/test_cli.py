@@ -309,7 +309,7 @@ def test_doctor(monkeypatch):
 
 def test_ranks_examine_alike(ranks):
     """Links, kernels and choice, measured by two real ranks: one answer for both."""
-    one, other = ranks(2, examine_small)
+    one, other = ranks.alone(2, examine_small)
     assert one == other
     (link,) = one.links
     assert link.ranks == (0, 1) and link.peer_access is None and 0 < link.gbs < 1000

@@ -530,7 +530,7 @@ def compiled_by_backend(rank, group, backend, compile_options, sizes):
 def test_backend_is_exact_at_every_capture(ranks, compile_options, sizes):
     """Static capture first and dynamic from the second resolution on, or as asked for."""
     want = [exact(tiny_flux(), flux_inputs(**size)) for size in sizes]
-    assert_equal(ranks(2, compiled_by_backend, piflux.backend, compile_options, sizes), want)
+    assert_equal(ranks.alone(2, compiled_by_backend, piflux.backend, compile_options, sizes), want)
 
 
 def test_backend_by_name(ranks):
@@ -538,7 +538,7 @@ def test_backend_by_name(ranks):
     if "piflux" not in names:
         pytest.skip("a backend has a name only where the package is installed")
     want = [exact(tiny_flux(), flux_inputs())]
-    assert_equal(ranks(2, compiled_by_backend, "piflux", {}, [{}]), want)
+    assert_equal(ranks.alone(2, compiled_by_backend, "piflux", {}, [{}]), want)
 
 
 def rotated_by_backend(rank, group):
@@ -556,7 +556,7 @@ def test_backend_rotates_like_the_oracle(ranks):
     for size in RESOLUTIONS[:2]:
         oracle = Oracle(tiny_flux(), 2, "rotate", sync_steps=2)
         want += denoise(oracle, flux_inputs(**size), STEPS)
-    assert_equal(ranks(2, rotated_by_backend), want)
+    assert_equal(ranks.alone(2, rotated_by_backend), want)
 
 
 # --------------------------------------------------------------------------- where ranks come from
