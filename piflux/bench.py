@@ -98,11 +98,7 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
     """Run one row in processes of its own; what goes wrong becomes its `error`, all of it `log`."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc_per_node={settings.ranks}", "-m", "piflux.rows"),
-            *(json.dumps(asdict(settings)), str(out)),
-        ]
+        command = [sys.executable, "-m", "piflux.rows", json.dumps(asdict(settings)), str(out)]
         environment = os.environ | LINKS[link] | {"OMP_NUM_THREADS": "1"}
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -112,7 +108,7 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
         except subprocess.TimeoutExpired:
             return Result(settings.row, settings.ranks, error=f"no end after {ROW_TIMEOUT_S} s")
         finally:
-            # Killed, torchrun would leave its ranks behind; asked to end, it ends them.
+            # Killed, it would leave its ranks behind; asked to end, it ends them.
             process.terminate()
             process.communicate()
         if process.returncode != 0 or not out.exists():
@@ -122,10 +118,10 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
 
 
 def _error(stderr: str) -> str:
-    """The last exception of a rank in what torchrun printed."""
-    lines = [line.split("]: ")[-1].strip() for line in stderr.splitlines()]
-    named = [x for x in lines if "Error: " in x and "ChildFailedError" not in x]
-    return named[-1] if named else "the ranks ended without a result"
+    """The last exception of a rank, or what the row's last line says."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    named = [line for line in lines if "Error: " in line]
+    return next(reversed(named or lines), "the ranks ended without a result")
 
 
 def markdown(results: list[Result], floor: Floor) -> str:

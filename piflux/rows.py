@@ -1,6 +1,6 @@
 """The rows of `piflux bench`: ways to run the model, each in processes of its own.
 
-`python -m piflux.rows SETTINGS OUT` is one rank of a row, as `piflux bench` starts it.
+`python -m piflux.rows SETTINGS OUT` is one row with all its ranks, as `piflux bench` starts it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflux.clock import between, mark, synchronize
+from piflux.errors import RankFailed
+from piflux.launch import launch
 from piflux.runtime.copies import peak_bytes
 
 FLUX_DEV: dict[str, Any] = {
@@ -400,14 +403,27 @@ def random_flux(
     return model
 
 
-def worker(settings: str, out: str) -> None:
-    """One rank of a row: `settings` in JSON, `out` a file for rank 0's result."""
-    result = measure(Settings(**json.loads(settings)))
+def worker(settings: Settings, out: Path) -> None:
+    """One rank of a row: `out` is a file for rank 0's result."""
+    try:
+        result = measure(settings)
+    except Exception:
+        traceback.print_exc()  # the launcher tells its last line
+        raise
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(out).write_text(json.dumps(asdict(result)))
+        out.write_text(json.dumps(asdict(result)))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def main(settings: str, out: str) -> None:
+    """All ranks of a row, which end with this process; `settings` in JSON."""
+    row = Settings(**json.loads(settings))
+    try:
+        launch(worker, row.ranks, row, Path(out))
+    except RankFailed as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    worker(*sys.argv[1:])
+    main(*sys.argv[1:])
