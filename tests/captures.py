@@ -36,16 +36,9 @@ _called: tuple[Hashable, Compiler]
 
 @contextmanager
 def captured_once() -> Iterator[None]:
-    """For models that are parallelized inside of it."""
+    """For models that are parallelized inside of it; of a job for ranks, a decorator."""
     with mock.patch.object(api, "_compiled", _compiled):
         yield
-
-
-def shares_captures(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A job for ranks inside of `captured_once`: those of one file share their graphs."""
-    shared = captured_once()(function)
-    shared.shares_captures = True
-    return shared
 
 
 def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from captures import shares_captures
+from captures import captured_once
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from model_zoo import HEADS, ROPE, WIDTH, hunyuan_video, pixart, qwen_image, wan
 from model_zoo import z_image as z_image_transformer
@@ -115,7 +115,7 @@ class Case:
     remark: str = ""
 
 
-@shares_captures
+@captured_once()
 def on_ranks(rank: int, group: Any, name: str) -> dict[str, list[Drawn] | Failure]:
     """A case's images by policy, or what it failed with."""
     return {policy: attempt(CASES[name], policy, group) for policy in ("gather", "rotate")}

@@ -276,19 +276,6 @@ def _do(job: bytes, rank: int, joined: bool, groups: dict) -> bytes:
             groups[n] = dist.new_group(range(n))
         if rank >= n:
             return pickle.dumps(None)
-        _forget_captures(fn)
         return pickle.dumps(fn(rank, groups.get(n), *args))
     except Exception as error:
         return pickle.dumps(Failure.of(error))
-
-
-_sharing: str | None = None
-"""The file whose jobs share what this worker has captured."""
-
-
-def _forget_captures(fn) -> None:
-    """A job begins with none, but for one that shares those of the job before; see `captures`."""
-    global _sharing
-    before, _sharing = _sharing, fn.__module__ if hasattr(fn, "shares_captures") else None
-    if _sharing is None or _sharing != before:
-        torch._dynamo.reset()

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
+from captures import captured_once
 from diffusers.callbacks import PipelineCallback
 from models import tiny_pipeline
 from pipelines import autoencoder, drawn
@@ -209,6 +210,7 @@ SITUATIONS = {
 }
 
 
+@captured_once()
 def drawn_in(rank, group, name):
     """An image and the rows of what was decoded for it."""
     situation, pipe = SITUATIONS[name], noting_pipeline()
@@ -232,6 +234,7 @@ def test_a_pipeline_decodes_in_bands_where_all_ranks_do(ranks, name):
     assert (image - want).abs().max() <= EXACT
 
 
+@captured_once()
 def more_ranks_than_rows(rank, group):
     pipe = noting_pipeline()
     parallel = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
@@ -245,6 +248,7 @@ def test_fewer_rows_than_ranks_are_decoded_whole(ranks):
         assert (image - want).abs().max() <= EXACT
 
 
+@captured_once()
 def drawn_by_a_plain_pipeline(rank, group):
     """Around a parallel transformer, with the parallel pipeline's autoencoder."""
     pipe = noting_pipeline()
@@ -267,6 +271,7 @@ def test_one_process_decodes_as_ever(group):
     assert piflux.parallelize(pipe, group=group, inner="eager").vae is pipe.vae
 
 
+@captured_once()
 def seen(rank, group, folder):
     """A parallel pipeline's autoencoder is the pipeline's own, on disk and in a copy, too."""
     pipe = tiny_pipeline()

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 import pytest
 import torch
 import torch.distributed as dist
-from captures import shares_captures
+from captures import captured_once
 from models import flux_inputs, tiny_flux
 from test_numerics import EXACT
 from test_replay import SAME, as_captured, farthest, on_tape
@@ -101,7 +101,7 @@ EVEN = {"image_hw": (6, 6), "text": 12}  # of which 2 and 3 ranks have parts wit
 UNEVEN = {"image_hw": (5, 7), "text": 13}
 
 
-@shares_captures
+@captured_once()
 def images(rank, group, folder, options, shape):
     """By collectives and by copies; how often a gathered whole had to be copied together."""
     model, inputs = tiny_flux(single=2), flux_inputs(**shape)
@@ -144,7 +144,7 @@ def test_what_lies_together_is_read_where_it_arrived(ranks, tmp_path, shape, cop
         assert joined == 2 * STEPS * (copied + 1)
 
 
-@shares_captures
+@captured_once()
 def recorded(rank, group, folder):
     """How far recorded images are from others, and what was recorded and left out of it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +168,7 @@ def test_a_step_with_copies_is_recorded_whole(ranks, tmp_path):
         assert (made, played, eager) == (1, 2 * STEPS - 1, 0)
 
 
-@shares_captures
+@captured_once()
 def one_that_fails(rank, group, folder, longest):
     """Rank 0 can't record steps of more ops, the other can."""
     with pytest.MonkeyPatch.context() as patch:

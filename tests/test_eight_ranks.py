@@ -11,7 +11,7 @@ from itertools import islice
 
 import pytest
 import torch
-from captures import shares_captures
+from captures import captured_once
 from models import HEAD_DIM, denoise, flux_inputs, tiny_flux
 from oracle import Oracle
 from test_numerics import assert_equal, sample
@@ -83,7 +83,7 @@ def drawn(model):
     return tuple(map(list, zip(*found, strict=True)))
 
 
-@shares_captures
+@captured_once()
 def drawn_by_one_of_eight(rank, group, policy):
     model = piflux.parallelize(tiny_flux(), group=group, policy=policy, inner="eager")
     return *drawn(model), piflux.explain(model).graphs[-1].cache_bytes

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from captures import captured_once
 from models import denoise, flux_inputs, tiny_flux, tiny_pipeline
 from ranks import Failure, Pool
 from torch import nn
@@ -495,6 +496,7 @@ def test_ranks_that_disagree_on_an_input(ranks):
         assert (image - want).abs().max() < 1e-5
 
 
+@captured_once()
 def set_apart(rank, group):
     """Rank 1 has another policy, another schedule, or another torch."""
     others = [{"policy": "displaced"}, {"sync_steps": 3}, {"refresh_every": 5}]
@@ -502,12 +504,12 @@ def set_apart(rank, group):
     failures = []
     for other in others:
         options = {"policy": "rotate"} | (other if rank == 1 else {})
-        model = piflux.parallelize(tiny_flux(single=0), group=group, inner="eager", **options)
-        failures.append(caught(model, **flux_inputs()))
-    model = piflux.parallelize(tiny_flux(single=0), group=group, inner="eager")
+        model = piflux.parallelize(tiny_flux(), group=group, inner="eager", **options)
+        failures.append(caught(model, **flux_inputs(), return_dict=False))
+    model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
     version = "1.0" if rank == 1 else torch.__version__
     with mock.patch.object(torch, "__version__", version):
-        failures.append(caught(model, **flux_inputs()))
+        failures.append(caught(model, **flux_inputs(), return_dict=False))
     return failures
 
 
@@ -521,6 +523,7 @@ def test_ranks_that_disagree_on_a_setting(ranks):
     assert_all(version, piflux.RanksDisagree, "torch", "1.0", torch.__version__, "rank 1")
 
 
+@captured_once()
 def rounded(rank, group):
     """Each rank computed the embeddings on hardware of its own."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="gather", inner="eager")
@@ -543,10 +546,11 @@ def test_differences_of_rounding_are_no_disagreement(ranks):
 TIMEOUT = 3
 
 
+@captured_once()
 def left_alone(rank, group, policy, leave):
     """Rank 1 leaves after two steps: by its death, or by sleeping twice the group's timeout."""
-    model = piflux.parallelize(tiny_flux(single=0), policy=policy, inner="eager")
-    steps = denoise(lambda **inputs: model(**inputs).sample, flux_inputs(), 9)
+    model = piflux.parallelize(tiny_flux(), policy=policy, inner="eager")
+    steps = denoise(lambda **x: model(**x, return_dict=False)[0], flux_inputs(), 9)
     for _ in range(2):
         next(steps)
     dist.barrier()

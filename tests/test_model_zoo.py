@@ -6,7 +6,7 @@ remembered keys and values are the fresh ones; so it is judged on still latents,
 
 import pytest
 import torch
-from captures import shares_captures
+from captures import captured_once
 from model_zoo import (
     CASES,
     SIZES,
@@ -37,7 +37,7 @@ def exact(model, inputs) -> list[Tensor]:
     return samples(model, inputs)
 
 
-@shares_captures
+@captured_once()
 def gathered(rank, group, name):
     """What the first size gives."""
     case = CASES[name]
@@ -45,7 +45,7 @@ def gathered(rank, group, name):
     return samples(model, case.inputs(*case.sizes[0]))
 
 
-@shares_captures
+@captured_once()
 def rotated(rank, group, name):
     """What each size gives at each step of a still image; the graphs compiled after the second."""
     case = CASES[name]

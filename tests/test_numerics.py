@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from captures import shares_captures
+from captures import captured_once
 from models import (
     control_samples,
     denoise,
@@ -70,7 +70,7 @@ def gathered(rank, group, build, cases):
     return [sample(model)(**inputs) for inputs in cases]
 
 
-@shares_captures
+@captured_once()
 def gathered_alike(rank, group, build, cases):
     return gathered(rank, group, build, cases)
 
@@ -258,7 +258,7 @@ def image(build, inputs, **options):
         return list(denoise(sample(model), inputs, STEPS))
 
 
-@shares_captures
+@captured_once()
 def drawn(rank, group, build, inputs, options):
     return image(build, inputs, group=group, inner="eager", **options)
 
@@ -344,7 +344,7 @@ def test_inductor_equals_the_oracle(ranks, policy):
     judge_image(ranks, 2, tiny_flux, flux_inputs(), options, job=job, tolerance=5e-5)
 
 
-@shares_captures
+@captured_once()
 def marked(rank, group, policy):
     """Rank 1 alone adds one to every output token that it computes."""
     model = tiny_flux()
@@ -396,7 +396,7 @@ def guided_inputs():
     return inputs | {"negative": flux_inputs(seed=1)["encoder_hidden_states"]}
 
 
-@shares_captures
+@captured_once()
 def drawn_with_guidance(rank, group, policy):
     model = piflux.parallelize(tiny_flux(), group=group, policy=policy, inner="eager")
     step = guided(sample(model), sample(model))
@@ -414,7 +414,7 @@ def test_true_guidance_keeps_a_cache_per_pass(ranks, policy):
     assert_equal(ranks(2, drawn_with_guidance, policy), want * 2)
 
 
-@shares_captures
+@captured_once()
 def drawn_in_a_row(rank, group, images):
     """No generation is opened, and the very same embeddings serve all images."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
@@ -441,7 +441,7 @@ def another_image():
     return flux_inputs() | {"hidden_states": noise, "timestep": torch.full((1,), 0.5)}
 
 
-@shares_captures
+@captured_once()
 def rewritten(rank, group):
     """Two images whose embeddings lie in the same tensor, which counts no versions."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
@@ -464,6 +464,7 @@ def test_embeddings_written_in_place_begin_another_image(ranks):
     assert_equal(ranks(2, rewritten), want)
 
 
+@captured_once()
 def abandoned(rank, group):
     """An image left after three steps, then another, lower on the way."""
     model = piflux.parallelize(tiny_flux(), group=group, policy="rotate", inner="eager")
@@ -591,6 +592,7 @@ def test_torchrun_environment_starts_the_group():
         assert (backend, world) == ("gloo", 2)
 
 
+@captured_once()
 def meshed(rank, group):
     mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "token"))
     model = piflux.parallelize(tiny_flux(), group=mesh["token"], policy="gather", inner="eager")

@@ -7,6 +7,7 @@ from itertools import cycle
 
 import pytest
 import torch
+from captures import captured_once
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from models import POOLED_DIM, TEXT_DIM, tiny_flux, tiny_pipeline
 from oracle import Oracle
@@ -62,6 +63,7 @@ def pairs(pipe):
     return latents, draw(pipe, 1, num_images_per_prompt=2, output_type="pt")
 
 
+@captured_once()
 def gathered(rank, group):
     pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
     return pairs(pipe)
@@ -74,6 +76,7 @@ def test_gather_equals_one_rank(ranks):
         assert_close(images, want)
 
 
+@captured_once()
 def rotated(rank, group, whole):
     """Twice the same prompt, then with a negative one; `whole` parallelizes the pipeline."""
     pipe = tiny_pipeline()
@@ -98,6 +101,7 @@ def test_every_call_is_an_image_of_its_own(ranks, whole):
         assert_close(images, want)
 
 
+@captured_once()
 def seedless(rank, group):
     """Ranks whose global random states differ, as those of real processes do."""
     torch.manual_seed(rank)
@@ -112,6 +116,7 @@ def test_without_a_generator_ranks_share_their_noise(ranks):
     assert (here[0] - here[1]).abs().max() > 0.1
 
 
+@captured_once()
 def alone(rank, group):
     """A second instance, used by rank 0 alone: it must not wait for anyone."""
     call = FluxPipeline.__call__
@@ -140,6 +145,7 @@ def stop(pipe, step, timestep, kwargs):
     return kwargs
 
 
+@captured_once()
 def given_up(rank, group):
     pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="displaced", inner="eager")
     with contextlib.suppress(Stopped):
@@ -153,6 +159,7 @@ def test_an_image_given_up_leaves_nothing_behind(ranks):
         assert_close([image], [want])
 
 
+@captured_once()
 def progress(rank, group):
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config()

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from captures import shares_captures
+from captures import captured_once
 from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from test_virtual_ranks import STEPS, image
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,7 +248,7 @@ def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
     assert [r.levelname for r in caplog.records if "not permitted" in r.message] == ["WARNING"]
 
 
-@shares_captures
+@captured_once()
 def real(rank, group, options):
     """Three images by real ranks, recorded and not: how far they are apart, and counts."""
     images = []
@@ -305,7 +305,7 @@ def farthest(images):
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-@shares_captures
+@captured_once()
 def in_pieces(rank, group, options):
     """Two images: how far they are apart, what was recorded, and collectives in each step."""
     started, turn = runtime_ranks.all_gather, Runtime.turn
@@ -356,7 +356,7 @@ def test_between_collectives_steps_are_recorded(ranks, world_size, options, reco
         assert collectives == [GATHERS] * 2 * 2 * MORE_STEPS
 
 
-@shares_captures
+@captured_once()
 def with_failures(rank, group, options, longest):
     """An image whose recording fails on rank 0 after so many ops, and one after it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -380,7 +380,7 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, policy, long
     assert none == 0 < played
 
 
-@shares_captures
+@captured_once()
 def changing(rank, group, options):
     """Images of two sizes, of moved parameters and of two prompts, and recordings after each."""
     images, counts = [], []

@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+from captures import captured_once
 from models import flux_inputs, tiny_flux
 from test_numerics import EXACT, sample
 
@@ -44,6 +45,7 @@ def slow_kernels(*args):
     return 1e-9, 1e-9
 
 
+@captured_once()
 def called(rank, group, rank_one_has, policy="rotate", sync="auto"):
     """The report and the first step's result; `rank_one_has` is true of rank 1 alone."""
     model = piflux.parallelize(

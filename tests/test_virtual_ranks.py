@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from captures import shares_captures
+from captures import captured_once
 from models import denoise, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from oracle import Oracle
 from test_numerics import EXACT
@@ -34,7 +34,7 @@ def settings():
     yield {"policy": "gather"}
 
 
-@shares_captures
+@captured_once()
 def images(rank, group):
     model, inputs = tiny_flux(), flux_inputs()
     return [
