@@ -63,7 +63,7 @@ def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:
 
 
 def _signature(target: torch.nn.Module, args: Any, kwargs: Any) -> Hashable:
-    leaves, structure = tree_flatten((args, kwargs))
+    leaves, structure = tree_flatten((args, sorted(kwargs.items())))
     kinds = ((x.shape, x.dtype) if isinstance(x, Tensor) else repr(x) for x in leaves)
     return type(target), str(structure), *kinds
 

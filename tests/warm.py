@@ -1,21 +1,22 @@
-"""What the fork server imports last: a first capture, which loads and remembers much.
+"""What the fork server imports last: first captures, which load and remember much.
 
 Workers are forked from it and begin with all of that, which is no garbage: they need not look
-through it for some. Jobs inside of `captured_once` also begin with the capture itself.
+through it for some. Jobs inside of `captured_once` also begin with the graphs of this model.
 """
 
 import gc
 
 import torch
 from captures import captured_once
-from models import flux_inputs, tiny_flux
+from models import denoise, flux_inputs, tiny_flux
 
 import piflux
 
 if not torch.cuda.device_count():  # a capture also starts CUDA, which then no fork can use
     with captured_once():
         model = piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")
-    model(**flux_inputs(), return_dict=False)
+    for _ in denoise(lambda **inputs: model(**inputs, return_dict=False)[0], flux_inputs(), 1):
+        model(**flux_inputs(), return_dict=False)  # its timestep lies in memory otherwise
     del model
 gc.collect()
 gc.freeze()
