@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
 import piflux
@@ -225,6 +224,9 @@ def measure(
 
 def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost: Cost) -> Row:
     """`other`'s pictures against `one`'s, each against its own."""
+    # Brings parts of SciPy, which every other command would wait for.
+    from skimage.metrics import structural_similarity
+
     error = (one.images - other.images).square().flatten(1).mean(dim=1)
     psnr = (-10 * error.log10()).clamp(max=BEST_DB)
     ssim = [

@@ -38,7 +38,7 @@ class Attention(nn.Module):
 def test_public_names():
     """What a type checker reads in `__init__` is there at run time, without torch at first.
 
-    The commands come without the compiler and Dynamo, which take a second more.
+    The commands come without the compiler, Dynamo and SciPy, which take a second more.
     """
     (block,) = [x for x in ast.parse(inspect.getsource(piflux)).body if isinstance(x, ast.If)]
     typed = {alias.asname for line in block.body for alias in line.names}
@@ -47,7 +47,8 @@ def test_public_names():
     with pytest.raises(AttributeError, match="nothing"):
         piflux.nothing  # noqa: B018
     code = "import sys, piflux; assert 'torch' not in sys.modules; import piflux.cli; "
-    code += "assert not {'torch._dynamo', 'piflux.compiler'} & {*sys.modules}; piflux.parallelize"
+    code += "assert not {'torch._dynamo', 'piflux.compiler', 'scipy'} & {*sys.modules}; "
+    code += "piflux.parallelize"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
