@@ -16,7 +16,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 import piflux
 from piflux.bench import measure_floor
 from piflux.clock import between, mark, synchronize
+from piflux.doctor import versions
 from piflux.drift import Variant
-from piflux.rows import build
+from piflux.rows import build, to_fp8
 
 IMAGES = 3
 
@@ -152,6 +152,9 @@ def main(
     ranks: Annotated[list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2.")] = None,
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 1024,
     steps: Annotated[int, typer.Option(min=4)] = 28,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="The blocks by torchao, as in the bench's row rotate-fp8.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="A folder for steps.json.")] = Path("out/steps"),
 ) -> None:
     """Time a rank's steady step of FLUX.1-dev's architecture with random weights."""
@@ -161,16 +164,14 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     floor = measure_floor(size, size)
     model, inputs = build(device, on_gpu, size, size)
+    if fp8:
+        to_fp8(model)
     results: list[Result] = []
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
         "hardware": torch.cuda.get_device_name() if on_gpu else "CPU, one thread",
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-        },
+        "versions": versions("torchao"),
         "size": size,
         "steps": steps,
         "floor": asdict(floor),

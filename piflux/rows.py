@@ -192,20 +192,23 @@ def _diffusers(kind: str) -> Callable[[nn.Module, bool], tuple[Model, Generation
 def _fp8(
     prepare: Callable[[nn.Module, bool], tuple[Model, Generation]],
 ) -> Callable[[nn.Module, bool], tuple[Model, Generation]]:
-    """With the blocks' layers in 8-bit floating point, weights and activations scaled by row."""
-
     def quantized(model: nn.Module, on_gpu: bool) -> tuple[Model, Generation]:
-        from torchao import quantization
-
-        config = quantization.Float8DynamicActivationFloat8WeightConfig(
-            granularity=quantization.PerRow(),
-            # Inductor would search for each kernel's best settings, in minutes.
-            set_inductor_config=False,
-        )
-        quantization.quantize_(model, config, is_in_a_block)
+        to_fp8(model)
         return prepare(model, on_gpu)
 
     return quantized
+
+
+def to_fp8(model: nn.Module) -> None:
+    """The blocks' layers in 8-bit floating point, weights and activations scaled by row."""
+    from torchao import quantization
+
+    config = quantization.Float8DynamicActivationFloat8WeightConfig(
+        granularity=quantization.PerRow(),
+        # Inductor would search for each kernel's best settings, in minutes.
+        set_inductor_config=False,
+    )
+    quantization.quantize_(model, config, is_in_a_block)
 
 
 def is_in_a_block(module: nn.Module, name: str) -> bool:
