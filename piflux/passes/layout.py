@@ -24,6 +24,7 @@ from piflux.passes.plan import (
     known,
     known_equal,
     less,
+    ndim,
     near,
     operands,
     same,
@@ -135,7 +136,7 @@ def _mark(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> set[Axis]:
             neighbours[link.source].append(link.target)
             neighbours[link.target].append(link.source)
     queries = [attention_arguments(n).query for n in graph.nodes if is_attention(n)]
-    todo = deque(Axis(query, len(sizes(query)) - 2) for query in queries)
+    todo = deque(Axis(query, ndim(query) - 2) for query in queries)
     marked = set(todo)
     while todo:
         for axis in neighbours[todo.popleft()]:
@@ -341,7 +342,7 @@ def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.
     """Decide whether `operand` is cut or joined on its way into `node`."""
     if operand in found.unread:
         return
-    rank = len(sizes(*operand))
+    rank = ndim(*operand)
     dims = [d for d in range(rank) if Axis(operand.node, d, operand.item) in plan.layouts]
     needed = {axis.dim for axis in found.whole if Value(axis.node, axis.item) == operand}
     if node in plan.local and operand.node in whole:
@@ -424,7 +425,7 @@ def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
         value
         for value in operands(node)
         if value not in found.unread
-        for dim in range(len(sizes(*value)))
+        for dim in range(ndim(*value))
         if (axis := Axis(value.node, dim, value.item)) in plan.layouts and axis not in allowed
     }
 

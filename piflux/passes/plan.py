@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import sympy
@@ -114,7 +115,11 @@ class Context:
 
 def expr(size: int | torch.SymInt) -> sympy.Expr:
     """A size as an expression that can be compared without adding a guard."""
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+    return size.node.expr if isinstance(size, torch.SymInt) else _integer(size)
+
+
+_integer = lru_cache(maxsize=1 << 16)(sympy.Integer)
+"""sympy has such a cache of its own, in Python and of a thousand numbers."""
 
 
 def known_equal(a: sympy.Expr, b: sympy.Expr) -> bool:
@@ -183,6 +188,11 @@ def tensors(node: fx.Node) -> list[Tensor]:
 def near(node: fx.Node) -> Tensor:
     """A fake tensor of the node's value, or of an operand where it has none."""
     return next(x for n in (node, *node.all_input_nodes) for x in tensors(n))
+
+
+def ndim(node: fx.Node, item: int = 0) -> int:
+    """How many dimensions a node's tensor has."""
+    return tensors(node)[item].dim()
 
 
 def sizes(node: fx.Node, item: int = 0) -> list[sympy.Expr]:

@@ -27,6 +27,7 @@ from piflux.passes.plan import (
     expr,
     known,
     known_equal,
+    ndim,
     same,
     sizes,
     tensors,
@@ -185,7 +186,7 @@ def dropout(
 
 @rule("linear")
 def linear(node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     return Flow(_same(x, node, [(d, d) for d in range(rank - 1)]))
 
 
@@ -193,7 +194,7 @@ def linear(node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = No
 def layer_norm(
     node: fx.Node, input: fx.Node, normalized_shape: Sequence[Any], *args: Any, **kwargs: Any
 ) -> Flow:
-    kept = len(sizes(input)) - len(normalized_shape)
+    kept = ndim(input) - len(normalized_shape)
     return Flow(_same(input, node, [(d, d) for d in range(kept)]))
 
 
@@ -202,7 +203,7 @@ def along_one_dim(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     position = 1 if op_name(node) == "normalize" else 0
     default = {"normalize": 1, "glu": -1}.get(op_name(node))  # without a dim softmax picks one
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
-    rank = len(sizes(x))
+    rank = ndim(x)
     if dim is None:
         return Flow()
     return Flow(_same(x, node, [(d, d) for d in range(rank) if d != _dim(dim, rank)]))
@@ -218,7 +219,7 @@ def reduction(
         return Flow()  # over everything, or a spelling that this rule can't read
     if op_name(node) == "norm" and len(node.args) > 1:
         return Flow()  # its second argument is an exponent
-    rank = len(sizes(x))
+    rank = ndim(x)
     gone = _dims(dim, rank)
     kept = [d for d in range(rank) if d not in gone]
     return Flow(_same(x, node, [(d, d if keepdim else i) for i, d in enumerate(kept)]))
@@ -233,12 +234,12 @@ def convolution(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
 def embedding(node: fx.Node, input: fx.Node, weight: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     if "renorm" in str(kwargs.get("max_norm")):
         return Flow()
-    return Flow(_same(input, node, [(d, d) for d in range(len(sizes(input)))]))
+    return Flow(_same(input, node, [(d, d) for d in range(ndim(input))]))
 
 
 @rule("matmul", "bmm", "mm", "__matmul__")
 def matmul(node: fx.Node, a: fx.Node, b: fx.Node) -> Flow:
-    rank_a, rank_b = len(sizes(a)), len(sizes(b))
+    rank_a, rank_b = ndim(a), ndim(b)
     if min(rank_a, rank_b) < 2:
         return Flow()
     return Flow(_broadcast(a, node, skip=[-1]) + _broadcast(b, node, skip=[-2]))
@@ -278,7 +279,7 @@ def _moved(node: fx.Node, x: fx.Node, order: Sequence[int]) -> Flow:
 
 @rule("transpose", "swapaxes", "swapdims")
 def transpose(node: fx.Node, x: fx.Node, dim0: int, dim1: int) -> Flow:
-    order = list(range(len(sizes(x))))
+    order = list(range(ndim(x)))
     a, b = _dim(dim0, len(order)), _dim(dim1, len(order))
     order[a], order[b] = order[b], order[a]
     return _moved(node, x, order)
@@ -286,17 +287,17 @@ def transpose(node: fx.Node, x: fx.Node, dim0: int, dim1: int) -> Flow:
 
 @rule("t")
 def t(node: fx.Node, x: fx.Node) -> Flow:
-    return _moved(node, x, list(reversed(range(len(sizes(x))))))
+    return _moved(node, x, list(reversed(range(ndim(x)))))
 
 
 @rule("permute")
 def permute(node: fx.Node, x: fx.Node, *dims: Any) -> Flow:
-    return _moved(node, x, [_dim(d, len(sizes(x))) for d in _flatten(dims)])
+    return _moved(node, x, [_dim(d, ndim(x)) for d in _flatten(dims)])
 
 
 @rule("movedim", "moveaxis")
 def movedim(node: fx.Node, x: fx.Node, source: Any, destination: Any) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     # The sizes 0, 1, 2, .. name the dimensions of a tensor that holds nothing.
     moved = torch.empty(range(rank)).movedim(source, destination).shape
     return _moved(node, x, list(moved))
@@ -304,7 +305,7 @@ def movedim(node: fx.Node, x: fx.Node, source: Any, destination: Any) -> Flow:
 
 @rule("unsqueeze")
 def unsqueeze(node: fx.Node, x: fx.Node, dim: int) -> Flow:
-    rank = len(sizes(node))
+    rank = ndim(node)
     new = _dim(dim, rank)
     return Flow(_same(x, node, enumerate(d for d in range(rank) if d != new)))
 
@@ -410,7 +411,7 @@ def expand_as(node: fx.Node, x: fx.Node, other: fx.Node) -> Flow:
 @rule("repeat", "tile")
 def repeat(node: fx.Node, x: fx.Node, *repeats: Any) -> Flow:
     times = _flatten(repeats)
-    shift = len(sizes(node)) - len(sizes(x))
+    shift = ndim(node) - ndim(x)
     ones = [d for d, n in enumerate(times) if known(n) == 1]
     return Flow(_same(x, node, [(d - shift, d) for d in ones if d >= shift]))
 
@@ -421,23 +422,23 @@ def repeat_interleave(
 ) -> Flow:
     if dim is None:
         return Flow()
-    rank = len(sizes(x))
+    rank = ndim(x)
     return Flow(_same(x, node, [(d, d) for d in range(rank) if d != _dim(dim, rank)]))
 
 
 @rule("view_as_real")
 def view_as_real(node: fx.Node, x: fx.Node) -> Flow:
-    return Flow(_same(x, node, [(d, d) for d in range(len(sizes(x)))]))
+    return Flow(_same(x, node, [(d, d) for d in range(ndim(x))]))
 
 
 @rule("view_as_complex")
 def view_as_complex(node: fx.Node, x: fx.Node) -> Flow:
-    return Flow(_same(x, node, [(d, d) for d in range(len(sizes(node)))]))
+    return Flow(_same(x, node, [(d, d) for d in range(ndim(node))]))
 
 
 @rule("pad")
 def pad(node: fx.Node, x: fx.Node, pad: Sequence[Any], *args: Any, **kwargs: Any) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     padded = {rank - 1 - i // 2 for i, n in enumerate(pad) if known(n) != 0}
     return Flow(_same(x, node, [(d, d) for d in range(rank) if d not in padded]))
 
@@ -447,12 +448,12 @@ def pad(node: fx.Node, x: fx.Node, pad: Sequence[Any], *args: Any, **kwargs: Any
 
 @rule("cat", "concat", "concatenate")
 def cat(node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0, **kwargs: Any) -> Flow:
-    along = _dim(kwargs.get("axis", dim), len(sizes(node)))
+    along = _dim(kwargs.get("axis", dim), ndim(node))
     links: list[Link] = []
     at = sympy.Integer(0)
     for x in tensors:
         shape = sizes(x)
-        if len(shape) != len(sizes(node)):
+        if len(shape) != ndim(node):
             return Flow()  # torch.cat skips legacy empty tensors; no model here does
         links += _same(x, node, [(d, d) for d in range(len(shape)) if d != along])
         links.append(Link(Axis(x, along), Axis(node, along), shape[along], at=at))
@@ -462,7 +463,7 @@ def cat(node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0, **kwargs: Any) 
 
 @rule("stack")
 def stack(node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> Flow:
-    rank = len(sizes(node))
+    rank = ndim(node)
     new = _dim(dim, rank)
     kept = [d for d in range(rank) if d != new]
     return Flow([link for x in tensors for link in _same(x, node, enumerate(kept))])
@@ -472,7 +473,7 @@ def stack(node: fx.Node, tensors: Sequence[fx.Node], dim: int = 0) -> Flow:
 def pad_sequence(
     node: fx.Node, tensors: Sequence[fx.Node], batch_first: bool = False, *args: Any, **kwargs: Any
 ) -> Flow:
-    rank = len(sizes(node))
+    rank = ndim(node)
     length = 1 if batch_first else 0
     order = [length, *range(2, rank)]  # the dimensions of a sequence, as the batch has them
     links: list[Link] = []
@@ -484,7 +485,7 @@ def pad_sequence(
 
 def _pieces(node: fx.Node, x: fx.Node, dim: int) -> list[Link]:
     """Output i takes up along `dim` where output i - 1 ended."""
-    along = _dim(dim, len(sizes(x)))
+    along = _dim(dim, ndim(x))
     links: list[Link] = []
     start = sympy.Integer(0)
     for item in range(len(tensors(node))):
@@ -500,7 +501,7 @@ def _pieces(node: fx.Node, x: fx.Node, dim: int) -> list[Link]:
 def split(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     spec = args[0] if args else None
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    along = _dim(dim, len(sizes(x)))
+    along = _dim(dim, ndim(x))
     named = {k: v for k, v in kwargs.items() if k != "dim"}
     if op_name(node) == "tensor_split" or (spec is None and not named):
         return Flow()
@@ -516,7 +517,7 @@ def split(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
 
 @rule("unbind")
 def unbind(node: fx.Node, x: fx.Node, dim: int = 0) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     kept = [d for d in range(rank) if d != _dim(dim, rank)]
     items = range(len(tensors(node)))
     return Flow([k for i in items for k in _same(x, node, [(d, e) for e, d in enumerate(kept)], i)])
@@ -524,7 +525,7 @@ def unbind(node: fx.Node, x: fx.Node, dim: int = 0) -> Flow:
 
 @rule("narrow")
 def narrow(node: fx.Node, x: fx.Node, dim: int, start: Any, length: Any) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     along = _dim(dim, rank)
     link = _run(node, x, along, along, known(start), known(start) + known(length))
     kept = _same(x, node, [(d, d) for d in range(rank) if d != along])
@@ -539,14 +540,14 @@ def narrow(node: fx.Node, x: fx.Node, dim: int, start: Any, length: Any) -> Flow
 
 @rule("select")
 def select(node: fx.Node, x: fx.Node, dim: int, index: Any) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     kept = [d for d in range(rank) if d != _dim(dim, rank)]
     return Flow(_same(x, node, [(d, i) for i, d in enumerate(kept)]))
 
 
 @rule("index_select")
 def index_select(node: fx.Node, x: fx.Node, dim: int, index: fx.Node) -> Flow:
-    rank = len(sizes(x))
+    rank = ndim(x)
     return Flow(_same(x, node, [(d, d) for d in range(rank) if d != _dim(dim, rank)]))
 
 
@@ -575,7 +576,7 @@ def _entries(index: Any, rank: int) -> list[Any] | None:
 @rule("getitem")
 def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
     if isinstance(known(x), (tuple, list)):
-        rank = len(sizes(node)) if tensors(node) else 0
+        rank = ndim(node) if tensors(node) else 0
         shape = sizes(node) if rank else []
         item = index if index >= 0 else index + len(tensors(x))
         return Flow([Link(Axis(x, d, item), Axis(node, d), shape[d]) for d in range(rank)])
@@ -628,7 +629,7 @@ def setitem(node: fx.Node, x: fx.Node, index: Any, value: Any) -> Flow:
     written = [d for d, e in enumerate(taken) if isinstance(e, slice)]
     links = _same(x, x, [(d, d) for d, e in enumerate(taken) if e == slice(None)])
     if _is_tensor(value) and None not in entries:
-        shift = len(kept) - len(sizes(value))
+        shift = len(kept) - ndim(value)
         for t, size in enumerate(sizes(value)):
             s = written[t + shift]
             if taken[s] == slice(None) and (size != 1 or shape[s] == 1):
@@ -642,7 +643,7 @@ def setitem(node: fx.Node, x: fx.Node, index: Any, value: Any) -> Flow:
 @rule("scaled_dot_product_attention")
 def attention(node: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     call = SDPA(*args, **kwargs)
-    rank = len(sizes(node))
+    rank = ndim(node)
     links = _same(call.query, node, [(d, d) for d in range(rank - 1)])
     links += _broadcast(call.key, node, skip=[-1, -2])
     links += _broadcast(call.value, node, skip=[-2])
@@ -650,5 +651,5 @@ def attention(node: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     found = Flow(links, attended=[Axis(call.key, tokens), Axis(call.value, tokens)])
     if _is_tensor(call.attn_mask):
         found.links += _broadcast(call.attn_mask, node, skip=[-1])
-        found.whole.append(Axis(call.attn_mask, len(sizes(call.attn_mask)) - 1))
+        found.whole.append(Axis(call.attn_mask, ndim(call.attn_mask) - 1))
     return found
