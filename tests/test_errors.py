@@ -473,6 +473,7 @@ def other_inputs():
     }
 
 
+@captured_once()
 def disagreed(rank, group):
     """Each disagreement in turn, then a step on which all agree."""
     model = piflux.parallelize(tiny_flux(), group=group, inner="eager")
@@ -480,9 +481,9 @@ def disagreed(rank, group):
     for other in other_inputs().values():
         inputs = flux_inputs() | (other if rank == 1 else {})
         with piflux.generation(model):
-            failures.append(caught(model, **inputs))
+            failures.append(caught(model, **inputs, return_dict=False))
     with piflux.generation(model):
-        return *failures, model(**flux_inputs()).sample
+        return *failures, model(**flux_inputs(), return_dict=False)[0]
 
 
 @torch.no_grad()
@@ -531,7 +532,7 @@ def rounded(rank, group):
     for name in ("encoder_hidden_states", "pooled_projections"):
         noise = torch.randn(inputs[name].shape, generator=torch.Generator().manual_seed(rank))
         inputs[name] = inputs[name] * (1 + 1e-3 * noise)
-    return model(**inputs).sample
+    return model(**inputs, return_dict=False)[0]
 
 
 @torch.no_grad()

@@ -263,6 +263,7 @@ def drawn(rank, group, build, inputs, options):
     return image(build, inputs, group=group, inner="eager", **options)
 
 
+@captured_once()
 def drawn_by_inductor(rank, group, build, inputs, options):
     return image(build, inputs, group=group, inner="inductor", **options)
 
