@@ -153,7 +153,10 @@ def main(
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 1024,
     steps: Annotated[int, typer.Option(min=4)] = 28,
     fp8: Annotated[
-        bool, typer.Option("--fp8", help="The blocks by torchao, as in the bench's row rotate-fp8.")
+        bool,
+        typer.Option(
+            "--fp8", help="As the bench's row rotate-fp8; the floor stays that of bfloat16."
+        ),
     ] = False,
     out: Annotated[Path, typer.Option(help="A folder for steps.json.")] = Path("out/steps"),
 ) -> None:
