@@ -200,7 +200,11 @@ def _fp8(
 
 
 def to_fp8(model: nn.Module) -> None:
-    """The blocks' layers in 8-bit floating point, weights and activations scaled by row."""
+    """Turn the blocks' layers to 8-bit floating point in place, weights and activations by row.
+
+    Raises:
+        ModuleNotFoundError: torchao is not installed.
+    """
     from torchao import quantization
 
     config = quantization.Float8DynamicActivationFloat8WeightConfig(
@@ -411,7 +415,7 @@ def worker(settings: Settings, out: Path) -> None:
     try:
         result = measure(settings)
     except Exception:
-        traceback.print_exc()  # the launcher tells its last line
+        traceback.print_exc()  # for the row's log: the launcher tells one line of it
         raise
     if int(os.environ.get("RANK", "0")) == 0:
         out.write_text(json.dumps(asdict(result)))
