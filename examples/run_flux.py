@@ -20,7 +20,7 @@ from piflux import options
 from piflux.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
 from piflux.generate import load, numbered, show
-from piflux.launch import own_device
+from piflux.groups import own_device
 from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 from piflux.rows import FLUX_DEV, random_flux
 from piflux.runtime.copies import peak_bytes

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
 from piflux.compiler import Compiler, make_compiler
-from piflux.groups import check_device
+from piflux.groups import bring, check_device
 from piflux.integrations.diffusers import (
     has_step_cache,
     is_pipeline,
@@ -126,8 +126,9 @@ def parallelize(
 
     Args:
         target: a module with scaled dot product attention, or a diffusers pipeline. It stays as it
-            is; the result is a drop-in that shares its parameters. The module is compiled at its
-            first call, once per input signature, for inference only.
+            is, but is moved to this rank's GPU if it is on another one; the result is a drop-in
+            that shares its parameters. The module is compiled at its first call, once per input
+            signature, for inference only.
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group. With none
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
@@ -155,7 +156,8 @@ def parallelize(
     Raises:
         ValueError: a setting out of range, a target already parallelized, a foreign group.
         TypeError: a target that is neither a module nor a pipeline.
-        RuntimeError: CUDA asked for where there is none.
+        RuntimeError: CUDA asked for where there is none, or weights kept on another rank's GPU.
+        RankFailed: there are fewer GPUs than ranks on this host.
         CannotCapture: one of diffusers' step caches is enabled; at the next call, if it is later.
         CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
     """
@@ -170,9 +172,14 @@ def parallelize(
         "inner": inner,
     }
     if is_pipeline(target):
+        transformers = transformers_of(target)
+        compilers = {name: make_compiler(**settings) for name in transformers}
+        pipe: Any = target
+        others = [x for x in pipe.components.values() if isinstance(x, nn.Module)]
+        for name, module in transformers.items():
+            bring(compilers[name].runtime.ranks, module, others)
         parts = {
-            name: _parallel_module(module, make_compiler(**settings))
-            for name, module in transformers_of(target).items()
+            name: _parallel_module(module, compilers[name]) for name, module in transformers.items()
         }
         return parallel_pipeline(target, parts)
     if isinstance(target, nn.Module):
@@ -194,6 +201,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "parallelize compiles it"
         )
     refuse_step_caches(target)
+    bring(compiler.runtime.ranks, target)
     check_device(
         compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
+from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from piflux.errors import RankFailed
 from piflux.runtime.ranks import ProcessRanks, Ranks, VirtualRanks
+
+log = logging.getLogger(__name__)
 
 # A dead peer is noticed after this long at the latest.
 DEFAULT_TIMEOUT_S = 60.0
@@ -68,7 +75,7 @@ def _initialise() -> None:
     except ValueError:
         raise ValueError(f"PIFLUX_TIMEOUT_S must be seconds, got {asked!r}") from None
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        own_device()
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
     else:
         dist.init_process_group("gloo", timeout=timeout)
@@ -82,6 +89,25 @@ def _destroy() -> None:
         dist.destroy_process_group()
 
 
+def own_device() -> torch.device:
+    """This rank's GPU, made the current one; the CPU where there is no CUDA.
+
+    Raises:
+        RankFailed: the rank has no GPU of its own.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= gpus:
+        raise RankFailed(
+            f"rank {local_rank} of this host has no GPU of its own: there are {gpus}; start as "
+            "many ranks as there are GPUs"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
 def serves(ranks: Ranks | None, device: torch.device) -> bool:
     """Whether the ranks can send each other tensors of `device`."""
     if not isinstance(ranks, ProcessRanks):
@@ -91,10 +117,63 @@ def serves(ranks: Ranks | None, device: torch.device) -> bool:
 
 
 def check_device(ranks: Ranks | None, device: torch.device) -> None:
-    """Raises RuntimeError where the ranks' process group can't move tensors of `device`."""
-    if isinstance(ranks, ProcessRanks) and not serves(ranks, device):
+    """Whether ranks can compute on `device` and send each other its tensors.
+
+    Raises:
+        RuntimeError: their process group doesn't serve it, or it is another GPU than this rank's.
+    """
+    if not isinstance(ranks, ProcessRanks):
+        return
+    if not serves(ranks, device):
         raise RuntimeError(
             f"the model is on {device.type}, but the process group serves only "
             f"{dist.get_backend_config(ranks.group)}: move the model, or initialise "
             "torch.distributed with 'cpu:gloo,cuda:nccl'"
         )
+    own = _own_gpu(device)
+    if device != own:
+        raise RuntimeError(
+            f"the model is on {device}, but rank {ranks.rank} computes on {own}: move the model "
+            f"there with .to('{own}'), or make {device} the current device with "
+            "torch.cuda.set_device before piflux.parallelize"
+        )
+
+
+def bring(ranks: Ranks | None, model: nn.Module, others: Sequence[nn.Module] = ()) -> None:
+    """Move a model from another rank's GPU to this rank's own.
+
+    A script that says `.to("cuda")` before it has joined the others puts every rank's model on the
+    first GPU.
+
+    Args:
+        ranks: who shares the work.
+        model: a denoiser, moved in place.
+        others: moved as well where they are on the same GPU as the model.
+    """
+    device = _device(model)
+    own = _own_gpu(device)
+    # Hooks put weights where they are needed themselves: what is here now is no mistake.
+    hooked = any(hasattr(m, "_hf_hook") for x in (model, *others) for m in x.modules())
+    if not isinstance(ranks, ProcessRanks) or device == own or hooked:
+        return
+    log.warning(
+        "rank %d: moved from %s, where another rank computes, to %s. Call piflux.parallelize "
+        'first and .to("cuda") after it, and no other rank\'s memory is needed',
+        ranks.rank,
+        device,
+        own,
+    )
+    for module in (model, *others):
+        if _device(module) == device:
+            module.to(own)
+    torch.cuda.empty_cache()  # what was theirs is the other rank's again
+
+
+def _device(model: nn.Module) -> torch.device:
+    tensors: Any = (*model.parameters(), *model.buffers())
+    return next((x.device for x in tensors), torch.device("cpu"))
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    """This rank's GPU, for a GPU; any other device stays as it is."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device

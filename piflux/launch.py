@@ -20,7 +20,7 @@ import torch
 
 import piflux.errors
 from piflux.errors import RankFailed, plain
-from piflux.groups import resolve_group
+from piflux.groups import own_device, resolve_group
 
 START_S = 2.0
 """How long an interrupt waits for ranks that are being started."""
@@ -167,25 +167,6 @@ def join() -> torch.device:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores() // here))
     resolve_group(None)
-    return device
-
-
-def own_device() -> torch.device:
-    """This rank's GPU, made the current one; the CPU where there is no CUDA.
-
-    Raises:
-        RankFailed: the rank has no GPU of its own.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= gpus:
-        raise RankFailed(
-            f"rank {local_rank} of this host has no GPU of its own: there are {gpus}; start as "
-            "many ranks as there are GPUs"
-        )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
     return device
 
 

@@ -15,6 +15,8 @@ from ranks import Failure, Pool
 from torch import nn
 
 import piflux
+from piflux.groups import bring, check_device
+from piflux.runtime.ranks import ProcessRanks
 
 
 def caught(act, *args, **kwargs) -> Failure | None:
@@ -149,6 +151,60 @@ def on_meta(rank, group):
 
 def test_a_device_the_group_does_not_serve(ranks):
     assert_all(ranks.errors(2, on_meta), RuntimeError, "meta")
+
+
+def on_another_gpu(rank, group):
+    """What a model on the first GPU meets on every rank; this machine need not have a GPU."""
+    there = torch.device("cuda", 0)
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=rank),
+        mock.patch("piflux.groups.serves", return_value=True),
+    ):
+        return [caught(check_device, ProcessRanks(group), there)]
+
+
+def test_a_model_on_another_ranks_gpu(ranks):
+    (first,), (second,) = ranks(2, on_another_gpu)
+    assert first is None
+    assert_all([second], RuntimeError, "cuda:0", "rank 1", ".to('cuda:1')", "set_device")
+
+
+class Elsewhere(nn.Linear):
+    """A layer that says it is on a GPU, and notes where it is moved."""
+
+    def __init__(self, device):
+        super().__init__(1, 1)
+        self.device = torch.device(device)
+
+    def parameters(self, recurse=True):
+        return iter([mock.Mock(device=self.device)])
+
+    def to(self, device):
+        self.device = torch.device(device)
+        return self
+
+
+def brought(rank, group):
+    """A pipeline's modules as `.to("cuda")` leaves them; one is on a GPU of its own choice."""
+    model, encoder, apart = Elsewhere("cuda:0"), Elsewhere("cuda:0"), Elsewhere("cuda:3")
+    hooked, on_cpu = Elsewhere("cuda:0"), Elsewhere("cpu")
+    hooked._hf_hook = None
+    with (
+        mock.patch.object(torch.cuda, "current_device", return_value=rank),
+        mock.patch.object(torch.cuda, "empty_cache"),
+    ):
+        bring(ProcessRanks(group), model, [encoder, apart])
+        bring(ProcessRanks(group), hooked)
+        bring(ProcessRanks(group), on_cpu)
+    return [str(x.device) for x in (model, encoder, apart, hooked, on_cpu)]
+
+
+def test_a_model_is_brought_to_the_ranks_gpu(ranks):
+    """With what came along to the wrong one; what hooks move, they move themselves."""
+    assert ranks(2, brought) == [
+        ["cuda:0", "cuda:0", "cuda:3", "cuda:0", "cpu"],
+        ["cuda:1", "cuda:1", "cuda:3", "cuda:0", "cpu"],
+    ]
 
 
 # ------------------------------------------------------------------------------------ what is cut
