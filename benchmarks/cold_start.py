@@ -28,8 +28,8 @@ from rich.table import Table
 from torch._dynamo.backends.registry import lookup_backend
 
 import piflux
-from piflux import compiler
-from piflux.rows import FLUX_DEV
+from piflux.compile import compiler
+from piflux.tools.bench.rows import FLUX_DEV
 
 WORKER = "COLD_START_WORKER"
 STEPS = 10

@@ -21,10 +21,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 import piflux
-from piflux.bands import Bands
-from piflux.clock import median_seconds
-from piflux.launch import is_first, join
-from piflux.runtime.ranks import ProcessRanks
+from piflux.cost.clock import median_seconds
+from piflux.integrations.bands import Bands
+from piflux.ranks.ranks import ProcessRanks
+from piflux.tools.launch import is_first, join
 
 LATENT_CHANNELS = 16
 PIXELS_A_LATENT = 8

@@ -30,11 +30,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 import piflux
-from piflux.clock import StepClock, synchronize
+from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import MODEL
-from piflux.launch import is_first, join
-from piflux.rows import FLUX_DEV, SMALL, random_flux
-from piflux.runtime.copies import peak_bytes
+from piflux.ranks.copies import peak_bytes
+from piflux.tools.bench.rows import FLUX_DEV, SMALL, random_flux
+from piflux.tools.launch import is_first, join
 
 PROMPT = "A red fox in fresh snow, early morning light"
 

@@ -20,9 +20,9 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 import piflux
-from piflux.drift import Variant
-from piflux.launch import is_first, join
-from piflux.rows import build
+from piflux.tools.bench.rows import build
+from piflux.tools.launch import is_first, join
+from piflux.tools.quality.drift import Variant
 
 COLLECTIVE = "nccl", "PtoP"
 """What the names of kernels have, and of copies, that move data between GPUs."""

@@ -2,7 +2,7 @@
 
 Measured on one GPU: a rank's step without any link and a sync step (`steps.py`), and one rank's
 step (`piflux bench`). Counted in the captured graph: arithmetic, bytes and all-gathers
-(`piflux.cost`). Given: what a link does (LINKS). A step is the sum of
+(`piflux.cost.cost`). Given: what a link does (LINKS). A step is the sum of
 
     arithmetic  matrix products and attention at the rates that `steps.py` measured
     rest        what else a rank's measured step takes: norms, pointwise ops, products that are
@@ -35,15 +35,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from piflux import options
-from piflux.cost import Cost, Layer, Rates
-from piflux.preview import Preview, preview
-from piflux.rows import FLUX_DEV
-from piflux.schedule import Schedule
+from piflux.cost.cost import Cost, Layer, Rates
+from piflux.policies.schedule import Schedule
+from piflux.tools import options
+from piflux.tools.bench.rows import FLUX_DEV
+from piflux.tools.preview import Preview, preview
 
 RESULTS = Path(__file__).parent / "results"
 TEXT_TOKENS = 512
-"""Of a prompt, in `piflux.rows.build`."""
+"""Of a prompt, in `piflux.tools.bench.rows.build`."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "gather": {"policy": "gather"},
@@ -51,7 +51,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rotate-recompute": {"policy": "rotate", "sync": "recompute"},
     "displaced": {"policy": "displaced"},
 }
-"""As `piflux.rows.ROWS` names them."""
+"""As `piflux.tools.bench.rows.ROWS` names them."""
 
 VARIANT = "rotate"
 """The row of steps.json whose steps are taken: `rotate` with its defaults."""
@@ -60,7 +60,7 @@ OTHER = ("piflux-1-fp8",)
 """Rows of one rank that compute something else."""
 
 EXCHANGE = "_exchange"
-"""The kernel that predicts (`piflux.runtime.kernels`): it moves 3 numbers for each that is held."""
+"""The kernel that predicts (`piflux.kernels`): it moves 3 numbers for each that is held."""
 
 HOST_MS = 40.43
 """One rank's step, issued kernel by kernel, on one H200 (2026-11-24, torch 2.11): 'host ms of

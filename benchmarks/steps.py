@@ -28,11 +28,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import piflux
-from piflux.bench import measure_floor
-from piflux.clock import between, mark, synchronize
-from piflux.doctor import versions
-from piflux.drift import Variant
-from piflux.rows import build, to_fp8
+from piflux.cost.clock import between, mark, synchronize
+from piflux.tools.bench.bench import measure_floor
+from piflux.tools.bench.rows import build, to_fp8
+from piflux.tools.doctor import versions
+from piflux.tools.quality.drift import Variant
 
 IMAGES = 3
 

@@ -16,8 +16,8 @@ from rich.table import Table
 from skimage.metrics import peak_signal_noise_ratio
 
 from piflux.demo import PROMPTS
-from piflux.generate import numbered
-from piflux.lpips import LPIPS
+from piflux.tools.generate import numbered
+from piflux.tools.quality.lpips import LPIPS
 
 OUT = Path("out")
 PICTURES = PROMPTS[:4]

@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 import piflux
-from piflux import options
-from piflux.clock import StepClock, synchronize
+from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
-from piflux.generate import load, numbered, show
-from piflux.groups import own_device
-from piflux.options import SYNC_STEPS, RefreshOption, SyncStepsOption
-from piflux.rows import FLUX_DEV, random_flux
-from piflux.runtime.copies import peak_bytes
+from piflux.ranks.copies import peak_bytes
+from piflux.ranks.groups import own_device
+from piflux.tools import options
+from piflux.tools.bench.rows import FLUX_DEV, random_flux
+from piflux.tools.generate import load, numbered, show
+from piflux.tools.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "

@@ -7,21 +7,21 @@ if TYPE_CHECKING:
     from piflux.api import explain as explain
     from piflux.api import generation as generation
     from piflux.api import parallelize as parallelize
-    from piflux.compiler import backend as backend
+    from piflux.compile.compiler import backend as backend
     from piflux.errors import CannotCapture as CannotCapture
     from piflux.errors import CannotShard as CannotShard
     from piflux.errors import NoAttention as NoAttention
     from piflux.errors import PifluxError as PifluxError
     from piflux.errors import RanksDisagree as RanksDisagree
-    from piflux.runtime.ranks import virtual_ranks as virtual_ranks
-    from piflux.schedule import Schedule as Schedule
+    from piflux.policies.schedule import Schedule as Schedule
+    from piflux.ranks.ranks import virtual_ranks as virtual_ranks
 else:
     _HOMES = {
         "api": ("explain", "generation", "parallelize"),
-        "compiler": ("backend",),
+        "compile.compiler": ("backend",),
         "errors": ("CannotCapture", "CannotShard", "NoAttention", "PifluxError", "RanksDisagree"),
-        "runtime.ranks": ("virtual_ranks",),
-        "schedule": ("Schedule",),
+        "ranks.ranks": ("virtual_ranks",),
+        "policies.schedule": ("Schedule",),
     }
 
     def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ def main() -> None:
     if takes_interrupts:
         signal.signal(signal.SIGINT, _end)
     try:
-        from piflux.cli import app
+        from piflux.tools.cli import app
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "piflux":
             raise

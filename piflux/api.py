@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
-from piflux.compiler import Compiler, make_compiler
-from piflux.groups import bring, check_device
+from piflux.capture.views import View, view_of
+from piflux.compile.compiler import Compiler, make_compiler
+from piflux.compile.report import Report
 from piflux.integrations.diffusers import (
     has_step_cache,
     is_pipeline,
@@ -24,9 +25,8 @@ from piflux.integrations.diffusers import (
     refuse_step_caches,
     transformers_of,
 )
-from piflux.report import Report
-from piflux.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
-from piflux.views import View, view_of
+from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
+from piflux.ranks.groups import bring, check_device
 
 Target = TypeVar("Target")
 

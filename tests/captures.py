@@ -23,7 +23,7 @@ from torch._guards import TracingContext, tracing
 from torch.utils._pytree import tree_flatten
 
 from piflux import api
-from piflux.compiler import Compiler
+from piflux.compile.compiler import Compiler
 
 _codes: dict[Hashable, CodeType] = {}
 """By first call. Dynamo remembers by code which graphs it has captured, and which sizes varied."""

@@ -9,9 +9,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from piflux import cli
-from piflux.generate import Made, Picture, Request
-from piflux.launch import join
+from piflux.tools import cli
+from piflux.tools.generate import Made, Picture, Request
+from piflux.tools.launch import join
 
 
 def meet(request: Request) -> Made | None:

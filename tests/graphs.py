@@ -10,10 +10,10 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from piflux.compiler import PASSES
+from piflux.compile.compiler import PASSES
 from piflux.errors import describe_op
-from piflux.passes.nodes import op_name
-from piflux.passes.plan import Axis, Context, known, plain_name, tensors
+from piflux.graph.nodes import op_name
+from piflux.graph.plan import Axis, Context, known, plain_name, tensors
 from piflux.passes.runner import Pass, run_passes
 
 

@@ -46,8 +46,8 @@ def test_public_names():
     assert all(getattr(piflux, name).__name__ == name for name in typed)
     with pytest.raises(AttributeError, match="nothing"):
         piflux.nothing  # noqa: B018
-    code = "import sys, piflux; assert 'torch' not in sys.modules; import piflux.cli; "
-    code += "assert not {'torch._dynamo', 'piflux.compiler', 'scipy'} & {*sys.modules}; "
+    code = "import sys, piflux; assert 'torch' not in sys.modules; import piflux.tools.cli; "
+    code += "assert not {'torch._dynamo', 'piflux.compile.compiler', 'scipy'} & {*sys.modules}; "
     code += "piflux.parallelize"
     subprocess.run([sys.executable, "-c", code], check=True)
 

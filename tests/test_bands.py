@@ -17,8 +17,8 @@ from test_pipeline import draw
 from torch import nn
 
 import piflux
-from piflux.bands import Bands, MixesRows
-from piflux.runtime.ranks import ProcessRanks, VirtualRanks
+from piflux.integrations.bands import Bands, MixesRows
+from piflux.ranks.ranks import ProcessRanks, VirtualRanks
 
 EXACT = 1e-5
 LATENTS = (2, 4, 7, 5)  # seven rows: neither two nor three ranks get equal bands

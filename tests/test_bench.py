@@ -12,10 +12,10 @@ import torch.distributed as dist
 from models import tiny_flux
 from typer.testing import CliRunner
 
-from piflux import bench
-from piflux.bench import Floor, chart, markdown, measure_floor, run_row
-from piflux.rows import FLUX_DEV, ROWS, Result, Settings, build, is_in_a_block
-from piflux.schedule import Schedule
+from piflux.policies.schedule import Schedule
+from piflux.tools.bench import bench
+from piflux.tools.bench.bench import Floor, chart, markdown, measure_floor, run_row
+from piflux.tools.bench.rows import FLUX_DEV, ROWS, Result, Settings, build, is_in_a_block
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
 
@@ -62,7 +62,7 @@ def test_chart(tmp_path):
 
 
 def test_rows_on_cpu_ranks(tmp_path):
-    command = [sys.executable, "-m", "piflux.bench", "--row=eager", "--row=rotate"]
+    command = [sys.executable, "-m", "piflux.tools.bench.bench", "--row=eager", "--row=rotate"]
     command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -21,12 +21,12 @@ from rich.console import Console
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
-from piflux import cli, options
-from piflux.cost import Choice, Rates
-from piflux.doctor import Examined, Link, examine
+from piflux.cost.cost import Choice, Rates
 from piflux.errors import RankFailed
-from piflux.generate import numbered, show
-from piflux.launch import launch
+from piflux.tools import cli, options
+from piflux.tools.doctor import Examined, Link, examine
+from piflux.tools.generate import numbered, show
+from piflux.tools.launch import launch
 
 COMMAND = [sys.executable, "-m", "piflux"]
 SMALL = ["--steps=3", "--size=64x64"]

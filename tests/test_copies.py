@@ -18,8 +18,9 @@ from test_replay import SAME, as_captured, farthest, on_tape
 from test_virtual_ranks import image
 
 import piflux
-from piflux.runtime import cache, copies
-from piflux.runtime import ranks as runtime_ranks
+from piflux.ranks import copies
+from piflux.ranks import ranks as runtime_ranks
+from piflux.runtime import runtime as cache
 
 STEPS = 6
 

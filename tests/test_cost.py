@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from piflux.bench import flops
-from piflux.cost import Cost, Layer, Rates, choose, measured_cost, modelled_cost
-from piflux.preview import Preview, preview
-from piflux.report import BoundaryReport, GraphReport
-from piflux.schedule import Schedule
+from piflux.compile.report import BoundaryReport, GraphReport
+from piflux.cost.cost import Cost, Layer, Rates, choose, measured_cost, modelled_cost
+from piflux.policies.schedule import Schedule
+from piflux.tools.bench.bench import flops
+from piflux.tools.preview import Preview, preview
 
 CONFIG = {
     "in_channels": 16,

@@ -26,8 +26,10 @@ from typer.core import TyperGroup
 from typer.testing import CliRunner
 
 import piflux
-from piflux import cli, compiler, demo
+from piflux import demo
+from piflux.compile import compiler
 from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.tools import cli
 
 ROOT = Path(__file__).parent.parent
 PAGES = [

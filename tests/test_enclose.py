@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from expecttest import TestCase
 from graphs import capture, text, transformed
 
-from piflux.compiler import PASSES
-from piflux.passes.enclose import enclose
-from piflux.passes.plan import Context
+from piflux.compile.compiler import PASSES
+from piflux.graph.plan import Context
+from piflux.passes.speed.enclose import enclose
 
 
 def attend(x):

@@ -15,8 +15,8 @@ from ranks import Failure, Pool
 from torch import nn
 
 import piflux
-from piflux.groups import bring, check_device
-from piflux.runtime.ranks import ProcessRanks
+from piflux.ranks.groups import bring, check_device
+from piflux.ranks.ranks import ProcessRanks
 
 
 def caught(act, *args, **kwargs) -> Failure | None:
@@ -158,7 +158,7 @@ def on_another_gpu(rank, group):
     there = torch.device("cuda", 0)
     with (
         mock.patch.object(torch.cuda, "current_device", return_value=rank),
-        mock.patch("piflux.groups.serves", return_value=True),
+        mock.patch("piflux.ranks.groups.serves", return_value=True),
     ):
         return [caught(check_device, ProcessRanks(group), there)]
 

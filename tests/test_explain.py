@@ -13,8 +13,8 @@ from graphs import capture, transformed
 from models import flux_inputs, tiny_flux
 
 import piflux
-from piflux.report import GraphReport
-from piflux.schedule import Schedule
+from piflux.compile.report import GraphReport
+from piflux.policies.schedule import Schedule
 
 PROGRAM = """
 import torch, torch.nn.functional as F, piflux

@@ -16,10 +16,11 @@ from test_replay import Recorder, as_captured, parallel
 from torch import nn
 
 import piflux
-from piflux.compiler import PASSES
+from piflux.compile.compiler import PASSES
 from piflux.errors import StepsUnforeseen
-from piflux.passes.hoist import hoist
-from piflux.runtime import hoisted, replay
+from piflux.passes.speed.hoist import hoist
+from piflux.recording import recorded as replay
+from piflux.runtime import hoisted
 from piflux.runtime.hoisted import Packed, Table
 
 STEPS = 7

@@ -13,8 +13,8 @@ from graphs import capture, layouts, transformed
 from models import flux_inputs, tiny_flux
 
 from piflux.errors import CannotShard, NoAttention
-from piflux.passes.layout import layout
-from piflux.passes.plan import Axis
+from piflux.graph.plan import Axis
+from piflux.passes.split.layout import layout
 
 DECIDE = (layout,)
 

@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import piflux
-from piflux.rows import is_in_a_block
+from piflux.tools.bench.rows import is_in_a_block
 
 STEPS = 9
 EXACT = 1e-5

@@ -15,8 +15,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import piflux
-from piflux.compiler import PASSES
-from piflux.passes.outline import outline
+from piflux.compile.compiler import PASSES
+from piflux.passes.speed.outline import outline
 
 
 def attend(x):

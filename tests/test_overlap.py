@@ -15,13 +15,13 @@ from torch import fx, nn
 from torch._inductor.utils import run_and_get_code
 
 import piflux
-from piflux.compiler import Compiler
-from piflux.passes.layout import layout
-from piflux.passes.nodes import op_name
-from piflux.passes.overlap import overlap
-from piflux.runtime.cache import Runtime
+from piflux.compile.compiler import Compiler
+from piflux.graph.nodes import op_name
+from piflux.passes.split.layout import layout
+from piflux.passes.split.overlap import overlap
+from piflux.policies.schedule import Schedule
+from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import Roles
-from piflux.schedule import Schedule
 
 
 class Block(nn.Module):

@@ -11,14 +11,14 @@ from expecttest import TestCase
 from graphs import capture, layouts, text, transformed
 from torch import nn
 
-from piflux.compiler import PASSES
-from piflux.passes import fuse_gelu as gelu
-from piflux.passes import fuse_rotary as rotary
-from piflux.passes import sigmoid_gelu as by_sigmoid
-from piflux.passes.enclose import enclose
-from piflux.passes.fuse_linears import fuse_linears
-from piflux.passes.hoist import hoist
-from piflux.passes.outline import outline
+from piflux.compile.compiler import PASSES
+from piflux.passes.speed import fuse_gelu as gelu
+from piflux.passes.speed import fuse_rotary as rotary
+from piflux.passes.speed import sigmoid_gelu as by_sigmoid
+from piflux.passes.speed.enclose import enclose
+from piflux.passes.speed.fuse_linears import fuse_linears
+from piflux.passes.speed.hoist import hoist
+from piflux.passes.speed.outline import outline
 
 
 class Model(nn.Module):

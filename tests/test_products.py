@@ -22,12 +22,12 @@ from test_replay import as_captured, parallel
 from test_virtual_ranks import image
 from torch import nn
 
-from piflux.compiler import PASSES
-from piflux.passes import fuse_gelu as gelu
-from piflux.passes import sigmoid_gelu as sigmoid
-from piflux.passes.fuse_gelu import fuse_gelu
-from piflux.passes.fuse_linears import fuse_linears
-from piflux.runtime.products import adjoining, linear_gelu, linear_of_cat
+from piflux.compile.compiler import PASSES
+from piflux.kernels.products import adjoining, linear_gelu, linear_of_cat
+from piflux.passes.speed import fuse_gelu as gelu
+from piflux.passes.speed import sigmoid_gelu as sigmoid
+from piflux.passes.speed.fuse_gelu import fuse_gelu
+from piflux.passes.speed.fuse_linears import fuse_linears
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; its twin is above"
@@ -619,7 +619,7 @@ def reduction(numel, hint="INNER"):
 def test_a_transformer_s_rows_are_read_once(monkeypatch):
     from torch._inductor.choices import InductorChoices
 
-    from piflux.inductor import Choices
+    from piflux.compile.inductor import Choices
 
     monkeypatch.setattr(
         InductorChoices, "should_use_persistent_reduction", staticmethod(lambda *_: False)

@@ -17,11 +17,11 @@ from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
-from piflux import drift
-from piflux.charts import contact_sheet, markdown
-from piflux.cost import Cost
+from piflux.cost.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
-from piflux.drift import (
+from piflux.tools.quality import drift
+from piflux.tools.quality.charts import contact_sheet, markdown
+from piflux.tools.quality.drift import (
     BEST_DB,
     Drawn,
     Row,
@@ -33,8 +33,8 @@ from piflux.drift import (
     summary,
     tune,
 )
-from piflux.lpips import LPIPS, WEIGHTS
-from piflux.quality import quality
+from piflux.tools.quality.lpips import LPIPS, WEIGHTS
+from piflux.tools.quality.quality import quality
 
 # ------------------------------------------------------------------------------------------ LPIPS
 

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import piflux
-from piflux.runtime import ops, replay
-from piflux.runtime import ranks as runtime_ranks
-from piflux.runtime.cache import Runtime
+from piflux.ranks import ranks as runtime_ranks
+from piflux.recording import recorded as replay
+from piflux.runtime import ops
+from piflux.runtime.runtime import Runtime
 
 SAME = 1e-6
 

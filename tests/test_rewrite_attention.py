@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from expecttest import TestCase
 from graphs import capture, text, transformed
 
-from piflux.passes.layout import layout
-from piflux.passes.rewrite_attention import rewrite_attention
+from piflux.passes.split.layout import layout
+from piflux.passes.split.rewrite_attention import rewrite_attention
 
 PASSES = (layout, rewrite_attention)
 

@@ -8,11 +8,11 @@ from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from test_products import check, fused
 from torch import nn
 
-from piflux.compiler import PASSES
-from piflux.passes import fuse_rotary as rotary
-from piflux.passes.fuse_rotary import fuse_rotary
-from piflux.passes.nodes import op_name
-from piflux.runtime.rotary import norm_rotary
+from piflux.compile.compiler import PASSES
+from piflux.graph.nodes import op_name
+from piflux.kernels.rotary import norm_rotary
+from piflux.passes.speed import fuse_rotary as rotary
+from piflux.passes.speed.fuse_rotary import fuse_rotary
 
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; its twin is above"

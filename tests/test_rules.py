@@ -9,7 +9,7 @@ from torch import nn
 
 import piflux
 from piflux.errors import CannotShard
-from piflux.passes.layout import layout
+from piflux.passes.split.layout import layout
 
 EXACT = 1e-5
 

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from piflux.parts import wide
-from piflux.runtime.agreement import Sketch
-from piflux.runtime.cache import STALE_CALLS, Runtime
-from piflux.runtime.memory import Memory
-from piflux.runtime.ranks import Packet, virtual_ranks
+from piflux.memory.memory import Memory
+from piflux.policies.parts import wide
+from piflux.policies.schedule import Schedule
+from piflux.ranks.agreement import Sketch
+from piflux.ranks.ranks import Packet, virtual_ranks
+from piflux.runtime.runtime import STALE_CALLS, Runtime
 from piflux.runtime.streams import Roles, Seen, Stream
-from piflux.schedule import Schedule
 
 ROLES = Roles(latents=(0,), clocks=(1,), conditions=(2,), names={0: "x", 1: "t", 2: "prompt"})
 

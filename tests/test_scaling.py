@@ -14,9 +14,9 @@ import typer
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
-from piflux.cost import Layer
-from piflux.preview import preview
-from piflux.schedule import Schedule
+from piflux.cost.cost import Layer
+from piflux.policies.schedule import Schedule
+from piflux.tools.preview import preview
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")

@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
-from piflux.parts import join, part_length, places, windows
-from piflux.schedule import Schedule
+from piflux.policies.parts import join, part_length, places, windows
+from piflux.policies.schedule import Schedule
 
 
 def syncs(schedule, steps=12):

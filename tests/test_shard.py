@@ -9,9 +9,9 @@ from expecttest import TestCase
 from graphs import capture, text, transformed
 
 from piflux.errors import CannotShard
-from piflux.passes.layout import layout
-from piflux.passes.propagate import propagate
-from piflux.passes.shard import shard
+from piflux.passes.split.layout import layout
+from piflux.passes.split.propagate import propagate
+from piflux.passes.split.shard import shard
 
 
 def attend(x):

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from piflux.parts import places
-from piflux.runtime.exchange import (
+from piflux.kernels.exchange import (
     advance,
     changes,
     compress,
@@ -19,8 +18,9 @@ from piflux.runtime.exchange import (
     place,
     row_bytes,
 )
-from piflux.runtime.memory import Places
-from piflux.runtime.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
+from piflux.memory.memory import Places
+from piflux.memory.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
+from piflux.policies.parts import places
 
 
 def at(value):

@@ -10,9 +10,9 @@ from models import flux_inputs, tiny_flux
 from test_numerics import EXACT, sample
 
 import piflux
-from piflux.cost import Layer, Rates, choose_sync
-from piflux.rates import measure_rates
-from piflux.runtime.ranks import ProcessRanks
+from piflux.cost.cost import Layer, Rates, choose_sync
+from piflux.cost.rates import measure_rates
+from piflux.ranks.ranks import ProcessRanks
 
 PART = 3 * (Layer(linear_flops=6 * 10**9, attention_flops=10**9, kv_bytes=10**6),)
 WHOLE = 3 * (Layer(linear_flops=12 * 10**9, attention_flops=2 * 10**9, kv_bytes=0),)
@@ -53,7 +53,7 @@ def called(rank, group, rank_one_has, policy="rotate", sync="auto"):
     )
     patches = {
         "slow link": mock.patch.object(ProcessRanks, "gather", slow_link),
-        "slow kernels": mock.patch("piflux.rates.measure_rates", slow_kernels),
+        "slow kernels": mock.patch("piflux.cost.rates.measure_rates", slow_kernels),
     }
     if rank == 1:
         with patches[rank_one_has]:
@@ -79,7 +79,7 @@ def test_the_slowest_rank_decides_for_all(ranks, rank_one_has, sync, sent):
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_measured(ranks):
-    with mock.patch("piflux.compiler.slowest_rates", side_effect=AssertionError):
+    with mock.patch("piflux.compile.compiler.slowest_rates", side_effect=AssertionError):
         for group in (piflux.virtual_ranks(1), piflux.virtual_ranks(2)):
             called(0, group, None)
     text, _ = ranks(2, called, "slow link", "gather")[0]

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from piflux.bands import Bands, MixesRows
+from piflux.capture.views import View, view_of
 from piflux.errors import CannotCapture, StepsUnforeseen
-from piflux.groups import serves
-from piflux.runtime.cache import Foreseen, Runtime
-from piflux.runtime.ranks import ProcessRanks
-from piflux.views import View, view_of
+from piflux.integrations.bands import Bands, MixesRows
+from piflux.ranks.groups import serves
+from piflux.ranks.ranks import ProcessRanks
+from piflux.runtime.runtime import Foreseen, Runtime
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,1 @@
-"""The graph passes. Their order is `piflux.compiler.PASSES`; README.md has their invariants."""
+"""The graph passes, in the order of `piflux.compile.compiler`; README.md has their invariants."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from torch import fx
 from torch._logging._internal import trace_structured
 
-from piflux.passes.plan import Context
+from piflux.graph.plan import Context
 
 log = logging.getLogger(__name__)
 

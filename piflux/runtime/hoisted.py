@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from piflux.runtime.cache import Runtime
+    from piflux.runtime.runtime import Runtime
 
 # Rows of a table; FLUX's are 2 MB each. Who asks for more steps computes them one by one.
 MOST_STEPS = 256

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.parts import part_length
-from piflux.runtime.cache import Runtime
+from piflux.policies.parts import part_length
+from piflux.runtime.runtime import Runtime
 
 
 @torch.library.custom_op(

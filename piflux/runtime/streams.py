@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from piflux.memory.memory import Memory
+from piflux.memory.slots import clock_scale, log_snr
 from piflux.runtime.hoisted import Hoisted, Table
-from piflux.runtime.memory import Memory
-from piflux.runtime.slots import clock_scale, log_snr
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.

@@ -1,0 +1,174 @@
+"""What the compiler did, as data and as text: `piflux.explain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from piflux.graph.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
+from piflux.kernels.exchange import row_bytes
+from piflux.policies.parts import part_length
+from piflux.policies.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class BoundaryReport:
+    """A place where a value is cut into parts or put together from them.
+
+    Attributes:
+        verb: 'shard' or 'unshard'.
+        node: name of the value in the captured graph.
+        dim: its token dimension.
+        lengths: full length of each segment along it.
+        part_lengths: length of each segment's window.
+        overlaps: tokens of each segment that are computed twice, over all ranks.
+        bytes: what a rank sends here in a step; 0 for a shard.
+    """
+
+    verb: str
+    node: str
+    dim: int
+    lengths: tuple[int, ...]
+    part_lengths: tuple[int, ...]
+    overlaps: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One compiled graph on one rank; sizes are those it was compiled at first.
+
+    Attributes:
+        schedule: the policy and its settings.
+        attentions: nodes rewritten.
+        local_nodes: nodes that run on a part.
+        boundaries: where values are cut and joined.
+        sync_bytes: what a rank sends in a sync step.
+        steady_bytes: what a rank sends in any other step.
+        cache_bytes: keys and values that a rank holds for each stream, between steps.
+        why_sync: how `sync='auto'` was decided; empty if it was given.
+    """
+
+    schedule: Schedule
+    attentions: int
+    local_nodes: int
+    boundaries: tuple[BoundaryReport, ...]
+    sync_bytes: int
+    steady_bytes: int
+    cache_bytes: int
+    why_sync: str = ""
+
+    @classmethod
+    def of(
+        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
+    ) -> GraphReport:
+        plan, world_size = ctx.plan, ctx.world_size
+        boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
+        for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
+            for (_, value), dims in edges.items():
+                for dim in dims:
+                    boundaries.setdefault(
+                        (verb, value, dim), _boundary(plan, verb, value, dim, world_size)
+                    )
+        final = sum(boundary.bytes for boundary in boundaries.values())
+        sent = steadily = held = 0
+        for _, _, *axes in plan.attentions:
+            key, content = (tensors(axis.node)[axis.item] for axis in axes)
+            lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
+            part = sum(part_length(length, world_size) for length in lengths)
+            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
+            sent += per_token * part * (world_size - 1)
+            change = sum(_rows(x) // example_size(x.shape[-2], x) for x in (key, content))
+            packet = change if schedule.compresses else per_token
+            steadily += packet * part * (world_size - 1)
+            held += per_token * sum(lengths)
+            if schedule.order:
+                held += packet * sum(lengths)
+            if schedule.policy == "displaced":  # what it sent, and what is arriving
+                held += packet * part * (world_size + 1)
+        if world_size == 1 or schedule.policy == "gather":
+            held = 0
+        steady = final + (0 if schedule.policy == "rotate" else steadily)
+        return cls(
+            schedule,
+            len(plan.attentions),
+            len(plan.local),
+            tuple(boundaries.values()),
+            0 if schedule.sync == "recompute" else final + sent,
+            steady,
+            held,
+            why_sync,
+        )
+
+    def __str__(self) -> str:
+        s = self.schedule
+        refresh = f", then one every {s.refresh_every}" if s.refresh_every else ""
+        syncs = ", ".join(str(step) for step in s.first_syncs)
+        lines = [
+            f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
+            + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
+            + (", recomputed" if s.sync == "recompute" else "")
+            + (", predicted between" if s.predicts else "")
+            + (" by changes in 8 bits" if s.compresses else ""),
+            *([f"  sync by '{s.sync}'".ljust(25) + self.why_sync] if self.why_sync else []),
+            f"  attentions rewritten   {self.attentions}",
+            f"  nodes on a part        {self.local_nodes}",
+            f"  sent in a sync step    {_human(self.sync_bytes)} a rank",
+            f"  sent in a steady step  {_human(self.steady_bytes)} a rank",
+            f"  cache                  {_human(self.cache_bytes)} a rank and stream",
+            "  boundaries",
+        ]
+        for b in self.boundaries:
+            segments = " + ".join(
+                f"{full} -> {part}" + (f" ({twice} twice)" if twice else "")
+                for full, part, twice in zip(b.lengths, b.part_lengths, b.overlaps, strict=True)
+            )
+            lines.append(f"    {b.verb:8} %{b.node} dim {b.dim}: {segments} tokens")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All graphs of a model, in the order in which they were compiled."""
+
+    graphs: tuple[GraphReport, ...]
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "nothing compiled yet: call the model once"
+        return "\n".join(f"graph {i}: {graph}" for i, graph in enumerate(self.graphs))
+
+
+def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) -> BoundaryReport:
+    x = tensors(value.node)[value.item]
+    full = plan.lengths(Axis(value.node, dim, value.item))
+    lengths = tuple(example_size(length, x) for length in full)
+    parts = tuple(part_length(length, world_size) for length in lengths)
+    overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
+    per_token = _bytes(x) // example_size(x.shape[dim], x)
+    sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
+    return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
+
+
+def _bytes(x: Tensor) -> int:
+    count = x.element_size()
+    for size in x.shape:
+        count *= example_size(size, x)
+    return count
+
+
+def _rows(x: Tensor) -> int:
+    """Bytes of the change of `x`."""
+    count = row_bytes(example_size(x.shape[-1], x))
+    for size in x.shape[:-1]:
+        count *= example_size(size, x)
+    return count
+
+
+def _human(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:.4g} GB"

@@ -1,0 +1,283 @@
+"""What a step costs, by arithmetic or as measured, and the policy that follows. Runs nothing.
+
+Of a graph are counted linear layers, matrix products, the attentions that share their tokens over
+the ranks, bytes sent and the all-gathers that send them. Norms, pointwise ops and launching are
+not: a lower bound.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from piflux.compile.report import GraphReport
+from piflux.graph.nodes import PRODUCTS, op_name
+from piflux.graph.plan import Context, example_size, tensors
+from piflux.graph.targets import SEND
+from piflux.policies.schedule import Policy, Schedule, Sync
+
+PRICE_OF_EXACT = 0.05
+"""Of a step's compute: what 'auto' waits for keys and values that are exact. A preference."""
+
+WORTH_A_GRAPH = 0.8
+"""Of a gathered sync step's time: what a recomputed one may take to be chosen. It needs a second
+graph, and more of its work is not counted."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device and its links do.
+
+    Attributes:
+        linear_tflops: of a matrix product of the model's shape.
+        attention_tflops: of an attention of the model's shape.
+        link_gbs: GB/s that a rank sends while all ranks gather.
+        latency_s: seconds that an all-gather takes however little it sends; 0 where `link_gbs` was
+            measured on gathers of the model's size, and so holds it.
+    """
+
+    linear_tflops: float
+    attention_tflops: float
+    link_gbs: float
+    latency_s: float = 0.0
+
+    def gather_s(self, count: int, gathers: int) -> float:
+        """Seconds until a rank has sent `count` bytes in so many all-gathers, one by one."""
+        return count / self.link_gbs / 1e9 + gathers * self.latency_s
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one rank does from one attention, excluded, to the next, included.
+
+    Attributes:
+        linear_flops: of matrix products; after the last attention, they count as its layer's.
+        attention_flops: of the attention.
+        kv_bytes: what a rank sends for the others to have its keys and values.
+        beside_flops: of the matrix products, those that are computed while keys and values travel.
+        gathers: the all-gathers in which they do.
+    """
+
+    linear_flops: int
+    attention_flops: int
+    kv_bytes: int
+    beside_flops: int = 0
+    gathers: int = 0
+
+    def compute_s(self, rates: Rates) -> float:
+        linear, attention = self.linear_flops, self.attention_flops
+        return (linear / rates.linear_tflops + attention / rates.attention_tflops) / 1e12
+
+    def gather_s(self, rates: Rates) -> float:
+        return rates.gather_s(self.kv_bytes, self.gathers)
+
+    def wait_s(self, rates: Rates) -> float:
+        """How long the attention waits for keys and values, after what is computed beside."""
+        return max(0.0, self.gather_s(rates) - self.beside_flops / rates.linear_tflops / 1e12)
+
+
+@dataclass(frozen=True)
+class SyncChoice:
+    """How sync steps come by all keys and values.
+
+    Attributes:
+        sync: 'gather' or 'recompute'.
+        reason: why, with its numbers.
+    """
+
+    sync: Sync
+    reason: str
+
+
+def choose_sync(part: Sequence[Layer], whole: Sequence[Layer], rates: Rates) -> SyncChoice:
+    """'recompute' if a sync step is clearly faster that way, see WORTH_A_GRAPH, else 'gather'.
+
+    Args:
+        part: what a rank of several does.
+        whole: what a rank does that computes all tokens.
+        rates: of the slowest rank.
+    """
+    gathered = sum(layer.compute_s(rates) + layer.wait_s(rates) for layer in part)
+    recomputed = sum(layer.compute_s(rates) for layer in whole)
+    reason = (
+        f"at {rates.link_gbs:.3g} GB/s a sync step that gathers takes {gathered * 1000:.3g} ms, "
+        f"one that computes all tokens {recomputed * 1000:.3g} ms"
+    )
+    worth = recomputed <= WORTH_A_GRAPH * gathered
+    return SyncChoice("recompute" if worth else "gather", reason)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The policy for a model on these ranks.
+
+    Attributes:
+        policy: 'gather', 'displaced' or 'rotate'.
+        reason: why, with its numbers.
+        gather_s: seconds a step that keys and values travel.
+        compute_s: seconds a step that a rank computes.
+    """
+
+    policy: Policy
+    reason: str
+    gather_s: float
+    compute_s: float
+
+
+def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
+    """The policy with the freshest keys and values that a step can afford.
+
+    'gather', where attention waits for what the work beside it does not hide, if all its waiting
+    is at most PRICE_OF_EXACT of the compute; else 'displaced', where they travel while the step
+    computes, if that takes as long; else 'rotate', which sends none.
+    """
+    gather = sum(layer.gather_s(rates) for layer in layers)
+    wait = sum(layer.wait_s(rates) for layer in layers)
+    compute = sum(layer.compute_s(rates) for layer in layers)
+    travel = (
+        f"keys and values travel {gather * 1000:.3g} ms a step at {rates.link_gbs:.3g} GB/s, "
+        f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
+        f"for {wait * 1000:.3g} ms of them"
+    )
+    policy: Policy
+    if wait <= PRICE_OF_EXACT * compute:
+        policy, why = "gather", "little for exact ones"
+    elif gather <= compute:
+        policy, why = "displaced", "too long to wait for, but it hides behind them"
+    else:
+        policy, why = "rotate", "too long to hide, so none are sent"
+    return Choice(policy, f"{travel}: {why}", gather, compute)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a schedule's steps, for one picture.
+
+    Attributes:
+        one_s: one rank's step.
+        sync_s: a sync step.
+        steady_s: any other step.
+        mean_s: a step, mean over an image.
+    """
+
+    one_s: float
+    sync_s: float
+    steady_s: float
+    mean_s: float
+
+    @classmethod
+    def of(
+        cls, schedule: Schedule, steps: int, one_s: float, sync_s: float, steady_s: float
+    ) -> Cost:
+        """Of an image of so many steps."""
+        syncs = sum(schedule.step(index).sync for index in range(steps))
+        mean_s = (syncs * sync_s + (steps - syncs) * steady_s) / steps
+        return cls(one_s, sync_s, steady_s, mean_s)
+
+
+def modelled_cost(
+    report: GraphReport, steps: int, step_s: float, link_gbs: float, batch: int = 1
+) -> Cost:
+    """From one rank's `step_s`, for an image of `steps`.
+
+    Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
+    a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
+    sync step takes one rank's time. The time of launching work is not modelled.
+
+    Args:
+        report: of the variant, compiled for `batch` pictures.
+        steps: denoise steps of an image.
+        step_s: seconds a step of one picture on one rank.
+        link_gbs: GB/s that a rank sends.
+        batch: pictures that the report's bytes are for.
+    """
+    schedule = report.schedule
+    lengths = [b for b in report.boundaries if b.verb == "shard"]
+    share = sum(sum(b.part_lengths) for b in lengths) / sum(sum(b.lengths) for b in lengths)
+    local, second = share * step_s, 1e9 * link_gbs * batch
+    sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
+    sent = report.steady_bytes / second
+    steady = max(local, sent) if schedule.policy == "displaced" else local + sent
+    return Cost.of(schedule, steps, step_s, sync, steady)
+
+
+def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> Cost:
+    """From what `piflux bench` measured, with its model, size and machine, for an image of `steps`.
+
+    One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
+    recomputed one is one rank's; any other step is the median of the row named like the policy,
+    with '-int8' after it where changes are compressed.
+
+    Args:
+        bench: the record, as `bench.json` has it.
+        schedule: the variant's, with its ranks.
+        steps: denoise steps of an image.
+
+    Raises:
+        ValueError: a row is missing or failed.
+    """
+    medians = {
+        (row["row"], row["ranks"]): statistics.median(row["step_ms"]) / 1000
+        for row in bench["rows"]
+        if row["error"] is None
+    }
+    alone = [median for (_, ranks), median in medians.items() if ranks == 1]
+    recompute = schedule.sync == "recompute"
+    row = schedule.policy + ("-int8" if schedule.compresses else "")
+    needed = {(row, schedule.world_size)}
+    needed |= set() if recompute else {("gather", schedule.world_size)}
+    missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]
+    if not alone:
+        missing.append("any row on one rank")
+    if missing:
+        raise ValueError(f"the benchmark did not measure {', '.join(missing)}")
+    sync = min(alone) if recompute else medians["gather", schedule.world_size]
+    return Cost.of(schedule, steps, min(alone), sync, medians[row, schedule.world_size])
+
+
+def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
+    """One layer for each depth of attention in a graph that all passes have run on.
+
+    Parallel attentions make one layer. For a graph rewritten for one rank nothing is sent.
+    """
+    attentions = {found.node: found for found in ctx.plan.attentions}
+    level: dict[fx.Node, int] = {}  # how many attentions stand upstream, one after the other
+    for node in gm.graph.nodes:
+        above = max((level[x] + (x in attentions) for x in node.all_input_nodes), default=0)
+        level[node] = above
+    depth = 1 + max(level[node] for node in attentions)
+
+    linear, attended, sent, beside, gathers = ([0] * depth for _ in range(5))
+    under_way: set[int] = set()  # at these levels keys and values travel
+    for node, found in attentions.items():
+        query, key, value = (x for x in node.args[:3] if isinstance(x, fx.Node))
+        lengths = [example_size(n, tensors(node)[0]) for n in ctx.plan.lengths(found.keys)]
+        attended[level[node]] += 2 * sum(lengths) * (_numel(query) + _numel(node))
+        if ctx.world_size > 1:
+            others = ctx.world_size - 1
+            gathers[level[node]] += 1
+            sent[level[node]] += others * sum(
+                _numel(x) * tensors(x)[0].element_size() for x in (key, value)
+            )
+    for node in gm.graph.nodes:
+        if node.target is SEND:
+            under_way.add(level[node])
+        elif node in attentions:
+            under_way.discard(level[node])
+        elif op_name(node) in PRODUCTS:
+            left = tensors(node.all_input_nodes[0])[0]
+            flops = 2 * _numel(node) * example_size(left.shape[-1], left)
+            linear[min(level[node], depth - 1)] += flops
+            for waiting in under_way:
+                beside[waiting] += flops
+    return tuple(map(Layer, linear, attended, sent, beside, gathers))
+
+
+def _numel(node: fx.Node) -> int:
+    (x,) = tensors(node)
+    return math.prod(example_size(size, x) for size in x.shape)

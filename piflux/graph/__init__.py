@@ -1,0 +1,1 @@
+"""Words and tools for graphs: axes, sizes, values, nodes, roles."""

@@ -1,0 +1,65 @@
+"""Moving part of a graph into a module of its own: what `hoist` and `enclose` have in common."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import SymInt, fx, nn
+
+from piflux.graph.plan import known
+
+SOURCES = ("placeholder", "get_attr", "call_module")
+"""Nodes that stay in the graph when others move: what it is given, and what was moved before."""
+
+
+def is_source(node: fx.Node) -> bool:
+    """Whether a node is a source or an item of one."""
+    item = node.target is operator.getitem and node.all_input_nodes[0].op == "call_module"
+    return node.op in SOURCES or item
+
+
+def extract(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
+    """Move nodes that read sources alone, and each other, into the module `name`.
+
+    Args:
+        gm: the graph's module.
+        name: the attribute that holds the new module.
+        nodes: in the graph's order.
+
+    Returns:
+        The call, a tuple of what others read of the nodes. It stands after the last source.
+    """
+    inside = set(nodes)
+    # A module's sizes are derived from single symbols, which shapes alone need not show.
+    sizes = [n for n in gm.graph.find_nodes(op="placeholder") if isinstance(known(n), SymInt)]
+    read = [x for n in nodes for x in n.all_input_nodes if x not in inside]
+    inputs = list(dict.fromkeys([*sizes, *read]))
+    outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+    gm.add_submodule(name, _module(inputs, nodes, outputs))
+    with gm.graph.inserting_before(next(n for n in gm.graph.nodes if not is_source(n))):
+        call = gm.graph.call_module(name, tuple(inputs))
+        call.meta["example_value"] = tuple(known(n) for n in outputs)
+        for i, node in enumerate(outputs):
+            item = gm.graph.create_node(
+                "call_function", operator.getitem, (call, i), name=node.name
+            )
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(nodes):
+        gm.graph.erase_node(node)
+    return call
+
+
+def _module(
+    inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+) -> fx.GraphModule:
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        made[node] = graph.placeholder(node.name)
+        made[node].meta["example_value"] = known(node)
+    for node in nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(tuple(made[n] for n in outputs))
+    return fx.GraphModule(nn.Module(), graph)

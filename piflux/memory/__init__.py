@@ -1,0 +1,1 @@
+"""What is remembered between steps: cache slots, their ages and places."""

@@ -1,0 +1,1 @@
+"""Passes that make a graph faster and leave what it computes."""

@@ -1,0 +1,80 @@
+"""Take what depends on the time alone out of the step, to be computed for all steps at once."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from piflux.graph.extract import extract
+from piflux.graph.nodes import PRODUCTS, computes, op_name
+from piflux.graph.plan import Context, Plan, axes, known, tensors
+from piflux.graph.roles import roles_of
+
+HOISTED = "hoisted"
+"""The module's name."""
+
+
+def hoist(gm: fx.GraphModule, ctx: Context) -> int:
+    """Move matrix products of clocks, and what leads to them, into a module. Returns their number.
+
+    In a diffusion transformer these are the modulations: every block multiplies the embedded time
+    by weights of its own, a quarter of FLUX's, for one row of numbers. Steps whose times are known
+    are rows of one product (`piflux.runtime.hoisted`). Only what ends in a product is moved: what
+    follows is cheap, and part of other kernels.
+
+    Before:
+
+        s = silu(temb)                                           # (1, 64), of timestep and prompt
+        m = linear(s, w)                                         # (1, 192)
+        h = x * m.unsqueeze(1)
+        return (h,)
+
+    After:
+
+        hoisted = hoisted(temb, w)
+        m = hoisted[0]
+        h = x * m.unsqueeze(1)
+        return (h,)
+
+    What carries tokens stays, and so does what depends on a size that is a symbol. A graph without
+    such products stays as it is, and so does one that does more than compute, as for `enclose`.
+    """
+    if not computes(gm.graph):
+        return 0
+    nodes = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method")]
+    timely = _timely(gm, ctx.plan)
+    wanted = {n for n in timely if op_name(n) in PRODUCTS and timely[n]}
+    if not wanted:
+        return 0
+    for node in reversed(nodes):
+        if node in timely and any(user in wanted for user in node.users):
+            wanted.add(node)
+    moved = [n for n in nodes if n in wanted]
+    read = [n for n in moved if any(user not in wanted for user in n.users)]
+    if not all(isinstance(x := known(n), Tensor) and x.is_contiguous() for n in read):
+        return 0
+    extract(gm, HOISTED, moved)
+    return sum(op_name(n) in PRODUCTS for n in moved)
+
+
+def _timely(gm: fx.GraphModule, plan: Plan) -> dict[fx.Node, bool]:
+    """What can be computed before the steps, once their times are known: whether it needs them."""
+    roles = roles_of(gm, plan)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    clocks = {inputs[i] for i in roles.clocks}
+    latents = {inputs[i] for i in roles.latents}
+    timely: dict[fx.Node, bool] = {}
+    for node in gm.graph.nodes:
+        values = tensors(node)
+        if not values or any(map(is_traceable_wrapper_subclass, values)) or _carries(node, plan):
+            continue
+        if node.op in ("placeholder", "get_attr"):
+            if node not in latents:
+                timely[node] = node in clocks
+        elif all(n in timely for n in node.all_input_nodes):
+            timely[node] = any(timely[n] for n in node.all_input_nodes)
+    return {n: needs for n, needs in timely.items() if n.op not in ("placeholder", "get_attr")}
+
+
+def _carries(node: fx.Node, plan: Plan) -> bool:
+    return node in plan.local or any(axis in plan.layouts for axis in axes(node))

@@ -1,0 +1,1 @@
+"""Passes that split a graph over ranks."""

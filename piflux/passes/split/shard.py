@@ -1,0 +1,96 @@
+"""Insert the boundaries that `layout` decided, and make every size between them local."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+from torch import fx
+
+from piflux.graph.plan import Axis, Context, Value, plain_name, same
+from piflux.graph.targets import SHARD, UNSHARD
+from piflux.passes.split.lengths import Length, Lengths
+from piflux.passes.split.rules import Resizer, flow
+
+
+def shard(gm: fx.GraphModule, ctx: Context) -> int:
+    """Cut and join values on the plan's boundary edges. Returns the number of boundaries.
+
+    Before, with 48 image tokens:
+
+        h = linear(x, w)                                         # (1, 48, 96)
+        r = h.reshape(1, 48, 4, 24)
+        return (r,)
+
+    After, on 2 ranks:
+
+        x_part = piflux.shard(x, 1, [48], 2, 'piflux')           # (1, 24, 64)
+        h = linear(x_part, w)
+        r = h.reshape((1, 24, 4, 24))
+        r_whole = piflux.unshard(r, 1, [48], 2, 'piflux')        # (1, 48, 4, 24)
+        return (r_whole,)
+    """
+    plan = ctx.plan
+    lengths = Lengths(gm.graph, ctx.world_size)
+    edges = [
+        *(("shard", edge, dims) for edge, dims in plan.cuts.items()),
+        *(("unshard", edge, dims) for edge, dims in plan.joins.items()),
+    ]
+    for node in [n for n in gm.graph.nodes if n in plan.local]:
+        _resize(node, ctx, lengths)
+    made: dict[tuple[Value, str, tuple[int, ...]], fx.Node] = {}
+    for verb, (consumer, value), dims in edges:
+        key = value, verb, dims
+        if key not in made:
+            made[key] = _boundary(gm.graph, ctx, lengths, *key)
+        consumer.replace_input_with(value.node, made[key])
+    return len(made)
+
+
+def _boundary(
+    graph: fx.Graph, ctx: Context, lengths: Lengths, value: Value, verb: str, dims: tuple[int, ...]
+) -> fx.Node:
+    """Cut or join `value` along each of `dims`, as early as possible."""
+    made = value.node
+    after = ctx.plan.writers.get(value, made)
+    for dim in dims:
+        axis = Axis(value.node, dim, value.item)
+        full = [lengths.full(length) for length in ctx.plan.lengths(axis)]
+        at_head = after.op == "placeholder"  # inputs stay together, and lengths follow them
+        with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(after):
+            made = graph.create_node(
+                "call_function",
+                SHARD if verb == "shard" else UNSHARD,
+                (made, dim, full, ctx.world_size, ctx.runtime),
+                name=f"{plain_name(value.node)}_{'part' if verb == 'shard' else 'whole'}",
+            )
+        made.meta = dict(value.node.meta)
+        after = made
+    return made
+
+
+def _resize(node: fx.Node, ctx: Context, lengths: Lengths) -> None:
+    resize = flow(node).resize
+    if resize is None:
+        return
+
+    def size(axis: Axis) -> Length | None:
+        carries = axis in ctx.plan.layouts
+        return lengths.local(ctx.plan.lengths(axis)) if carries else None
+
+    def position(axis: Axis, full: sympy.Expr) -> Length:
+        return lengths.local(_before(axis.node, ctx.plan.lengths(axis), full))
+
+    node.args, node.kwargs = resize(Resizer(size, position))
+
+
+def _before(
+    node: fx.Node, lengths: Sequence[sympy.Expr], position: sympy.Expr
+) -> Sequence[sympy.Expr]:
+    """The segments that lie before a position on the edge of one."""
+    at = sympy.Integer(0)
+    for i, length in enumerate(lengths):
+        if same(node, at, position):
+            return lengths[:i]
+        at = at + length
+    return lengths

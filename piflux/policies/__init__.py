@@ -1,0 +1,1 @@
+"""Policies and schedules: which part a rank computes, and what attention reads."""

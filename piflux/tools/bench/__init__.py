@@ -1,0 +1,1 @@
+"""`piflux bench`: milliseconds a step, beside peers."""

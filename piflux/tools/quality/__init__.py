@@ -1,0 +1,1 @@
+"""`piflux quality`: how far pictures drift from one rank's."""

@@ -1,0 +1,211 @@
+"""`piflux quality`: how far pictures drift from one rank's, as numbers, tables and pictures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from piflux.cost.cost import measured_cost
+from piflux.demo import PROMPTS
+from piflux.policies.schedule import Schedule
+from piflux.tools.generate import load
+from piflux.tools.options import ModelOption, check_model, check_side, default_side, folder
+from piflux.tools.options import prompts as prompts_of
+from piflux.tools.quality.charts import contact_sheet, markdown, plot_drift, plot_frontier
+from piflux.tools.quality.drift import CANDIDATES, Variant, measure, summary, tune
+
+VARIANTS = (
+    "rotate sync_steps=1 order=0",
+    "rotate sync_steps=1",
+    "rotate order=0",
+    "rotate",
+    "displaced sync_steps=1 order=0",
+    "displaced",
+)
+"""What is measured where nothing else is asked for."""
+
+
+def quality(
+    model: ModelOption = "demo",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeatable: 'rotate sync_steps=0,2 order=0'. Default: several."),
+    ] = None,
+    ranks: Annotated[
+        list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2, 4.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
+    steps: Annotated[int, typer.Option(min=1)] = 28,
+    size: Annotated[
+        int | None, typer.Option(help="Pixels a side. Default: 1024; demo: as trained.")
+    ] = None,
+    guidance: Annotated[float, typer.Option()] = 3.5,
+    link: Annotated[float, typer.Option(help="GB/s a rank sends, for the modelled cost.")] = 25.0,
+    bench: Annotated[
+        Path | None, typer.Option(help="A bench.json, for measured cost instead.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
+    out: Annotated[Path, typer.Option(help="A folder for what is written.")] = Path("out/quality"),
+    json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
+    tune_: Annotated[
+        bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
+    ] = False,
+    max_lpips: Annotated[float | None, typer.Option(help="--tune: LPIPS to reach.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="--tune: modelled ms a step.")] = None,
+) -> None:
+    """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
+    if tune_ == (max_lpips is None and max_ms is None) or (tune_ and variant):
+        raise typer.BadParameter("--tune goes with --max-lpips or --max-ms, and without --variant")
+    variants = []
+    for text in variant or VARIANTS:
+        try:
+            variants.append(Variant.parse(text))
+        except ValueError as error:
+            raise typer.BadParameter(f"--variant {error}") from None
+    rank_counts = ranks or [2, 4]
+    asked = [Variant.parse(text) for text in CANDIDATES] if tune_ else variants
+    timed = None if bench is None else _timed(bench, asked, rank_counts, steps)
+    check_model(model)
+    side = default_side(model) if size is None else size
+    check_side("--size", side, least=64)  # LPIPS sees nothing smaller
+    texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
+    folder(out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
+    pipe, call = load(model, torch.device(device))
+    pipe.set_progress_bar_config(disable=True)
+    call |= {"num_inference_steps": steps, "height": side, "width": side}
+    call["guidance_scale"] = guidance
+
+    console = Console(stderr=json_)
+    seeds = list(range(seed, seed + len(texts)))
+    inner = "inductor" if device == "cuda" else "eager"
+    if tune_:
+        options = {"link_gbs": link, "bench": timed, "inner": inner, "batch": batch, **call}
+        _tune(console, pipe, texts, seeds, rank_counts, max_lpips, max_ms, out, options)
+        return
+    rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
+    with Progress(console=console) as progress:
+        task = progress.add_task("1 rank", total=rounds)
+        one, rows, drawn = measure(
+            pipe,
+            texts,
+            seeds,
+            variants,
+            rank_counts,
+            link_gbs=link,
+            bench=timed,
+            inner=inner,
+            batch=batch,
+            on_batch=lambda what: progress.update(task, advance=1, description=what),
+            **call,
+        )
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["piflux", *sys.argv[1:]]),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread",
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+        },
+        "model": model,
+        "steps": steps,
+        "size": side,
+        "guidance": guidance,
+        "link_gbs": None if bench else link,
+        "bench": timed and {key: timed[key] for key in ("date", "hardware", "link")},
+        "one_rank_step_s": one.step_s,
+        "prompts": texts,
+        "seeds": seeds,
+        "summary": summary(rows),
+        "rows": [asdict(row) for row in rows],
+    }
+    (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "quality.md").write_text(markdown(rows))
+    contact_sheet(texts[:8], one, rows, drawn).save(out / "sheet.png")
+    plot_drift(rows, out / "drift.png")
+    plot_frontier(rows, out / "frontier.png")
+    if json_:
+        print(json.dumps(record))
+        return
+    columns = ("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", "cost")
+    table = Table(*columns, title=f"{model}, {steps} steps; cost: of one rank's step")
+    for x in summary(rows):
+        table.add_row(
+            str(x["ranks"]),
+            x["variant"],
+            *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips", "cost")),
+        )
+    console.print(table)
+    console.print(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}")
+
+
+def _tune(
+    console: Console,
+    pipe: Any,
+    prompts: list[str],
+    seeds: list[int],
+    rank_counts: list[int],
+    max_lpips: float | None,
+    max_ms: float | None,
+    out: Path,
+    options: dict[str, Any],
+) -> None:
+    """A file of settings for each number of ranks."""
+    for n in rank_counts:
+        halves = -(-(len(prompts) // 2) // options["batch"])
+        with Progress(console=console) as progress:
+            task = progress.add_task("1 rank", total=(1 + len(CANDIDATES)) * halves + 2)
+            try:
+                chosen, _, judged = tune(
+                    pipe,
+                    prompts,
+                    seeds,
+                    n,
+                    max_lpips=max_lpips,
+                    max_cost_s=None if max_ms is None else max_ms / 1000,
+                    on_batch=lambda what: progress.update(task, advance=1, description=what),  # noqa: B023
+                    **options,
+                )
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+        path = out / f"schedule-{n}.json"
+        path.write_text(json.dumps(chosen.options) + "\n")
+        console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
+        console.print(markdown([judged]), highlight=False)
+        console.print(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})")
+
+
+def _timed(
+    bench: Path, variants: Sequence[Variant], rank_counts: Sequence[int], steps: int
+) -> dict[str, Any]:
+    """The record in `bench`, known to have what every variant's cost needs."""
+    if not bench.is_file():
+        raise typer.BadParameter(f"--bench {bench}: no such file")
+    try:
+        record = json.loads(bench.read_text())
+        for n, variant in itertools.product(rank_counts, variants):
+            measured_cost(record, Schedule(**variant.options, world_size=n), steps)
+    except ValueError as error:
+        raise typer.BadParameter(f"--bench {bench}: {error}") from None
+    except (KeyError, TypeError):
+        raise typer.BadParameter(f"--bench {bench}: not what piflux bench writes") from None
+    return record
