@@ -23,7 +23,7 @@ from torch import Tensor
 import piflux
 from piflux.cost.clock import median_seconds
 from piflux.integrations.bands import Bands
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 from piflux.tools.launch import is_first, join
 
 LATENT_CHANNELS = 16

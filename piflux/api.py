@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
-import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 
+from piflux.capture import dynamo
 from piflux.capture.views import View, view_of
 from piflux.compile.compiler import Compiler, make_compiler
 from piflux.compile.report import Report
@@ -25,58 +22,11 @@ from piflux.integrations.diffusers import (
     refuse_step_caches,
     transformers_of,
 )
-from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
+from piflux.integrations.times import shown
+from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device
 
 Target = TypeVar("Target")
-
-
-class _LoggerMethod(str):
-    """What passes for a method of loggers in a set, and for its name in a record of that set.
-
-    torch 2.11 sorts the functions that its config holds to write them as JSON, and logs at each
-    compilation that it can't.
-    """
-
-    __slots__ = ()
-
-    @property
-    def method(self) -> FunctionType:
-        found: FunctionType = getattr(logging.Logger, str(self))
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return other is self.method
-
-    def __hash__(self) -> int:
-        return hash(self.method)
-
-
-_DYNAMO = {
-    # Models that warn of deprecated inputs would break the graph at the warning.
-    "ignore_logger_methods": set(map(_LoggerMethod, ("debug", "info", "warning", "error"))),
-    # One graph for each set of optional inputs, adapters and static or dynamic sizes.
-    "recompile_limit": 64,
-}
-
-_NUMBERS = itertools.count()
-"""Of the modules parallelized in this process."""
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Garbage is collected after the call, not in it.
-
-    A first call makes a million objects that stay. With a pipeline's modules loaded, looking
-    through all objects for garbage again and again would take a sixth of it.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class ParallelModule(View, nn.Module):
@@ -93,7 +43,7 @@ class ParallelModule(View, nn.Module):
             check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         if has_step_cache(self):
             refuse_step_caches(self)
-        with torch.no_grad(), self._piflux_settings, _uncollected():
+        with torch.no_grad(), self._piflux_settings, dynamo.uncollected():
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
             try:
@@ -114,7 +64,7 @@ def parallelize(
     target: Target,
     *,
     group: Any = None,
-    policy: Policy | str = "rotate",
+    policy: PolicyName | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
     sync: Sync = "gather",
@@ -205,41 +155,16 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     check_device(
         compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
     )
-    call = _call(target)
+    call = dynamo.call_of(target)
     view = view_of(
         target,
         ParallelModule,
         _piflux_compiler=compiler,
-        _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
-        _piflux_compiled=staticmethod(_compiled(call, compiler)),
+        _piflux_settings=dynamo.settings(),
+        _piflux_compiled=staticmethod(dynamo.compiled(call, compiler)),
     )
-    # Dynamo would keep the code's graphs for good, and they the caches.
-    weakref.finalize(view, torch._dynamo.eval_frame.reset_code, call.__code__).atexit = False
+    dynamo.forget_with(view, call)
     return view
-
-
-def _call(target: nn.Module) -> FunctionType:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    # Dynamo counts recompilations by code object, and remembers by its name which sizes varied.
-    # With one of its own a model is not held to account for others of its class: sizes that they
-    # were called with don't make its first graph symbolic.
-    code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
-    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-
-
-def _compiled(call: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
-    alive = weakref.ref(compiler)
-
-    def piflux(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The compiler, which Dynamo must not keep alive: it remembers backends for good."""
-        found = alive()
-        assert found is not None, "the module that is being called holds its compiler"
-        return found(gm, example_inputs)
-
-    # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
-    return torch.compile(call, backend=piflux, fullgraph=True)
 
 
 def _compilers(target: Any) -> list[Compiler]:
@@ -270,7 +195,7 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
         TypeError: the target isn't parallelized.
         StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
-    foreseen = None if timesteps is None else lambda: timesteps
+    foreseen = None if timesteps is None else partial(shown, timesteps)
     with contextlib.ExitStack() as stack:
         for compiler in _compilers(target):
             stack.enter_context(compiler.runtime.generation(foreseen))

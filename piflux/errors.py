@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import fx
@@ -67,27 +65,6 @@ class CannotSave(PifluxError):
 
 class RankFailed(PifluxError):
     """A rank raised, died or has nothing to run on; the others were ended."""
-
-
-@contextlib.contextmanager
-def let_through() -> Iterator[None]:
-    """Where Dynamo calls a backend: a `CompileError` reaches the backend's user as what it is.
-
-    Dynamo lets its own `ShortenTraceback` through unchanged, and wraps any other exception of a
-    backend in `BackendCompilerFailed`. So the error becomes one of both kinds; not from the
-    beginning, since whoever only catches errors need not wait a second for Dynamo's import.
-    """
-    try:
-        yield
-    except CompileError as error:
-        from torch._dynamo.exc import ShortenTraceback
-
-        kind = type(error)
-        if not isinstance(error, ShortenTraceback):
-            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            error.__class__ = type(kind.__name__, (kind, ShortenTraceback), names)
-            vars(error)["first_useful_frame"] = None  # its traceback stays whole
-        raise
 
 
 def plain(message: str) -> str:

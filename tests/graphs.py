@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch import Tensor
 
-from piflux.compile.compiler import PASSES
+from piflux.compile.program import PASSES
 from piflux.errors import describe_op
 from piflux.graph.nodes import op_name
 from piflux.graph.plan import Axis, Context, known, plain_name, tensors
@@ -39,7 +39,7 @@ def transformed(
     gm: fx.GraphModule, world_size: int = 2, passes: Sequence[Pass] = PASSES
 ) -> Context:
     """Run `passes` on `gm` as the compiler would for `world_size` ranks."""
-    ctx = Context(world_size, "piflux")
+    ctx = Context(world_size)
     run_passes(gm, ctx, passes)
     return ctx
 

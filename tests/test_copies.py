@@ -19,7 +19,7 @@ from test_virtual_ranks import image
 
 import piflux
 from piflux.ranks import copies
-from piflux.ranks import ranks as runtime_ranks
+from piflux.ranks import processes as runtime_ranks
 from piflux.runtime import runtime as cache
 
 STEPS = 6

@@ -18,7 +18,7 @@ from test_numerics import assert_equal, sample
 from torch._dynamo.utils import counters
 
 import piflux
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 
 RANKS = 8
 STEPS, OF_THE_SECOND = 10, 4

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import piflux
-from piflux.ranks import ranks as runtime_ranks
+from piflux.ranks import processes as runtime_ranks
 from piflux.recording import recorded as replay
 from piflux.runtime import ops
 from piflux.runtime.runtime import Runtime

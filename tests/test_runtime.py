@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from piflux.memory.memory import Memory
-from piflux.policies.parts import wide
+from piflux.parts import wide
 from piflux.policies.schedule import Schedule
 from piflux.ranks.agreement import Sketch
-from piflux.ranks.ranks import Packet, virtual_ranks
-from piflux.runtime.runtime import STALE_CALLS, Runtime
-from piflux.runtime.streams import Roles, Seen, Stream
+from piflux.ranks.packet import Packet
+from piflux.ranks.virtual import virtual_ranks
+from piflux.runtime.runtime import Runtime
+from piflux.runtime.streams import STALE_CALLS, Roles, Seen, Stream
 
 ROLES = Roles(latents=(0,), clocks=(1,), conditions=(2,), names={0: "x", 1: "t", 2: "prompt"})
 

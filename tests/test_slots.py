@@ -18,9 +18,11 @@ from piflux.kernels.exchange import (
     place,
     row_bytes,
 )
-from piflux.memory.memory import Places
-from piflux.memory.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
-from piflux.policies.parts import places
+from piflux.memory.ages import BELIEF, FARTHEST, Ages
+from piflux.memory.changes import ChangeSlot
+from piflux.memory.places import Places
+from piflux.memory.slots import Slot, clock_scale, log_snr
+from piflux.parts import places
 
 
 def at(value):

@@ -12,7 +12,7 @@ from test_numerics import EXACT, sample
 import piflux
 from piflux.cost.cost import Layer, Rates, choose_sync
 from piflux.cost.rates import measure_rates
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 
 PART = 3 * (Layer(linear_flops=6 * 10**9, attention_flops=10**9, kv_bytes=10**6),)
 WHOLE = 3 * (Layer(linear_flops=12 * 10**9, attention_flops=2 * 10**9, kv_bytes=0),)

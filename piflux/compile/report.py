@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import Tensor
 
 from piflux.graph.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
-from piflux.kernels.exchange import row_bytes
-from piflux.policies.parts import part_length
+from piflux.parts import part_length
+from piflux.policies.policy import TokenBytes
 from piflux.policies.schedule import Schedule
 
 
@@ -60,10 +61,9 @@ class GraphReport:
     why_sync: str = ""
 
     @classmethod
-    def of(
-        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
-    ) -> GraphReport:
-        plan, world_size = ctx.plan, ctx.world_size
+    def of(cls, ctx: Context, schedule: Schedule, why_sync: str = "") -> GraphReport:
+        """Of a graph that the passes have run on."""
+        plan, world_size, policy = ctx.plan, ctx.world_size, schedule.kind
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
             for (_, value), dims in edges.items():
@@ -77,26 +77,18 @@ class GraphReport:
             key, content = (tensors(axis.node)[axis.item] for axis in axes)
             lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
             part = sum(part_length(length, world_size) for length in lengths)
-            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
-            sent += per_token * part * (world_size - 1)
-            change = sum(_rows(x) // example_size(x.shape[-2], x) for x in (key, content))
-            packet = change if schedule.compresses else per_token
-            steadily += packet * part * (world_size - 1)
-            held += per_token * sum(lengths)
-            if schedule.order:
-                held += packet * sum(lengths)
-            if schedule.policy == "displaced":  # what it sent, and what is arriving
-                held += packet * part * (world_size + 1)
-        if world_size == 1 or schedule.policy == "gather":
-            held = 0
-        steady = final + (0 if schedule.policy == "rotate" else steadily)
+            token = _token_bytes((key, content), schedule)
+            sent += token.version * part * (world_size - 1)
+            steadily += policy.sent_bytes(token, part, world_size)
+            if world_size > 1:
+                held += policy.held_bytes(token, sum(lengths), part, world_size)
         return cls(
             schedule,
             len(plan.attentions),
             len(plan.local),
             tuple(boundaries.values()),
             0 if schedule.sync == "recompute" else final + sent,
-            steady,
+            final + steadily,
             held,
             why_sync,
         )
@@ -107,7 +99,7 @@ class GraphReport:
         syncs = ", ".join(str(step) for step in s.first_syncs)
         lines = [
             f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
-            + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
+            + (f"sync at {syncs}{refresh}" if s.kind.remembers else "every step a sync step")
             + (", recomputed" if s.sync == "recompute" else "")
             + (", predicted between" if s.predicts else "")
             + (" by changes in 8 bits" if s.compresses else ""),
@@ -158,12 +150,15 @@ def _bytes(x: Tensor) -> int:
     return count
 
 
-def _rows(x: Tensor) -> int:
-    """Bytes of the change of `x`."""
-    count = row_bytes(example_size(x.shape[-1], x))
-    for size in x.shape[:-1]:
-        count *= example_size(size, x)
-    return count
+def _token_bytes(kv: Sequence[Tensor], schedule: Schedule) -> TokenBytes:
+    """Of one token of an attention's keys and values."""
+    version = change = 0
+    for x in kv:
+        tokens, width = (example_size(size, x) for size in x.shape[-2:])
+        a_token, a_head = _bytes(x) // tokens, width * x.element_size()
+        version += a_token
+        change += a_token // a_head * schedule.slots.change_bytes(width, a_head)
+    return TokenBytes(version, change if schedule.order else 0, change)
 
 
 def _human(count: int) -> str:

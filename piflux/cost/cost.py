@@ -19,7 +19,7 @@ from piflux.compile.report import GraphReport
 from piflux.graph.nodes import PRODUCTS, op_name
 from piflux.graph.plan import Context, example_size, tensors
 from piflux.graph.targets import SEND
-from piflux.policies.schedule import Policy, Schedule, Sync
+from piflux.policies.schedule import PolicyName, Schedule, Sync
 
 PRICE_OF_EXACT = 0.05
 """Of a step's compute: what 'auto' waits for keys and values that are exact. A preference."""
@@ -123,7 +123,7 @@ class Choice:
         compute_s: seconds a step that a rank computes.
     """
 
-    policy: Policy
+    policy: PolicyName
     reason: str
     gather_s: float
     compute_s: float
@@ -144,7 +144,7 @@ def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
         f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
         f"for {wait * 1000:.3g} ms of them"
     )
-    policy: Policy
+    policy: PolicyName
     if wait <= PRICE_OF_EXACT * compute:
         policy, why = "gather", "little for exact ones"
     elif gather <= compute:
@@ -202,7 +202,7 @@ def modelled_cost(
     local, second = share * step_s, 1e9 * link_gbs * batch
     sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
     sent = report.steady_bytes / second
-    steady = max(local, sent) if schedule.policy == "displaced" else local + sent
+    steady = schedule.kind.step_s(local, sent)
     return Cost.of(schedule, steps, step_s, sync, steady)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from piflux.cost.clock import median_seconds
 from piflux.cost.cost import Rates
-from piflux.ranks.ranks import Ranks
+from piflux.ranks.protocol import Ranks
 
 FEW = 5
 """Runs of what is measured at a model's first call."""

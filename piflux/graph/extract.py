@@ -36,7 +36,7 @@ def extract(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
     read = [x for n in nodes for x in n.all_input_nodes if x not in inside]
     inputs = list(dict.fromkeys([*sizes, *read]))
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    gm.add_submodule(name, _module(inputs, nodes, outputs))
+    gm.add_submodule(name, subgraph(inputs, nodes, outputs))
     with gm.graph.inserting_before(next(n for n in gm.graph.nodes if not is_source(n))):
         call = gm.graph.call_module(name, tuple(inputs))
         call.meta["example_value"] = tuple(known(n) for n in outputs)
@@ -51,9 +51,10 @@ def extract(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
     return call
 
 
-def _module(
+def subgraph(
     inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
 ) -> fx.GraphModule:
+    """A module that computes `nodes` from `inputs` and returns `outputs` as a tuple."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in inputs:

@@ -102,13 +102,11 @@ class Context:
 
     Attributes:
         world_size: the number of parts.
-        runtime: the name of the `Runtime` that the inserted ops use.
         rotates: whether most steps send no keys and values.
         plan: set by `layout`.
     """
 
     world_size: int
-    runtime: str
     rotates: bool = False
     plan: Plan = field(default_factory=Plan)
 

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from piflux.capture.views import View, view_of
 from piflux.errors import CannotCapture, StepsUnforeseen
 from piflux.integrations.bands import Bands, MixesRows
+from piflux.integrations.times import shown
+from piflux.policies.step import Foreseen
 from piflux.ranks.groups import serves
-from piflux.ranks.ranks import ProcessRanks
-from piflux.runtime.runtime import Foreseen, Runtime
+from piflux.ranks.processes import ProcessRanks
+from piflux.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +101,7 @@ class ParallelPipeline(View):
         states = [(x, x.get_state()) for x in _generators(bound.arguments)]
         with _set(_TOGETHER, together):
             try:
-                return self._piflux_draw(self._piflux_timesteps, *bound.args, **bound.kwargs)
+                return self._piflux_draw(self._piflux_times, *bound.args, **bound.kwargs)
             except StepsUnforeseen:
                 log.warning(
                     "%s calls its transformer at other times than its scheduler's: drawn once "
@@ -117,10 +119,11 @@ class ParallelPipeline(View):
                 stack.enter_context(runtime.generation(foreseen))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def _piflux_timesteps(self) -> Any:
+    def _piflux_times(self, clock: Tensor) -> Sequence[Tensor]:
         """Of the image under way; its scheduler has them when the transformer is first called."""
         scheduler = getattr(self, "scheduler", None)
-        return getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
+        timesteps = getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
+        return [] if timesteps is None else shown(timesteps, clock)
 
 
 class ParallelDecoder(View):

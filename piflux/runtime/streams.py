@@ -8,7 +8,7 @@ a conditional and an unconditional pass are two streams of one generation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from piflux.memory.memory import Memory
-from piflux.memory.slots import clock_scale, log_snr
-from piflux.runtime.hoisted import Hoisted, Table
+from piflux.runtime.times import Times
+
+# Guidance methods make at most three passes a step; a stream that sat out more calls than this is
+# of an image that has ended, and its caches are freed.
+STALE_CALLS = 6
 
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
@@ -64,7 +67,7 @@ class Seen:
         return x.device == self.tensor.device and bool((x == self.tensor).all())
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """The calls of one generation that share conditions, and what they remember.
 
@@ -75,7 +78,7 @@ class Stream:
         kind: what another stream has to share to use the same memory: graph and shapes.
         memory: keys and values.
         index: the latest step, -1 before the first.
-        now: the step's time, a scalar; see `log_snr`.
+        now: the step's time, a scalar; see `Times`.
         clocks: the latest values, where the generation is inferred.
         latents: likewise.
         direction: the way in which the clocks move, 0 as long as they have not.
@@ -92,8 +95,8 @@ class Stream:
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
     direction: int = 0
-    tables: dict[Hoisted, Table | None] = field(default_factory=dict)
-    _scales: list[Tensor] = field(default_factory=list)
+    tables: dict[Any, Any] = field(default_factory=dict)
+    _times: Times = field(default_factory=lambda: Times([]))
 
     def restart(self) -> None:
         """The next step is the first."""
@@ -103,8 +106,8 @@ class Stream:
     def tick(self, clocks: Sequence[Tensor]) -> None:
         """A step begins at these clocks."""
         if self.index == 0:
-            self._scales = [clock_scale(clock) for clock in clocks]
-        self.now = log_snr(clocks, self._scales, self.index)
+            self._times = Times(clocks)
+        self.now = self._times.at(clocks, self.index)
 
     def observe(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
         """Whether this call is certainly the next step after the last observed one.
@@ -132,3 +135,79 @@ def _resemble(a: Tensor, b: Tensor) -> bool:
         return False
     x, y = a.reshape(-1).float(), b.reshape(-1).float()
     return bool(F.cosine_similarity(x, y, dim=0) >= LATENT_CORRELATION) or bool((x == y).all())
+
+
+class Streams:
+    """The streams of the image under way, and the memory of streams that have ended.
+
+    Attributes:
+        recycles: whether memory is kept for the next image of the same shapes, since steps are
+            recorded; see `piflux.recording`.
+    """
+
+    def __init__(self) -> None:
+        self.recycles = False
+        self._streams: list[Stream] = []
+        self._spare: dict[Any, list[Memory]] = {}
+        self._calls = 0
+
+    def __iter__(self) -> Iterator[Stream]:
+        return iter(self._streams)
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def find(self, graph: object, roles: Roles, args: Sequence[Any]) -> Stream:
+        """The stream of a call, a new one if none has its conditions.
+
+        Args:
+            graph: what is called.
+            roles: of its inputs.
+            args: its inputs.
+        """
+        self._calls += 1
+        self._end([s for s in self._streams if self._calls - s.used > STALE_CALLS])
+        conditions = roles.pick(roles.conditions, args)
+        for stream in self._streams:
+            if stream.graph is graph and all(
+                seen.again(x) for seen, x in zip(stream.conditions, conditions, strict=True)
+            ):
+                stream.used = self._calls
+                return stream
+        shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
+        kind = graph, tuple(shapes)
+        spare = self._spare.get(kind)
+        memory = spare.pop() if spare else Memory()
+        stream = Stream(graph, [Seen(x) for x in conditions], self._calls, kind, memory)
+        self._streams.append(stream)
+        return stream
+
+    def restart(self, stream: Stream) -> None:
+        """The stream's next step is an image's first."""
+        stream.restart()
+        if not self.recycles:
+            stream.memory = Memory()
+
+    def end(self) -> None:
+        """The image has ended. Waits for what is under way: it must not outlive its buffers."""
+        for stream in self._streams:
+            for slot in stream.memory.slots.values():
+                if slot.packet is not None and slot.packet.under_way:
+                    slot.packet.wait()
+        self._end(self._streams)
+
+    def abandon(self) -> None:
+        """Forget all streams after a call that failed.
+
+        Part of the slots are of its step, part of the last: none can be trusted. The collectives
+        under way may never end, so nothing waits for them; c10d holds their memory.
+        """
+        self._streams = []
+
+    def _end(self, ended: Sequence[Stream]) -> None:
+        """Keep what these streams leave for the next ones, in place of what was left before."""
+        if self.recycles and ended:
+            self._spare = {}
+            for stream in ended:
+                self._spare.setdefault(stream.kind, []).append(stream.memory)
+        self._streams = [s for s in self._streams if s not in ended]

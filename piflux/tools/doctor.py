@@ -17,7 +17,7 @@ from piflux.cost.clock import median_seconds
 from piflux.cost.cost import Choice, Rates, choose
 from piflux.cost.rates import measure_rates
 from piflux.policies.schedule import Schedule
-from piflux.ranks.ranks import all_gather
+from piflux.ranks.processes import all_gather
 from piflux.tools.launch import join
 
 PACKAGES = ("piflux", "torch", "diffusers", "transformers", "triton")

@@ -24,7 +24,7 @@ import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave
-from piflux.policies.schedule import Policy
+from piflux.policies.schedule import PolicyName
 from piflux.tools.doctor import decide
 from piflux.tools.launch import is_first, join
 
@@ -179,7 +179,7 @@ def _quiet() -> None:
 
 def _chosen(
     transformer: Any, device: torch.device, ranks: int, request: Request
-) -> tuple[Policy, str]:
+) -> tuple[PolicyName, str]:
     """The policy that suits a FLUX on these ranks, and why; the same on all of them."""
     if ranks == 1:
         return "gather", "one rank has all keys and values"

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from piflux.compile.compiler import PASSES
+from piflux.capture.dynamo import let_through
+from piflux.compile.program import PASSES
 from piflux.compile.report import GraphReport
 from piflux.cost.cost import Layer, layers_of
-from piflux.errors import let_through
 from piflux.graph.plan import Context
 from piflux.passes.runner import run_passes
 from piflux.passes.split.layout import layout
@@ -65,11 +65,11 @@ def preview(
     @let_through()
     def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         whole, original = copy.deepcopy(gm), copy.deepcopy(gm)
-        alone, ctx = Context(1, "preview"), Context(ranks, "preview")
+        alone, ctx = Context(1), Context(ranks)
         run_passes(whole, alone, (layout, rewrite_attention))
         # As the compiler does: on one rank the layout is all there is to find.
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
-        report, everything = GraphReport.of(gm, ctx, schedule), layers_of(whole, alone)
+        report, everything = GraphReport.of(ctx, schedule), layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
         found.append(Preview(report, mine, everything))
         return original.forward

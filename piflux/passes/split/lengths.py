@@ -13,7 +13,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from piflux.graph.plan import known
-from piflux.policies.parts import part_length
+from piflux.parts import part_length
 
 Length = int | fx.Node
 

@@ -14,7 +14,7 @@ from piflux.errors import CannotShard
 from piflux.graph.nodes import mutates
 from piflux.graph.plan import Context, axes, example_size, tensors
 from piflux.graph.targets import SHARD, UNSHARD
-from piflux.policies.parts import part_length
+from piflux.parts import part_length
 
 
 def propagate(gm: fx.GraphModule, ctx: Context) -> int:

@@ -24,10 +24,10 @@ def shard(gm: fx.GraphModule, ctx: Context) -> int:
 
     After, on 2 ranks:
 
-        x_part = piflux.shard(x, 1, [48], 2, 'piflux')           # (1, 24, 64)
+        x_part = piflux.shard(x, 1, [48], 2)           # (1, 24, 64)
         h = linear(x_part, w)
         r = h.reshape((1, 24, 4, 24))
-        r_whole = piflux.unshard(r, 1, [48], 2, 'piflux')        # (1, 48, 4, 24)
+        r_whole = piflux.unshard(r, 1, [48], 2)        # (1, 48, 4, 24)
         return (r_whole,)
     """
     plan = ctx.plan
@@ -61,7 +61,7 @@ def _boundary(
             made = graph.create_node(
                 "call_function",
                 SHARD if verb == "shard" else UNSHARD,
-                (made, dim, full, ctx.world_size, ctx.runtime),
+                (made, dim, full, ctx.world_size),
                 name=f"{plain_name(value.node)}_{'part' if verb == 'shard' else 'whole'}",
             )
         made.meta = dict(value.node.meta)
