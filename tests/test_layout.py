@@ -13,7 +13,7 @@ from graphs import capture, layouts, transformed
 from models import flux_inputs, tiny_flux
 
 from piflux.errors import CannotShard, NoAttention
-from piflux.graph.plan import Axis
+from piflux.graph.axes import Axis
 from piflux.passes.split.layout import layout
 
 DECIDE = (layout,)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Plan, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.plan import Plan
+from piflux.graph.values import tensors
 from piflux.runtime.streams import Roles
 
 

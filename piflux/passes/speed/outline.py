@@ -13,11 +13,13 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
+from piflux.graph.described import described
 from piflux.graph.extract import is_source
 from piflux.graph.nodes import computes, is_attention, is_value
-from piflux.graph.plan import Context, example_size, expr, known, tensors
+from piflux.graph.plan import Context
+from piflux.graph.sizes import all_sizes, example_size, expr
 from piflux.graph.targets import CACHED, SEND, SLOTS_FROM
-from piflux.graph.values import all_sizes, described
+from piflux.graph.values import known, tensors
 
 # The most that is looked for; a block of a known model attends at most twice.
 ATTENTIONS_A_BLOCK = 4

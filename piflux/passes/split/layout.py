@@ -10,28 +10,11 @@ from torch import fx
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard, NoAttention
+from piflux.graph.axes import Axis, Value, axes, operands
 from piflux.graph.nodes import attention_arguments, is_attention, mutates, op_name
-from piflux.graph.plan import (
-    Attention,
-    Axis,
-    Context,
-    Layout,
-    Plan,
-    Segment,
-    Value,
-    axes,
-    example_size,
-    known,
-    known_equal,
-    less,
-    ndim,
-    near,
-    operands,
-    same,
-    simplified,
-    sizes,
-    tensors,
-)
+from piflux.graph.plan import Attention, Context, Layout, Plan, Segment
+from piflux.graph.sizes import example_size, known_equal, less, same, simplified, sizes
+from piflux.graph.values import known, ndim, near, tensors
 from piflux.passes.split.rules import Flow, Link, flow
 
 # A run of tokens shorter than this is no segment of its own.

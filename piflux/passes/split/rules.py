@@ -19,19 +19,10 @@ import sympy
 import torch
 from torch import fx
 
+from piflux.graph.axes import Axis, Value
 from piflux.graph.nodes import SDPA, is_pointwise, op_name
-from piflux.graph.plan import (
-    Axis,
-    Value,
-    example_size,
-    expr,
-    known,
-    known_equal,
-    ndim,
-    same,
-    sizes,
-    tensors,
-)
+from piflux.graph.sizes import example_size, expr, known_equal, same, sizes
+from piflux.graph.values import known, ndim, tensors
 
 
 class Link(NamedTuple):

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import sympy
 from torch import fx
 
-from piflux.graph.plan import Axis, Context, Value, plain_name, same
+from piflux.graph.axes import Axis, Value
+from piflux.graph.nodes import plain_name
+from piflux.graph.plan import Context
+from piflux.graph.sizes import same
 from piflux.graph.targets import SHARD, UNSHARD
 from piflux.passes.split.lengths import Length, Lengths
 from piflux.passes.split.rules import Resizer, flow
