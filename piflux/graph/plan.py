@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,27 +12,11 @@ from piflux.graph.axes import Axis, Value
 from piflux.graph.sizes import simplified
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of tokens born at one boundary.
-
-    Two segments that meet in one op turn out to be the same tokens, or one turns out to be a run
-    of several shorter ones (a joint rotary table and the text and image it serves). So a segment
-    may come to stand for others: `layout` refines it.
-
-    Attributes:
-        length: its tokens.
-        stands_for: the shorter ones that it turned out to be.
-    """
+    """A run of tokens born at one boundary, `length` long as a whole."""
 
     length: sympy.Expr
-    stands_for: tuple[Segment, ...] = ()
-
-    def resolve(self) -> Iterator[Segment]:
-        if not self.stands_for:
-            yield self
-        for segment in self.stands_for:
-            yield from segment.resolve()
 
 
 Layout = tuple[Segment, ...]
@@ -58,8 +41,10 @@ class Plan:
         attentions: those that need the other parts' keys and values.
         cuts: (consumer, producer) -> the dimensions of the producer's whole value to cut for this
             consumer, in order.
-        joins: likewise, the dimensions along which a part must become a whole.
-        writers: a value that is cut or joined -> the last node that writes into it before.
+        joins: likewise, the dimensions along which a part must become a whole; the part of a
+            producer that is whole is its cut copy, which was written into.
+        cut_after: a value that is cut once it was written into -> the last node that does so.
+        join_after: likewise, a value that is joined.
     """
 
     layouts: dict[Axis, Layout] = field(default_factory=dict)
@@ -67,15 +52,12 @@ class Plan:
     attentions: list[Attention] = field(default_factory=list)
     cuts: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
     joins: dict[tuple[fx.Node, Value], tuple[int, ...]] = field(default_factory=dict)
-    writers: dict[Value, fx.Node] = field(default_factory=dict)
-
-    def layout(self, axis: Axis) -> Layout:
-        """Refined as far as the whole graph asks for."""
-        return tuple(s for segment in self.layouts[axis] for s in segment.resolve())
+    cut_after: dict[Value, fx.Node] = field(default_factory=dict)
+    join_after: dict[Value, fx.Node] = field(default_factory=dict)
 
     def lengths(self, axis: Axis) -> tuple[sympy.Expr, ...]:
         """Full length of each segment."""
-        return tuple(simplified(segment.length, axis.node) for segment in self.layout(axis))
+        return tuple(simplified(segment.length, axis.node) for segment in self.layouts[axis])
 
 
 @dataclass

@@ -21,7 +21,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         segment
         for _, value in plan.joins
         for dim in plan.joins[_, value]
-        for segment in plan.layout(Axis(value.node, dim, value.item))
+        for segment in plan.layouts[Axis(value.node, dim, value.item)]
     }
     births = {
         value.node
@@ -29,7 +29,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         if any(
             segment in output_segments
             for dim in dims
-            for segment in plan.layout(Axis(value.node, dim, value.item))
+            for segment in plan.layouts[Axis(value.node, dim, value.item)]
         )
     }
     upstream = set(births)
