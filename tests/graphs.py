@@ -12,8 +12,10 @@ from torch import Tensor
 
 from piflux.compile.program import PASSES
 from piflux.errors import describe_op
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Context, known, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.plan import Context
+from piflux.graph.values import known, tensors
 from piflux.passes.runner import Pass, run_passes
 
 

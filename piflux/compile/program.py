@@ -18,8 +18,10 @@ from piflux.compile.segments import segments_of
 from piflux.cost.cost import SyncChoice, choose_sync, layers_of
 from piflux.cost.rates import slowest_rates
 from piflux.graph.blocks import Block, find_blocks
-from piflux.graph.plan import Context, example_size, tensors
+from piflux.graph.plan import Context
 from piflux.graph.roles import roles_of
+from piflux.graph.sizes import example_size
+from piflux.graph.values import tensors
 from piflux.passes.runner import run_passes
 from piflux.passes.speed.enclose import HEAD, enclose
 from piflux.passes.speed.fuse_gelu import fuse_gelu

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import SymInt, fx, nn
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 
 SOURCES = ("placeholder", "get_attr", "call_module")
 """Nodes that stay in the graph when others move: what it is given, and what was moved before."""

@@ -6,12 +6,13 @@ which spell the same op in three ways.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 
 PRODUCTS = ("linear", "matmul", "mm", "bmm")
 """What multiplies matrices, by name."""
@@ -88,3 +89,8 @@ def is_attention(node: fx.Node) -> bool:
 
 def attention_arguments(node: fx.Node) -> SDPA:
     return SDPA(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+
+def plain_name(node: fx.Node) -> str:
+    """A node's name without what Dynamo puts around the name of an argument."""
+    return re.sub(r"^l_(kwargs_|args_)?", "", node.name).strip("_")

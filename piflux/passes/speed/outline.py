@@ -12,11 +12,13 @@ import torch
 from torch import fx, nn
 
 from piflux.graph.blocks import SLOTS, number, or_number, readers, slot_of, stretches, written
+from piflux.graph.described import described
 from piflux.graph.extract import is_source
 from piflux.graph.nodes import computes, is_value
-from piflux.graph.plan import Context, expr, known
+from piflux.graph.plan import Context
+from piflux.graph.sizes import all_sizes, expr
 from piflux.graph.targets import SLOTS_FROM
-from piflux.graph.values import all_sizes, described
+from piflux.graph.values import known
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:

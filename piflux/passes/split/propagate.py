@@ -11,9 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
+from piflux.graph.axes import axes
 from piflux.graph.nodes import mutates
-from piflux.graph.plan import Context, axes, example_size, tensors
+from piflux.graph.plan import Context
+from piflux.graph.sizes import example_size
 from piflux.graph.targets import SHARD, UNSHARD
+from piflux.graph.values import tensors
 from piflux.parts import part_length
 
 

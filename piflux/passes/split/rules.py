@@ -19,19 +19,10 @@ import sympy
 import torch
 from torch import fx
 
+from piflux.graph.axes import Axis, Value
 from piflux.graph.nodes import SDPA, is_pointwise, op_name
-from piflux.graph.plan import (
-    Axis,
-    Value,
-    example_size,
-    expr,
-    known,
-    known_equal,
-    ndim,
-    same,
-    sizes,
-    tensors,
-)
+from piflux.graph.sizes import example_size, expr, known_equal, less, same, sizes
+from piflux.graph.values import known, ndim, tensors
 
 
 class Link(NamedTuple):
@@ -157,7 +148,7 @@ def _flatten(sizes: tuple[Any, ...]) -> list[Any]:
     "contiguous", "detach", "alias", "copy", "truediv", "floordiv", "and_", "or_", "invert", "not_",
     "rsub", "polar", "complex", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
     "empty_like", "where", "masked_fill", "hardswish", "iadd", "isub", "imul", "itruediv",
-    "positive", "pos", "_to_copy",
+    "positive", "pos", "_to_copy", "copy_", "fill_", "zero_", "masked_fill_",
 )  # fmt: skip
 def pointwise(node: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     inputs = [n for n in node.all_input_nodes if _is_tensor(n)]
@@ -317,7 +308,11 @@ def squeeze(node: fx.Node, x: fx.Node, dim: Any = None) -> Flow:
     kept = [
         d for d in range(len(shape)) if not (d in asked and known_equal(shape[d], sympy.Integer(1)))
     ]
-    return Flow(_same(x, node, [(d, i) for i, d in enumerate(kept)]))
+    gone = tuple(d for d in range(len(shape)) if d not in kept)
+    # A part may have one token where the whole has more.
+    return Flow(
+        _same(x, node, [(d, i) for i, d in enumerate(kept)]), resize=lambda _: ((x, gone), {})
+    )
 
 
 # --- shapes with sizes in their arguments --------------------------------------------------------
@@ -476,11 +471,10 @@ def pad_sequence(
     rank = ndim(node)
     length = 1 if batch_first else 0
     order = [length, *range(2, rank)]  # the dimensions of a sequence, as the batch has them
-    links: list[Link] = []
-    for x in tensors:
-        padded = not same(node, sizes(x)[0], sizes(node)[length])
-        links += _same(x, node, [(s, t) for s, t in enumerate(order) if not (padded and s == 0)])
-    return Flow(links)
+    # A part would be padded to the length of another's part, or of another as a whole.
+    padded = any(not same(node, sizes(x)[0], sizes(node)[length]) for x in tensors)
+    pairs = [(s, t) for s, t in enumerate(order) if not (padded and s == 0)]
+    return Flow([link for x in tensors for link in _same(x, node, pairs)])
 
 
 def _pieces(node: fx.Node, x: fx.Node, dim: int) -> list[Link]:
@@ -576,6 +570,8 @@ def _entries(index: Any, rank: int) -> list[Any] | None:
 @rule("getitem")
 def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
     if isinstance(known(x), (tuple, list)):
+        if not tensors(x):
+            return Flow()  # with None among them, as multi_head_attention_forward has it
         rank = ndim(node) if tensors(node) else 0
         shape = sizes(node) if rank else []
         item = index if index >= 0 else index + len(tensors(x))
@@ -625,16 +621,51 @@ def setitem(node: fx.Node, x: fx.Node, index: Any, value: Any) -> Flow:
         return Flow()
     entries += [slice(None)] * (len(shape) - sum(e is not None for e in entries))
     kept = [e for e in entries if e is None or isinstance(e, slice)]  # dimensions of x[index]
-    taken = [e for e in entries if e is not None]  # dimensions of x
+    positions = [i for i, e in enumerate(entries) if e is not None]  # of x's dimensions
+    taken = [entries[i] for i in positions]
     written = [d for d, e in enumerate(taken) if isinstance(e, slice)]
-    links = _same(x, x, [(d, d) for d, e in enumerate(taken) if e == slice(None)])
+    runs = {d: _taken(node, shape[d], e) for d, e in enumerate(taken)}
+    links = [k for k in _same(x, x, [(d, d) for d in runs]) if runs[k.source.dim] is not None]
+    # What is written over is a run of its own, whatever is written.
+    links += [
+        Link(Axis(x, d), Axis(x, d), length, start=start, at=start)
+        for d, (start, length) in ((d, run) for d, run in runs.items() if run is not None)
+        if not known_equal(length, shape[d])
+    ]
     if _is_tensor(value) and None not in entries:
         shift = len(kept) - ndim(value)
         for t, size in enumerate(sizes(value)):
-            s = written[t + shift]
-            if taken[s] == slice(None) and (size != 1 or shape[s] == 1):
-                links.append(Link(Axis(value, t), Axis(x, s), size))
-    return Flow(links)
+            run = runs[d := written[t + shift]]
+            if run is not None and (size != 1 or run[1] == 1):
+                links.append(Link(Axis(value, t), Axis(x, d), size, at=run[0]))
+
+    def resize(local: Resizer) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new = list(entries)
+        for d, run in runs.items():
+            entry, axis = new[positions[d]], Axis(x, d)
+            if run is None or entry == slice(None) or local.size(axis) is None:
+                continue
+            start, stop = local.position(axis, run[0]), local.position(axis, run[0] + run[1])
+            new[positions[d]] = slice(start, stop) if isinstance(entry, slice) else start
+        return (x, tuple(new), value), {}
+
+    return Flow(links, resize=resize)
+
+
+def _taken(node: fx.Node, size: sympy.Expr, entry: Any) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Where the run begins that an index takes, and its length; None for no run."""
+    if not isinstance(entry, slice):
+        at = expr(known(entry))
+        return (size + at if at.is_negative else at), sympy.Integer(1)
+    if entry.step not in (None, 1):
+        return None
+    edges = []
+    for edge, default in ((entry.start, sympy.Integer(0)), (entry.stop, size)):
+        at = default if edge is None else expr(known(edge))
+        at = sympy.expand(size + at) if at.is_negative else at
+        edges.append(size if less(node, size, at) else at)
+    start, stop = edges
+    return start, sympy.Integer(0) if less(node, stop, start) else sympy.expand(stop - start)
 
 
 # --- attention -----------------------------------------------------------------------------------
