@@ -32,7 +32,7 @@ from piflux.graph.plan import (
     sizes,
     tensors,
 )
-from piflux.passes.split.rules import Flow, Link, flow
+from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, why_refused
 
 # A run of tokens shorter than this is no segment of its own.
 FEWEST_TOKENS = 2
@@ -61,6 +61,8 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
             or a segment has fewer tokens than there are parts.
     """
     if not any(is_attention(node) for node in gm.graph.nodes):
+        for node in foreign_ops(gm.graph):
+            raise CannotShard(node, why_refused(node))
         raise NoAttention(
             "the graph has no scaled_dot_product_attention: piflux splits models at their "
             "attention. If the model has attention by other means, switch it to PyTorch's (in "
@@ -292,6 +294,8 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
     """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
     sharing = _sharing(graph, flows, plan)
     if not sharing:
+        for node in foreign_ops(graph):
+            raise CannotShard(node, why_refused(node))
         first = next(filter(is_attention, graph.nodes))
         raise CannotShard(
             first,
@@ -325,11 +329,7 @@ def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
     for node in graph.nodes:
         between = node in downstream and node in upstream
         if node in whole and between and _touches(node, plan):
-            raise CannotShard(
-                node,
-                "mixes tokens between two attentions, where no rank holds all of them, or is an "
-                "op that piflux has no rule for",
-            )
+            raise CannotShard(node, why_refused(node))
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
     _check_mutations(graph, plan, downstream)
@@ -421,6 +421,7 @@ def _born(node: fx.Node, flows: dict[fx.Node, Flow], plan: Plan) -> bool:
 def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
     """The node's operands with a token dimension that does not reappear in the node's value."""
     allowed = {link.source for link in found.links} | {*found.attended, *found.whole}
+    allowed -= {*found.mixed}
     return {
         value
         for value in operands(node)
