@@ -29,6 +29,7 @@ from piflux.passes.speed.hoist import HOISTED, hoist
 from piflux.passes.speed.outline import outline
 from piflux.passes.speed.sigmoid_gelu import sigmoid_gelu
 from piflux.passes.split.layout import layout
+from piflux.passes.split.lower import lower
 from piflux.passes.split.overlap import overlap
 from piflux.passes.split.propagate import propagate
 from piflux.passes.split.rewrite_attention import rewrite_attention
@@ -50,6 +51,8 @@ from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import Roles
 
+# Once, since the graph of a part and the whole one both need it:
+FIRST = (lower,)
 PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
@@ -103,8 +106,9 @@ class Compiler:
         if runtime.ranks is not None and not self.reports:
             # Before ranks with other settings wait in other collectives.
             runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
-        uncut = self._uncut(gm)
         ctx = Context(world_size, runtime.name, runtime.schedule.policy == "rotate")
+        run_passes(gm, ctx, FIRST)
+        uncut = self._uncut(gm)
         # On one rank too the layout is found, so that a model that can't be sharded says so on
         # the machine it is developed on.
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
