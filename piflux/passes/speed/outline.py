@@ -11,9 +11,9 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from piflux.graph.extract import is_source
+from piflux.graph.extract import as_module, is_source
 from piflux.graph.nodes import computes, is_attention, is_value
 from piflux.graph.plan import Context, example_size, expr, known, tensors
 from piflux.graph.targets import CACHED, SEND, SLOTS_FROM
@@ -240,15 +240,12 @@ def _call(
 
 
 def _module(piece: _Piece) -> fx.GraphModule:
-    """A module that takes the stretch's inputs and returns a tuple."""
-    graph, stretch = fx.Graph(), piece.stretch
-    made: dict[fx.Node, fx.Node] = {}
-    for node in stretch.inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta["example_value"] = known(node)
-    for node in stretch.nodes:
-        made[node] = graph.node_copy(node, lambda n: _or_number(n, made.__getitem__))
+    """A module that takes the stretch's inputs, with cache slots counted from its first."""
+    stretch = piece.stretch
+    outputs = [stretch.nodes[i] for i in sorted(piece.outputs)]
+    module = as_module(stretch.inputs, stretch.nodes, outputs, _number)
+    for node in module.graph.nodes:
         if node.target in _SLOTS:
-            made[node].update_arg(_SLOTS[node.target], _slot(node) - stretch.slot)
-    graph.output(tuple(made[stretch.nodes[i]] for i in sorted(piece.outputs)))
-    return fx.GraphModule(nn.Module(), graph)
+            node.update_arg(_SLOTS[node.target], _slot(node) - stretch.slot)
+    module.recompile()
+    return module
