@@ -216,7 +216,7 @@ class TestRefuses(TestCase):
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
+mixes tokens between two attentions, where no rank holds all of them
   node: %mean
   op:   Tensor.mean
   line: test_layout.py, in model: return attend(y - y.mean(1, keepdim=True))""",
@@ -224,15 +224,15 @@ mixes tokens between two attentions, where no rank holds all of them, or is an o
 
     def test_an_op_without_a_rule(self):
         def model(x):
-            return attend(torch.sort(attend(x), 1).values)
+            return attend(attend(x).tril())
 
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
-  node: %sort
-  op:   torch.sort
-  line: test_layout.py, in model: return attend(torch.sort(attend(x), 1).values)""",
+is an op that piflux has no rule for, so that nothing is known of where it takes tokens: write it in terms of others, or add a rule (CONTRIBUTING.md says how)
+  node: %tril
+  op:   Tensor.tril
+  line: test_layout.py, in model: return attend(attend(x).tril())""",
         )
 
     def test_causal_attention(self):

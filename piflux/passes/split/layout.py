@@ -17,7 +17,7 @@ from piflux.graph.plan import Attention, Context, Layout, Plan
 from piflux.graph.sizes import example_size, known_equal, less, same, sizes
 from piflux.graph.values import known, ndim, near
 from piflux.parts import part_length
-from piflux.passes.split.rules import Flow, Link, flow
+from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, why_refused
 from piflux.passes.split.segments import Segments, is_none
 from piflux.passes.split.writes import Writes
 
@@ -53,6 +53,8 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
             or a segment has fewer tokens than there are parts.
     """
     if not any(is_attention(node) for node in gm.graph.nodes):
+        for node in foreign_ops(gm.graph):
+            raise CannotShard(node, why_refused(node))
         raise NoAttention(
             "the graph has no scaled_dot_product_attention: piflux splits models at their "
             "attention. If the model has attention by other means, switch it to PyTorch's (in "
@@ -252,6 +254,8 @@ def _place(
     plan = Plan(layouts=layouts)
     sharing = _sharing(graph, flows, plan)
     if not sharing:
+        for node in foreign_ops(graph):
+            raise CannotShard(node, why_refused(node))
         first = next(filter(is_attention, graph.nodes))
         raise CannotShard(
             first,
@@ -265,11 +269,7 @@ def _place(
     for node in graph.nodes:
         between = node in downstream and node in upstream
         if node in whole and between and _touches(node, plan):
-            raise CannotShard(
-                node,
-                "mixes tokens between two attentions, where no rank holds all of them, or is an "
-                "op that piflux has no rule for",
-            )
+            raise CannotShard(node, why_refused(node))
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
     writes.check(plan)
@@ -381,6 +381,7 @@ def _born(node: fx.Node, found: Flow, plan: Plan) -> bool:
 def _mixes(node: fx.Node, found: Flow, plan: Plan) -> bool:
     """Whether an operand has a token dimension that does not reappear in the node's value."""
     allowed = {link.source for link in found.links} | {*found.attended, *found.whole}
+    allowed -= {*found.mixed}
     return any(
         axis in plan.layouts
         and axis not in allowed
