@@ -21,7 +21,7 @@ from piflux.demo import NOTE, PROMPTS
 from piflux.ranks.copies import peak_bytes
 from piflux.ranks.groups import own_device
 from piflux.tools import options
-from piflux.tools.bench.rows import FLUX_DEV, random_flux
+from piflux.tools.bench.models import FLUX_DEV, random_model
 from piflux.tools.generate import load, numbered, show
 from piflux.tools.options import SYNC_STEPS, RefreshOption, SyncStepsOption
 
@@ -246,7 +246,7 @@ def check_arguments(
 
 def random_flux_dev(device: torch.device) -> FluxPipeline:
     """FLUX.1-dev's transformer in bfloat16 with random weights, made on `device`; nothing else."""
-    transformer = random_flux(FLUX_DEV, device, torch.bfloat16)
+    transformer = random_model("FluxTransformer2DModel", FLUX_DEV, device, torch.bfloat16)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=None,

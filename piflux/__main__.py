@@ -5,8 +5,7 @@ import signal
 import sys
 from typing import Any
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+from piflux.errors import INTERRUPTED
 
 
 def main() -> None:

@@ -110,7 +110,7 @@ class Compiler:
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
         if runtime.schedule.sync == "auto":
             self._choose_sync(gm, ctx, uncut)
-        self.reports.append(GraphReport.of(gm, ctx, runtime.schedule, self._why_sync))
+        self.reports.append(GraphReport.of(ctx, runtime.schedule, self._why_sync))
         roles = roles_of(gm, ctx.plan)
         alone = isinstance(runtime.ranks, VirtualRanks) or runtime.schedule.sync == "recompute"
         with self._choices(1):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, fx
-
+from piflux.cost.cost import keys_and_values, token_bytes
 from piflux.graph.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
-from piflux.kernels.exchange import row_bytes
 from piflux.policies.parts import part_length
 from piflux.policies.schedule import Schedule
 
@@ -60,9 +58,7 @@ class GraphReport:
     why_sync: str = ""
 
     @classmethod
-    def of(
-        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
-    ) -> GraphReport:
+    def of(cls, ctx: Context, schedule: Schedule, why_sync: str = "") -> GraphReport:
         plan, world_size = ctx.plan, ctx.world_size
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
@@ -73,20 +69,16 @@ class GraphReport:
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = steadily = held = 0
-        for _, _, *axes in plan.attentions:
-            key, content = (tensors(axis.node)[axis.item] for axis in axes)
-            lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
-            part = sum(part_length(length, world_size) for length in lengths)
-            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
-            sent += per_token * part * (world_size - 1)
-            change = sum(_rows(x) // example_size(x.shape[-2], x) for x in (key, content))
-            packet = change if schedule.compresses else per_token
-            steadily += packet * part * (world_size - 1)
-            held += per_token * sum(lengths)
+        for found in plan.attentions:
+            kv = keys_and_values(plan, found, world_size)
+            sent += kv.sent_bytes
+            packet = kv.change_bytes if schedule.compresses else kv.token_bytes
+            steadily += packet * kv.part * (world_size - 1)
+            held += kv.token_bytes * kv.whole
             if schedule.order:
-                held += packet * sum(lengths)
+                held += packet * kv.whole
             if schedule.policy == "displaced":  # what it sent, and what is arriving
-                held += packet * part * (world_size + 1)
+                held += packet * kv.part * (world_size + 1)
         if world_size == 1 or schedule.policy == "gather":
             held = 0
         steady = final + (0 if schedule.policy == "rotate" else steadily)
@@ -146,24 +138,9 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     lengths = tuple(example_size(length, x) for length in full)
     parts = tuple(part_length(length, world_size) for length in lengths)
     overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
-    per_token = _bytes(x) // example_size(x.shape[dim], x)
+    per_token = token_bytes(x, dim)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
     return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
-
-
-def _bytes(x: Tensor) -> int:
-    count = x.element_size()
-    for size in x.shape:
-        count *= example_size(size, x)
-    return count
-
-
-def _rows(x: Tensor) -> int:
-    """Bytes of the change of `x`."""
-    count = row_bytes(example_size(x.shape[-1], x))
-    for size in x.shape[:-1]:
-        count *= example_size(size, x)
-    return count
 
 
 def _human(count: int) -> str:

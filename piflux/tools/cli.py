@@ -16,20 +16,21 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from piflux.__main__ import INTERRUPTED
-from piflux.cost.cost import Rates, choose, modelled_cost
+from piflux.cost.cost import Rates, choose
 from piflux.cost.rates import measure_rates
-from piflux.errors import PifluxError, RankFailed, plain
+from piflux.errors import INTERRUPTED, PifluxError, RankFailed, plain
 from piflux.policies.schedule import Schedule
 from piflux.tools import options
 from piflux.tools.bench.bench import bench
-from piflux.tools.bench.rows import FLUX_DEV
-from piflux.tools.doctor import Examined, devices, examine, memory_gib, versions
+from piflux.tools.bench.models import FLUX_DEV
+from piflux.tools.doctor import Examined, devices, examine
 from piflux.tools.generate import Request, numbered, show, text_tokens
 from piflux.tools.generate import generate as make_pictures
+from piflux.tools.image_cost import modelled_cost
 from piflux.tools.launch import cores, is_first, is_joined, launch
 from piflux.tools.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOption
 from piflux.tools.quality.quality import quality
+from piflux.tools.records import memory_gib, versions
 
 
 class Commands(TyperGroup):

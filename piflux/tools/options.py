@@ -9,7 +9,6 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from piflux.demo import IMAGE_SIZE, MODEL
@@ -122,12 +121,14 @@ def prompts(file: Path) -> list[str]:
 
 def ranks(asked: int | None) -> int:
     """How many: as asked for, as torchrun started, or as there are GPUs, else 2."""
-    gpus = torch.cuda.device_count()
     if is_joined():
         started = int(os.environ["WORLD_SIZE"])
         if asked not in (None, started):
             raise typer.BadParameter(f"--ranks {asked}: torchrun started {started}")
         return started
+    import torch
+
+    gpus = torch.cuda.device_count()
     count = asked or gpus or 2
     if gpus and count > gpus:
         raise typer.BadParameter(

@@ -69,7 +69,7 @@ def preview(
         run_passes(whole, alone, (layout, rewrite_attention))
         # As the compiler does: on one rank the layout is all there is to find.
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
-        report, everything = GraphReport.of(gm, ctx, schedule), layers_of(whole, alone)
+        report, everything = GraphReport.of(ctx, schedule), layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
         found.append(Preview(report, mine, everything))
         return original.forward

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +15,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from piflux.cost.cost import measured_cost
 from piflux.demo import PROMPTS
 from piflux.policies.schedule import Schedule
 from piflux.tools.generate import load
+from piflux.tools.image_cost import measured_cost
 from piflux.tools.options import ModelOption, check_model, check_side, default_side, folder
 from piflux.tools.options import prompts as prompts_of
-from piflux.tools.quality.charts import contact_sheet, markdown, plot_drift, plot_frontier
-from piflux.tools.quality.drift import CANDIDATES, Variant, measure, summary, tune
+from piflux.tools.quality.charts import markdown, plot_drift, plot_frontier, sheet_of
+from piflux.tools.quality.drift import measure, summary, tune
+from piflux.tools.quality.variants import CANDIDATES, Variant
+from piflux.tools.records import header
 
 VARIANTS = (
     "rotate sync_steps=1 order=0",
@@ -118,14 +116,7 @@ def quality(
             **call,
         )
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["piflux", *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread",
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-        },
+        **header(),
         "model": model,
         "steps": steps,
         "size": side,
@@ -140,7 +131,7 @@ def quality(
     }
     (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "quality.md").write_text(markdown(rows))
-    contact_sheet(texts[:8], one, rows, drawn).save(out / "sheet.png")
+    sheet_of(texts[:8], one, rows, drawn, out / "sheet.png")
     plot_drift(rows, out / "drift.png")
     plot_frontier(rows, out / "frontier.png")
     if json_:
