@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from piflux.demo import PROMPTS
-from piflux.tools.generate import numbered
+from piflux.tools.options import numbered
 from piflux.tools.quality.charts import contact_sheet
 from piflux.tools.quality.drift import psnr
 from piflux.tools.quality.lpips import LPIPS

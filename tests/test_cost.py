@@ -62,7 +62,7 @@ def test_one_rank_does_it_all(small: Preview) -> None:
 def test_reports_of_every_policy(small: Preview, policy: str) -> None:
     sent = sum(layer.kv_bytes for layer in small.layers)
     final = 8 * 16 * 2
-    report = foresee(Schedule(policy, world_size=2)).report
+    report = small.under(Schedule(policy, world_size=2)).report
     assert report.sync_bytes == sent + final
     assert report.steady_bytes == final + (0 if policy == "rotate" else sent)
 
@@ -72,7 +72,7 @@ def test_reports_of_compressed_changes(small: Preview, policy: str) -> None:
     """Only `displaced` sends them: a scale of 4 bytes and 16 numbers in 8 bits for each head."""
     sent, final = sum(layer.kv_bytes for layer in small.layers), 8 * 16 * 2
     changes = 3 * 2 * 11 * 4 * (4 + 16)
-    report = foresee(Schedule(policy, world_size=2, compression="int8")).report
+    report = small.under(Schedule(policy, world_size=2, compression="int8")).report
     assert report.sync_bytes == sent + final
     steady = {"gather": sent, "rotate": 0, "displaced": changes}[policy]
     assert report.steady_bytes == final + steady
