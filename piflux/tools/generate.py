@@ -321,8 +321,7 @@ def _destination(kind: Any, out: Path | None) -> Path:
         CannotSave: a video's file is no .mp4, or a picture's no .png.
     """
     suffix = ".mp4" if _takes(kind, "num_frames") else ".png"
-    if out is None:
-        return Path("piflux").with_suffix(suffix)
+    out = out or Path("piflux").with_suffix(suffix)
     if out.suffix.lower() != suffix:
         what = "videos" if suffix == ".mp4" else "pictures"
         raise CannotSave(f"{out}: {kind.__name__} makes {what}; name a file that ends in {suffix}")

@@ -71,9 +71,7 @@ def quality(
         typer.Option(exists=True, dir_okay=False, help="A bench.json, for measured cost instead."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
-    out: Annotated[
-        Path, typer.Option(file_okay=False, help="A folder for what is written.")
-    ] = Path("out/quality"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="A folder.")] = Path("out/quality"),
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
     tune_: Annotated[
         bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
