@@ -248,10 +248,11 @@ def test_a_hub_id_is_fetched_or_told(monkeypatch, configs):
         "huggingface_hub.snapshot_download" if configs else "diffusers.DiffusionPipeline.download"
     )
     command = ["explain"] if configs else ["generate", "x", "--ranks=1"]
-    monkeypatch.setattr(where, fails)
+    monkeypatch.setattr("huggingface_hub.model_info", fails)
     result = invoke(*command, "--model=some/model")
     assert result.exit_code == 2
     assert "as a Hub id it can't be fetched: no route to the Hub. Fetch it where" in result.output
+    monkeypatch.setattr("huggingface_hub.model_info", fetches)
     monkeypatch.setattr(where, fetches)
     assert options.folder_of("some/model", configs=configs) == MODEL
 

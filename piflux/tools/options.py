@@ -156,11 +156,13 @@ def folder_of(model: str, *, configs: bool = False) -> Path:
         return MODEL
     if not is_hub_id(model):
         return Path(model)
-    try:
-        if configs:
-            from huggingface_hub import snapshot_download
+    import huggingface_hub
 
-            return Path(snapshot_download(model, allow_patterns=["*.json"], max_workers=1))
+    try:
+        if not _is_cached(model):
+            huggingface_hub.model_info(model)  # says why it can't be had in fewer words
+        if configs:
+            return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json"]))
         from diffusers import DiffusionPipeline
 
         return Path(DiffusionPipeline.download(model))
@@ -171,6 +173,12 @@ def folder_of(model: str, *, configs: bool = False) -> Path:
             f"--model {model}: no such folder, and as a Hub id it can't be fetched: {said}. Fetch "
             "it where the Hub can be reached, and give its folder"
         ) from None
+
+
+def _is_cached(model: str) -> bool:
+    import huggingface_hub
+
+    return isinstance(huggingface_hub.try_to_load_from_cache(model, "model_index.json"), str)
 
 
 def config_of(model: str, part: str) -> dict[str, Any]:
