@@ -158,7 +158,7 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
     [
         ([], "give either a prompt, or a file of them"),
         (["x", f"--prompts={__file__}"], "give either a prompt, or a file of them"),
-        (["--prompts=./no/file"], "'./no/file' does not exist"),
+        (["--prompts=./no/file"], "--prompts no/file: can't be read: [Errno 2] No such file"),
         (["--prompts=/dev/null"], "no prompt in it"),
         ([" "], "the prompt is empty"),
         (["x", f"--seed={2**64}"], "--seed"),

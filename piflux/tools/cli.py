@@ -103,10 +103,7 @@ Size = Annotated[
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="A file instead, one a line."),
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file instead, one a line.")] = None,
     model: options.ModelOption = "demo",
     ranks: Ranks = None,
     policy: PolicyOption = "rotate",

@@ -136,18 +136,15 @@ def generate(request: Request) -> Made | None:
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
+    timed = _takes(target, "callback_on_step_end")
     with _progress(calls * steps, shown=first) as advance:
         for start in range(0, len(paths), request.batch):
             prompts = list(request.prompts[start : start + request.batch])
             seeds = [request.seed + start + i for i in range(len(prompts))]
             clock = StepClock(device.type == "cuda", advance)
             began = time.perf_counter()
-            drawn = pipe(
-                **call,
-                **more,
-                **_batched(request, prompts, seeds),
-                callback_on_step_end=clock,
-            )
+            watched = {"callback_on_step_end": clock} if timed else {}
+            drawn = pipe(**call, **more, **_batched(request, prompts, seeds), **watched)
             synchronize(device.type == "cuda")
             total_s, times = time.perf_counter() - began, clock.step_ms()
             if not first:

@@ -51,9 +51,7 @@ def quality(
     ranks: Annotated[
         list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2, 4.")
     ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="A file, one a line.")
-    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63, help="Of the first prompt; the next has the next.")
