@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
 
@@ -44,7 +42,9 @@ def demo_pipeline() -> FluxPipeline:
     Returns:
         A pipeline in float32 on the CPU.
     """
-    from diffusers import FluxPipeline  # seconds, which a command's wrong usage need not wait for
+    # Seconds, which a command's wrong usage need not wait for.
+    from diffusers import FluxPipeline
+    from torch import nn
 
     pipe = FluxPipeline.from_pretrained(MODEL)
     for part in pipe.components.values():

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
+
+INTERRUPTED = 130
+"""Exit code of a command after Ctrl-C, as shells have it."""
 
 
 class PifluxError(Exception):
@@ -81,6 +85,8 @@ def describe_op(node: fx.Node) -> str:
         return f"Tensor.{node.target}"
     if node.op != "call_function":
         return node.op
+    import torch  # not before: a command that refuses its arguments need not wait for it
+
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
+from piflux.cost.cost import keys_and_values, token_bytes
 from piflux.graph.axes import Axis, Value
 from piflux.graph.nodes import plain_name
 from piflux.graph.plan import Context, Plan
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
 from piflux.parts import part_length
-from piflux.policies.policy import TokenBytes
 from piflux.policies.schedule import Schedule
 
 
@@ -77,15 +74,13 @@ class GraphReport:
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = steadily = held = 0
-        for _, _, *axes in plan.attentions:
-            key, content = (tensors(axis.node)[axis.item] for axis in axes)
-            lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
-            part = sum(part_length(length, world_size) for length in lengths)
-            token = _token_bytes((key, content), schedule)
-            sent += token.version * part * (world_size - 1)
-            steadily += policy.sent_bytes(token, part, world_size)
+        for found in plan.attentions:
+            kv = keys_and_values(plan, found, world_size)
+            token = kv.token_bytes(schedule)
+            sent += kv.sent_bytes
+            steadily += policy.sent_bytes(token, kv.part, world_size)
             if world_size > 1:
-                held += policy.held_bytes(token, sum(lengths), part, world_size)
+                held += policy.held_bytes(token, kv.whole, kv.part, world_size)
         return cls(
             schedule,
             len(plan.attentions),
@@ -142,27 +137,9 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     lengths = tuple(example_size(length, x) for length in full)
     parts = tuple(part_length(length, world_size) for length in lengths)
     overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
-    per_token = _bytes(x) // example_size(x.shape[dim], x)
+    per_token = token_bytes(x, dim)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
     return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
-
-
-def _bytes(x: Tensor) -> int:
-    count = x.element_size()
-    for size in x.shape:
-        count *= example_size(size, x)
-    return count
-
-
-def _token_bytes(kv: Sequence[Tensor], schedule: Schedule) -> TokenBytes:
-    """Of one token of an attention's keys and values."""
-    version = change = 0
-    for x in kv:
-        tokens, width = (example_size(size, x) for size in x.shape[-2:])
-        a_token, a_head = _bytes(x) // tokens, width * x.element_size()
-        version += a_token
-        change += a_token // a_head * schedule.slots.change_bytes(width, a_head)
-    return TokenBytes(version, change if schedule.order else 0, change)
 
 
 def _human(count: int) -> str:

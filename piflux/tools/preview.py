@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Preview:
 
     Attributes:
         report: what the compiler says.
+        ctx: what it found out, from which other schedules' reports follow.
         layers: what one of the ranks does, layer by layer.
         whole: likewise of one rank alone, which does everything.
     """
@@ -34,6 +35,12 @@ class Preview:
     report: GraphReport
     layers: tuple[Layer, ...]
     whole: tuple[Layer, ...]
+    ctx: Context
+
+    def under(self, schedule: Schedule) -> Preview:
+        """The same under another schedule, on as many ranks."""
+        assert schedule.world_size == self.ctx.world_size
+        return replace(self, report=GraphReport.of(self.ctx, schedule))
 
 
 def preview(
@@ -71,7 +78,7 @@ def preview(
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
         report, everything = GraphReport.of(ctx, schedule), layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
-        found.append(Preview(report, mine, everything))
+        found.append(Preview(report, mine, everything, ctx))
         return original.forward
 
     with torch.device("meta"):
