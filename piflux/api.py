@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
-from piflux.capture.views import View, view_of
+from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.compiler import Compiler, make_compiler
 from piflux.compile.report import Report
 from piflux.integrations.diffusers import (
@@ -24,6 +24,14 @@ from piflux.integrations.diffusers import (
     parallel_pipeline,
     refuse_step_caches,
     transformers_of,
+)
+from piflux.integrations.hooks import (
+    Forward,
+    OldForward,
+    breaks_graphs,
+    hooked,
+    refuse_hooks,
+    within_hooks,
 )
 from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
 from piflux.ranks.groups import bring, check_device
@@ -85,29 +93,38 @@ class ParallelModule(View, nn.Module):
     _piflux_compiler: Compiler
     _piflux_compiled: Callable[..., Any]
     _piflux_settings: contextlib.AbstractContextManager[Any]
+    _piflux_core: Callable[..., Any]
+    _piflux_outer: tuple[Any, Any] | None = None
 
-    # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
+    forward: Any = Forward()  # type: ignore[assignment]
+    _old_forward: Any = OldForward()
+
+    # PyTorch's own hooks live in the shared `__dict__`, and the target's own call runs them.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _piflux_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The compiled call, with the weights where hooks around it have put them."""
         parameter = next(self.parameters(), None)
-        if parameter is not None:
-            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         if has_step_cache(self):
             refuse_step_caches(self)
-        with torch.no_grad(), self._piflux_settings, _uncollected():
+        if breaks_graphs(self, parameter):
+            refuse_hooks(self)
+        if parameter is not None:
+            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
+        with torch.no_grad(), self._piflux_settings, _uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
             try:
                 return self._piflux_compiled(*args, **kwargs)
             except Unsupported:
                 refuse_step_caches(self)
+                refuse_hooks(self)
                 if self._piflux_compiler.reports:
                     raise
             # Dynamo need not follow how a first call makes what later ones find: rotary tables.
             self._piflux_target(*args, **kwargs)
             return self._piflux_compiled(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
 
 
 def parallelize(
@@ -201,14 +218,17 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "parallelize compiles it"
         )
     refuse_step_caches(target)
+    refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
-    check_device(
-        compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
-    )
+    if not hooked(target):
+        parameter = next(target.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        check_device(compiler.runtime.ranks, device)
     call = _call(target)
     view = view_of(
         target,
         ParallelModule,
+        _piflux_core=standing_for(type(target).forward, ParallelModule._piflux_run),
         _piflux_compiler=compiler,
         _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
         _piflux_compiled=staticmethod(_compiled(call, compiler)),
