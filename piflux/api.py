@@ -18,6 +18,7 @@ from torch._dynamo.exc import Unsupported
 from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.compiler import Compiler, make_compiler
 from piflux.compile.report import Report
+from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
     is_pipeline,
@@ -35,8 +36,11 @@ from piflux.integrations.hooks import (
 )
 from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
 from piflux.ranks.groups import bring, check_device
+from piflux.ranks.ranks import ProcessRanks
 
 Target = TypeVar("Target")
+
+log = logging.getLogger(__name__)
 
 
 class _LoggerMethod(str):
@@ -95,8 +99,11 @@ class ParallelModule(View, nn.Module):
     _piflux_settings: contextlib.AbstractContextManager[Any]
     _piflux_core: Callable[..., Any]
     _piflux_outer: tuple[Any, Any] | None = None
+    _piflux_calls = 0
+    _piflux_unchecked = True  # whether an image began since weights were compared
+    _piflux_same_weights: SameWeights
 
-    forward: Any = Forward()  # type: ignore[assignment]
+    forward: Any = Forward()
     _old_forward: Any = OldForward()
 
     # PyTorch's own hooks live in the shared `__dict__`, and the target's own call runs them.
@@ -110,8 +117,13 @@ class ParallelModule(View, nn.Module):
             refuse_step_caches(self)
         if breaks_graphs(self, parameter):
             refuse_hooks(self)
+        ranks, cls = self._piflux_compiler.runtime.ranks, type(self)
         if parameter is not None:
-            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
+            check_device(ranks, parameter.device)
+            if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
+                self._piflux_same_weights.check(self._piflux_target, ranks, parameter.device)
+        cls._piflux_unchecked = False
+        cls._piflux_calls += 1
         with torch.no_grad(), self._piflux_settings, _uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
@@ -230,6 +242,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         ParallelModule,
         _piflux_core=standing_for(type(target).forward, ParallelModule._piflux_run),
         _piflux_compiler=compiler,
+        _piflux_same_weights=SameWeights(),
         _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
         _piflux_compiled=staticmethod(_compiled(call, compiler)),
     )
@@ -262,9 +275,9 @@ def _compiled(call: Callable[..., Any], compiler: Compiler) -> Callable[..., Any
     return torch.compile(call, backend=piflux, fullgraph=True)
 
 
-def _compilers(target: Any) -> list[Compiler]:
+def _parallel_modules(target: Any) -> list[ParallelModule]:
     modules = transformers_of(target).values() if is_pipeline(target) else [target]
-    found = [m._piflux_compiler for m in modules if isinstance(m, ParallelModule)]
+    found = [m for m in modules if isinstance(m, ParallelModule)]
     if not found:
         raise TypeError(
             f"this {type(target).__name__} is not parallelized: pass what piflux.parallelize gave"
@@ -291,10 +304,19 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
         StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
     foreseen = None if timesteps is None else lambda: timesteps
+    modules = _parallel_modules(target)
+    calls = [module._piflux_calls for module in modules]
     with contextlib.ExitStack() as stack:
-        for compiler in _compilers(target):
-            stack.enter_context(compiler.runtime.generation(foreseen))
+        for module in modules:
+            stack.enter_context(module._piflux_compiler.runtime.generation(foreseen))
+            type(module)._piflux_unchecked = True
         yield
+    if calls == [module._piflux_calls for module in modules]:
+        log.warning(
+            "piflux.generation ended and the %s that it was given was never called: call what "
+            "piflux.parallelize returned, not the original",
+            type(target).__name__,
+        )
 
 
 def explain(target: Any) -> Report:
@@ -303,4 +325,8 @@ def explain(target: Any) -> Report:
     Raises:
         TypeError: the target isn't parallelized.
     """
-    return Report(tuple(r for compiler in _compilers(target) for r in compiler.reports))
+    compilers = [module._piflux_compiler for module in _parallel_modules(target)]
+    return Report(
+        tuple(report for compiler in compilers for report in compiler.reports),
+        tuple(dict.fromkeys(note for compiler in compilers for note in compiler.runtime.notes)),
+    )

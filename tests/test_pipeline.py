@@ -104,16 +104,87 @@ def test_every_call_is_an_image_of_its_own(ranks, whole):
 @captured_once()
 def seedless(rank, group):
     """Ranks whose global random states differ, as those of real processes do."""
-    torch.manual_seed(rank)
     pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
+    torch.manual_seed(rank)
     return draw(pipe), draw(pipe)
 
 
-def test_without_a_generator_ranks_share_their_noise(ranks):
-    """One noise for all ranks, and another one for the next image."""
-    here, there = ranks(2, seedless)
-    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
-    assert (here[0] - here[1]).abs().max() > 0.1
+def test_without_a_generator_ranks_draw_as_the_first_alone(ranks):
+    """From its default generator, one image after the other."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(0)
+    want = draw(pipe), draw(pipe)
+    for images in ranks(2, seedless):
+        assert_close(images, want)
+
+
+def halve(pipe, step, timestep, kwargs):
+    """A callback that edits the second step's latents, in place as well as by what it returns."""
+    if step == 1:
+        kwargs["latents"].mul_(0.5)
+    return {"latents": kwargs["latents"] * (0.5 if step == 2 else 1)}
+
+
+def look(pipe, step, timestep, kwargs):
+    """A callback that edits nothing."""
+    return {"latents": kwargs["latents"]}
+
+
+@captured_once()
+def unlike(rank, group):
+    """What several calls were refused for, in which rank 1 does something else, and what the
+    others drew."""
+    pipe = tiny_pipeline()
+    parallel = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
+    told, drawn = [], []
+
+    def attempt(**options):
+        try:
+            drawn.append(draw(parallel, 0, **options))
+        except piflux.RanksDisagree as error:
+            told.append(str(error))
+
+    first = rank == 0
+    attempt(num_inference_steps=STEPS if first else STEPS + 1)
+    attempt(**{"callback_on_step_end": halve} if first else {})
+    attempt(callback_on_step_end=halve if first else look)
+    attempt(callback_on_step_end=halve)
+    attempt(**{"callback_on_step_end": look} if first else {"return_dict": False})
+    weight = pipe.transformer.single_transformer_blocks[0].attn.to_k.weight
+    with torch.no_grad():
+        weight.mul_(1 if first else 1.001)
+    attempt()
+    with torch.no_grad():
+        weight.div_(1 if first else 1.001)
+    attempt()
+    return told, drawn
+
+
+def test_ranks_that_do_unlike_things_are_told(ranks):
+    """All of them, what it was; who does the same, or only looks, is let be."""
+    want = [draw(tiny_pipeline(), 0, callback_on_step_end=halve), *[draw(tiny_pipeline(), 0)] * 2]
+    for told, drawn in ranks(2, unlike):
+        steps, one, other, weights = told
+        assert "argument num_inference_steps" in steps and "rank 1: 6" in steps
+        assert "edits by callbacks" in one and "edits by callbacks" in other
+        assert "weight single_transformer_blocks.0.attn.to_k.weight" in weights
+        assert "transformer_blocks.0.attn.to_q" not in weights
+        assert_close(drawn, want)
+
+
+@captured_once()
+def compiled_autoencoder(rank, group):
+    whole, method = tiny_pipeline(), tiny_pipeline()
+    whole.vae = torch.compile(whole.vae, backend="eager")
+    method.vae.decode = torch.compile(method.vae.decode, backend="eager")
+    options = {"group": group, "policy": "gather", "inner": "eager"}
+    return [draw(piflux.parallelize(x, **options), 1, output_type="pt") for x in (whole, method)]
+
+
+def test_an_autoencoder_may_be_compiled(ranks):
+    want = draw(tiny_pipeline(), 1, output_type="pt")
+    for images in ranks(2, compiled_autoencoder):
+        assert_close(images, [want] * 2)
 
 
 @captured_once()

@@ -11,6 +11,7 @@ sends ahead, attention reads its token, so that no compiler can put one after th
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -27,12 +28,17 @@ from piflux.policies.schedule import Schedule, Step
 from piflux.ranks.agreement import fingerprint
 from piflux.ranks.ranks import Packet, Ranks
 from piflux.recording.recorded import Eagerly, at_once
-from piflux.runtime.streams import Roles, Seen, Stream
+from piflux.runtime.streams import Habits, Roles, Seen, Stream, find
+
+log = logging.getLogger(__name__)
 
 Foreseen = Callable[[], "Tensor | None"]
 
 _RUNTIMES: WeakValueDictionary[str, Runtime] = WeakValueDictionary()
 _NUMBERS = count()
+
+# Of guidance methods, a step.
+MOST_PASSES = 3
 
 # Guidance methods make at most three passes a step; a stream that sat out more calls than this is
 # of an image that has ended, and its caches are freed.
@@ -52,6 +58,7 @@ class Runtime:
         foreseen: gives the times of all steps of the image under way, (steps,); None if unknown.
         recycles: whether memory is kept for the next image of the same shapes, since steps are
             recorded; see `piflux.recording.recorded`.
+        notes: what was remarkable of images so far.
         eagerly: calls what can't be recorded: at once, or, where a step is being recorded, whenever
             the recording has come as far.
     """
@@ -68,6 +75,9 @@ class Runtime:
         self.recycles = False
         self.eagerly: Eagerly = at_once
         self._spare: dict[Any, list[Memory]] = {}
+        self.notes: list[str] = []
+        self._habits: dict[object, Habits] = {}
+        self._went_on = False  # whether a stream had a second step since the image began
         self._now: tuple[Stream, Step] | None = None
         self._sent: dict[int, Packet] = {}  # by slot: what attention has yet to take up
         _RUNTIMES[self.name] = self
@@ -127,8 +137,11 @@ class Runtime:
         outer = self.explicit, self.foreseen
         self.explicit, self.foreseen = True, foreseen or _unknown
         self.streams.clear()
+        self._habits.clear()
+        self._went_on, begun = False, self.calls
         try:
             yield
+            self._tell_of_no_steps(self.calls - begun)
             tables = [x for stream in self.streams for x in stream.tables.values() if x is not None]
             self.reset()
             # Waits for the device, as whoever looks at the image does next.
@@ -142,6 +155,18 @@ class Runtime:
             self.streams.clear()
             self.explicit, self.foreseen = outer
 
+    def _tell_of_no_steps(self, calls: int) -> None:
+        """Each call of an image was taken for the first of something: nothing was remembered."""
+        remembers = self.ranks is not None and self.schedule.policy != "gather"
+        if not remembers or self._went_on or calls <= MOST_PASSES:
+            return
+        self.notes.append(
+            f"an image of {calls} calls had no steady step: no call had the conditions of an "
+            "earlier one, so that each was computed in full. Pass what stays the same from step to "
+            "step (prompt embeddings, ids) unchanged"
+        )
+        log.warning("%s", self.notes[-1])
+
     @contextlib.contextmanager
     def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Step]:
         """Find this call's stream and step, on all ranks alike; `args` are the graph's inputs.
@@ -154,6 +179,7 @@ class Runtime:
             self._advance(stream, roles, args)
             self._now = stream, self.schedule.step(stream.index)
             self.first_slot = 0
+            self._went_on |= stream.index > 0
             yield self._now[1]
         except BaseException:
             # Part of the slots are of this step, part of the last: none can be trusted. The
@@ -173,17 +199,27 @@ class Runtime:
         if stale:
             self._retire(stale)
             self.streams = [s for s in self.streams if s not in stale]
-        for stream in self.streams:
-            if stream.graph is graph and all(
-                seen.again(x) for seen, x in zip(stream.conditions, conditions, strict=True)
-            ):
-                stream.used = self.calls
-                return stream
+        clocks, latents = roles.pick(roles.clocks, args), roles.pick(roles.latents, args)
+        if self.ranks is None:
+            clocks = latents = []  # nothing is remembered that passes would have to share
+        found = find(
+            [stream for stream in self.streams if stream.graph is graph],
+            self._habits.setdefault(graph, Habits()),
+            conditions,
+            clocks,
+            latents,
+            explicit=self.explicit,
+        )
+        if found is not None:
+            found.used = self.calls
+            found.note(clocks, latents)
+            return found
         shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
         kind = graph, tuple(shapes)
         spare = self._spare.get(kind)
         memory = spare.pop() if spare else Memory()
         stream = Stream(graph, [Seen(x) for x in conditions], self.calls, kind, memory)
+        stream.note(clocks, latents)
         self.streams.append(stream)
         return stream
 

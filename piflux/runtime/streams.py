@@ -1,9 +1,10 @@
 """Which generation a call belongs to, and whether it goes on with it.
 
 A call of a diffusion transformer has inputs of three roles: *latents* change from step to step,
-*clocks* (timestep, guidance: at most one dimension) say where on the way the step is, and
-*conditions* (prompt embeddings, ids) stay. A *stream* is the run of calls with the same conditions:
-a conditional and an unconditional pass are two streams of one generation.
+*clocks* (timestep, guidance: one number, or one for each of a batch) say where on the way the step
+is, and *conditions* (prompt embeddings, ids) stay. A *stream* is the run of calls with the same
+conditions: a conditional and an unconditional pass are two streams of one generation. So are two
+passes of a step whose conditions happen to be the same, as where the negative prompt is the prompt.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from piflux.runtime.hoisted import Hoisted, Table
 # Neighbouring steps of one image correlate (flow matching from sigma 1 to 0.5: 0.7), another
 # image's noise does not. Below this a call is not taken for the next step.
 LATENT_CORRELATION = 0.5
+
+# Passes of one step with the same conditions: only a negative prompt may be the prompt. Whoever
+# calls again and again with the same inputs gets no more caches than that.
+MOST_ALIKE = 2
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Stream:
         now: the step's time, a scalar; see `log_snr`.
         clocks: the latest values, where the generation is inferred.
         latents: likewise.
+        latest: the clocks and the latents of the latest call.
         direction: the way in which the clocks move, 0 as long as they have not.
         tables: products of the time, of all steps where these are known.
     """
@@ -91,9 +97,33 @@ class Stream:
     now: Tensor = field(default_factory=lambda: torch.tensor(0.0))
     clocks: list[float] = field(default_factory=list)
     latents: list[Tensor] = field(default_factory=list)
+    latest: tuple[list[Seen], list[Seen]] = ([], [])
     direction: int = 0
     tables: dict[Hoisted, Table | None] = field(default_factory=dict)
     _scales: list[Tensor] = field(default_factory=list)
+
+    def note(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
+        """A call belongs to this stream."""
+        self.latest = [Seen(x) for x in clocks], [Seen(x) for x in latents]
+
+    def is_at(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
+        """Whether the latest call was at these, as another pass of the same step is.
+
+        A solver that comes back to a time (Heun) has other latents then. A model without clocks
+        tells by latents alone. May wait for the device.
+        """
+        return _again(self.latest[0], clocks) and _again(self.latest[1], latents)
+
+    def is_simultaneous(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> bool:
+        """Whether the latest call was at the same time, with latents that need not be the same."""
+        then, now = (self.latest[0], clocks) if clocks else (self.latest[1], latents)
+        return _again(then, now)
+
+    def may_be_at(self, latents: Sequence[Tensor]) -> bool:
+        """Whether `is_at` is worth being asked: not if the host would have to wait at each step."""
+        return self.index < 1 or any(
+            x is seen.tensor for seen, x in zip(self.latest[1], latents, strict=True)
+        )
 
     def restart(self) -> None:
         """The next step is the first."""
@@ -112,19 +142,89 @@ class Stream:
         It is if every clock that moved went the way the generation's clocks go and at least one
         moved, and the latents resemble the last ones. Synchronises host and device.
         """
-        now = [float(value) for clock in clocks for value in clock.reshape(-1).tolist()]
+        self.direction = self.way(clocks, latents)
+        self.clocks = _numbers(clocks)
+        self.latents = [x.clone() for x in latents]
+        return self.direction != 0
+
+    def way(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> int:
+        """The way of the clocks from the last observed step to this one; 0 if it isn't the next."""
+        now = _numbers(clocks)
         moves = {(a > b) - (a < b) for a, b in zip(now, self.clocks, strict=False)} - {0}
         way = moves.pop() if len(moves) == 1 and len(now) == len(self.clocks) else 0
         goes_on = (
-            way != 0
-            and self.direction in (0, way)
+            self.direction in (0, way)
             and len(latents) == len(self.latents)
             and all(_resemble(a, b) for a, b in zip(latents, self.latents, strict=True))
         )
-        self.direction = way if goes_on else 0
-        self.clocks = now
-        self.latents = [x.clone() for x in latents]
-        return goes_on
+        return way if goes_on else 0
+
+
+@dataclass
+class Habits:
+    """What the calls of one graph have shown of its conditions, by their positions among them.
+
+    Attributes:
+        repeats: those that came again at a later step.
+        changes: those that were another at each step, and so tell no streams apart.
+    """
+
+    repeats: set[int] = field(default_factory=set)
+    changes: set[int] = field(default_factory=set)
+
+
+def find(
+    streams: Sequence[Stream],
+    habits: Habits,
+    conditions: Sequence[Tensor],
+    clocks: Sequence[Tensor],
+    latents: Sequence[Tensor],
+    *,
+    explicit: bool,
+) -> Stream | None:
+    """The stream that a call belongs to, or None if it begins one. May wait for the device.
+
+    Args:
+        streams: of the call's graph, in the order in which they began.
+        habits: of the graph, which are learned here.
+        conditions: the call's; likewise `clocks` and `latents`.
+        explicit: whether all calls are known to be of one image.
+    """
+    differing = [
+        {
+            i
+            for i, (seen, x) in enumerate(zip(stream.conditions, conditions, strict=True))
+            if i not in habits.changes and not seen.again(x)
+        }
+        for stream in streams
+    ]
+    alike = [stream for stream, apart in zip(streams, differing, strict=True) if not apart]
+    if alike:
+        several = len(alike) > 1
+        for stream in alike:
+            in_doubt = clocks and (several or stream.may_be_at(latents))
+            if not in_doubt or not stream.is_at(clocks, latents):
+                habits.repeats |= {*range(len(conditions))} - habits.changes
+                return stream
+        return None if len(alike) < MOST_ALIKE else min(alike, key=lambda stream: stream.used)
+    if not streams or any(stream.is_simultaneous(clocks, latents) for stream in streams):
+        return None
+    # A step at another time. What differs from all streams is new; where nothing else does, and it
+    # never came twice, it says no more of the stream than the latents do.
+    new = set.intersection(*differing) - habits.repeats
+    for stream, apart in zip(streams, differing, strict=True):
+        if apart == new and (explicit or stream.way(clocks, latents)):
+            habits.changes |= new
+            return stream
+    return None
+
+
+def _numbers(clocks: Sequence[Tensor]) -> list[float]:
+    return [float(value) for clock in clocks for value in clock.reshape(-1).tolist()]
+
+
+def _again(then: Sequence[Seen], now: Sequence[Tensor]) -> bool:
+    return len(then) == len(now) and all(seen.again(x) for seen, x in zip(then, now, strict=True))
 
 
 def _resemble(a: Tensor, b: Tensor) -> bool:
