@@ -162,8 +162,11 @@ def parallelize(
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
-            'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
-            take the place of these, as `piflux quality --tune` writes it.
+            'rotate' or 'displaced' (remembered). 'auto' takes the freshest that the link between
+            the ranks can afford, on all of them alike: at the first call it measures the link and
+            two kernels, or remembers what it measured on this machine, and says what it took and
+            why, as `explain` does. Or the path of a `.json` file with settings that take the place
+            of these, as `piflux quality --tune` writes it.
         sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes

@@ -149,7 +149,7 @@ def unlike(rank, group):
     attempt(**{"callback_on_step_end": halve} if first else {})
     attempt(callback_on_step_end=halve if first else look)
     attempt(callback_on_step_end=halve)
-    attempt(**{"callback_on_step_end": look} if first else {"return_dict": False})
+    attempt(**{"callback_on_step_end": look} if first else {})
     weight = pipe.transformer.single_transformer_blocks[0].attn.to_k.weight
     with torch.no_grad():
         weight.mul_(1 if first else 1.001)

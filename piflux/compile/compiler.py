@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_fields
 from typing import Any
@@ -15,8 +16,9 @@ from torch._dynamo.exc import InvalidBackend
 
 from piflux.compile.pieces import Inner, compile_piece, compile_pieces, replace
 from piflux.compile.report import GraphReport
-from piflux.cost.cost import SyncChoice, choose_sync, layers_of
+from piflux.cost.cost import SyncChoice, choose, choose_sync, layers_of
 from piflux.cost.rates import slowest_rates
+from piflux.cost.remembered import device_name, rates_file, remembered_rates
 from piflux.errors import CompileError, let_through
 from piflux.graph.plan import Context, example_size, tensors
 from piflux.graph.roles import roles_of
@@ -43,12 +45,14 @@ from piflux.policies.schedule import (
 )
 from piflux.ranks.agreement import fingerprint
 from piflux.ranks.groups import resolve_group
-from piflux.ranks.ranks import Ranks, VirtualRanks
+from piflux.ranks.ranks import ProcessRanks, Ranks, VirtualRanks
 from piflux.recording import recorded as replay
 from piflux.recording.recorded import Recorded
 from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import Roles
+
+log = logging.getLogger(__name__)
 
 PASSES = (
     layout,  # decides; everything below carries out its plan
@@ -75,13 +79,19 @@ class Compiler:
         schedule: see `Runtime`.
         ranks: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
+        chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
 
     Raises:
         ValueError: `inner` is no backend.
     """
 
     def __init__(
-        self, schedule: Schedule, ranks: Ranks | None, inner: str | Callable[..., Any]
+        self,
+        schedule: Schedule,
+        ranks: Ranks | None,
+        inner: str | Callable[..., Any],
+        *,
+        chooses: bool = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -96,18 +106,22 @@ class Compiler:
             raise ValueError(unknown)
         self.reports: list[GraphReport] = []
         self._why_sync = ""
+        self._chooses = chooses
 
     @let_through()
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         runtime, world_size = self.runtime, self.runtime.schedule.world_size
         if runtime.ranks is not None and not self.reports:
             # Before ranks with other settings wait in other collectives.
-            runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
+            settings = {"schedule": runtime.schedule, "policy is chosen": self._chooses}
+            runtime.ranks.agree(fingerprint(settings, {}))
         uncut = self._uncut(gm)
         ctx = Context(world_size, runtime.name, runtime.schedule.policy == "rotate")
         # On one rank too the layout is found, so that a model that can't be sharded says so on
         # the machine it is developed on.
         run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
+        if self._chooses:
+            self._choose_policy(gm, ctx)
         if runtime.schedule.sync == "auto":
             self._choose_sync(gm, ctx, uncut)
         self.reports.append(GraphReport.of(gm, ctx, runtime.schedule, self._why_sync))
@@ -138,6 +152,37 @@ class Compiler:
         uncut, ctx = copy.deepcopy(gm), Context(1, self.runtime.name)
         run_passes(uncut, ctx, (layout, rewrite_attention))
         return uncut, ctx
+
+    def _choose_policy(self, gm: fx.GraphModule, ctx: Context) -> None:
+        """Settle `policy='auto'` for this graph and all later ones, on all ranks alike."""
+        ranks, schedule = self.runtime.ranks, self.runtime.schedule
+        times = self.runtime.foreseen()
+        steps = None if times is None else len(times)
+        policy: Policy = "gather"
+        if not isinstance(ranks, ProcessRanks):
+            where, why = "", "no link lies between ranks that one process computes"
+        else:
+            layers = layers_of(gm, ctx)
+            (query,) = tensors(ctx.plan.attentions[0].node.all_input_nodes[0])
+            shape = [example_size(size, query) for size in query.shape]
+            sent = layers[0].kv_bytes // (ranks.size - 1)
+            rates = remembered_rates(ranks, shape, query.dtype, query.device, sent)
+            choice = choose(layers, rates)
+            where = f" for {ranks.size} ranks on {device_name(query.device)}"
+            policy, why = choice.policy, f"{choice.reason} (rates of {rates_file()})"
+            if steps is not None and all(schedule.step(index).sync for index in range(steps)):
+                policy, why = "gather", "each of so few steps is a sync step"
+        image = "" if steps is None else f", {steps} steps an image"
+        sync: Sync = "gather" if policy == "gather" else schedule.sync
+        self.runtime.schedule = with_fields(schedule, policy=policy, sync=sync)
+        self._chooses, ctx.rotates = False, policy == "rotate"
+        line = (
+            f"policy 'auto' took '{policy}'{where}, {len(ctx.plan.attentions)} attentions"
+            f"{image}: {why}"
+        )
+        self.runtime.notes.append(line)
+        if ranks is None or ranks.rank == 0:
+            log.warning("%s", line)
 
     def _choose_sync(
         self, gm: fx.GraphModule, ctx: Context, uncut: tuple[fx.GraphModule, Context] | None
@@ -288,11 +333,14 @@ def make_compiler(
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)
+    chooses = settings["policy"] == "auto"
+    if chooses:
+        settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)
-    return Compiler(schedule, ranks, inner)
+    return Compiler(schedule, ranks, inner, chooses=chooses)
 
 
 def _positions(call: fx.Node, nodes: set[fx.Node]) -> list[int]:
