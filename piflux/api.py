@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import Unsupported
 
 from piflux.capture.views import View, standing_for, view_of
-from piflux.compile.compiler import Compiler, make_compiler
+from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
 from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
@@ -325,9 +325,20 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
 def explain(target: Any) -> Report:
     """What the compiler did to a parallelized module or pipeline, graph by graph.
 
+    Or to a module of `torch.compile(backend="piflux")` that was called.
+
     Raises:
         TypeError: the target isn't parallelized.
     """
+    if isinstance(target, torch._dynamo.OptimizedModule):
+        found = reports_of(target)
+        if not found:
+            raise TypeError(
+                f"no graph of this {type(target._orig_mod).__name__} was compiled by piflux: call "
+                'it once, and compile it with torch.compile(model, backend="piflux")'
+            )
+        notes = dict.fromkeys(note for _, noted in found for note in noted)
+        return Report(tuple(report for report, _ in found), tuple(notes))
     compilers = [module._piflux_compiler for module in _parallel_modules(target)]
     return Report(
         tuple(report for compiler in compilers for report in compiler.reports),

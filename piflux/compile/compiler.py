@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -301,7 +303,27 @@ def backend(
             "piflux is for inference, but the call records gradients: call the model under "
             "torch.no_grad()"
         )
-    return make_compiler(**dict(options or {}))(gm, example_inputs)
+    compiler = make_compiler(**dict(options or {}))
+    compiled = compiler(gm, example_inputs)
+    held = [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    _COMPILED[compiler.runtime] = compiler.reports, held
+    return compiled
+
+
+_COMPILED: WeakKeyDictionary[Runtime, tuple[list[GraphReport], list[weakref.ref[Any]]]]
+_COMPILED = WeakKeyDictionary()
+"""The graphs that `torch.compile(backend="piflux")` made, with the parameters that they read."""
+
+
+def reports_of(module: torch.nn.Module) -> list[tuple[GraphReport, Sequence[str]]]:
+    """The backend's graphs that read a parameter of `module`, each with notes on its runs."""
+    own = {id(x) for x in module.parameters()}
+    return [
+        (report, runtime.notes)
+        for runtime, (reports, held) in _COMPILED.items()
+        if any(id(ref()) in own for ref in held)
+        for report in reports
+    ]
 
 
 def make_compiler(

@@ -98,7 +98,7 @@ class Forward:
         if _is_core(view, value):
             _put(state, "forward", _inner(view))
         elif _is_accelerates(view, value, view):
-            state["forward"] = _about(view._piflux_target, value)
+            state["forward"] = _about(view._piflux_target, value, state["_old_forward"])
         else:
             type(view)._piflux_outer = value, state.get("forward")
             state["forward"] = value
@@ -131,15 +131,14 @@ def within_hooks(view: Any) -> Iterator[None]:
     So Dynamo captures the same with and without them.
     """
     state = vars(view)
-    if _outer(view) is None:
-        yield
-        return
-    held = state["forward"]
-    _put(state, "forward", _inner(view))
+    held = state.get("forward")
+    # Where a hook was taken off, accelerate leaves the target's own method.
+    inner = held if _outer(view) is None and held != _plain(view) else _inner(view)
+    _put(state, "forward", inner)
     try:
         yield
     finally:
-        state["forward"] = held
+        _put(state, "forward", held)
 
 
 def _outer(view: Any) -> Callable[..., Any] | None:
@@ -148,7 +147,7 @@ def _outer(view: Any) -> Callable[..., Any] | None:
     if value is None:
         return None
     if _is_accelerates(view, value, view._piflux_target):
-        return _about(view, value)
+        return _about(view, value, view._piflux_core)
     outer = type(view)._piflux_outer
     return value if outer is not None and value is outer[0] else None
 
@@ -186,9 +185,13 @@ def _is_accelerates(view: Any, value: Any, module: Any) -> bool:
     )
 
 
-def _about(module: Any, wrapper: functools.partial[Any]) -> functools.partial[Any]:
-    """The same wrapper, of another of the two modules that share one state."""
-    return functools.partial(wrapper.func, module)
+def _about(
+    module: Any, wrapper: functools.partial[Any], wrapped: Callable[..., Any]
+) -> functools.partial[Any]:
+    """The same wrapper, of another of the two modules that share one state and its `wrapped`."""
+    about = functools.partial(wrapper.func, module)
+    vars(about).update(vars(wrapper) | {"__wrapped__": wrapped})
+    return about
 
 
 def _plain(view: Any) -> MethodType:
