@@ -218,7 +218,8 @@ def parallelize(
         return _parallel_module(target, make_compiler(**settings))
     raise TypeError(
         "piflux.parallelize takes an nn.Module or a diffusers pipeline, got "
-        f"{type(target).__module__}.{type(target).__name__}"
+        f"{type(target).__module__}.{type(target).__name__}; of anything else, such as a modular "
+        "pipeline, parallelize the transformer that it holds"
     )
 
 

@@ -8,7 +8,8 @@ from itertools import cycle
 import pytest
 import torch
 from captures import captured_once
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from models import POOLED_DIM, TEXT_DIM, tiny_flux, tiny_pipeline
 from oracle import Oracle
 
@@ -283,3 +284,55 @@ def test_attributes_survive(ranks, tmp_path):
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     want = tiny_flux().state_dict()
     assert all(torch.equal(value, want[name]) for name, value in loaded.state_dict().items())
+
+
+class Outer(DiffusionPipeline):
+    """It shares a transformer with the pipeline inside, which draws, and has one of its own."""
+
+    def __init__(self, transformer, guiding_transformer):
+        super().__init__()
+        self.register_modules(transformer=transformer, guiding_transformer=guiding_transformer)
+        self.inner = tiny_pipeline()
+        self.inner.transformer = transformer
+
+    def __call__(self, use_inner=True, **options):
+        return self.inner(**options) if use_inner else None
+
+
+def test_transformers_of_pipelines_within_are_found(caplog):
+    outer = Outer(tiny_flux(), tiny_flux(seed=1))
+    inner = outer.inner
+    want = draw(outer, 0)
+    with captured_once():
+        options = {"group": piflux.virtual_ranks(2), "policy": "gather", "inner": "eager"}
+        parallel = piflux.parallelize(outer, **options)
+        assert_close([draw(parallel, 0)], [want])
+    assert parallel.inner.transformer is parallel.transformer
+    assert parallel.transformer._piflux_calls == STEPS
+    assert parallel.guiding_transformer._piflux_target is outer.guiding_transformer
+    assert outer.inner is inner and type(inner) is FluxPipeline
+    assert not caplog.text
+    parallel(use_inner=False)
+    assert "drew without calling what piflux parallelized" in caplog.text
+
+
+def test_a_modular_pipeline_draws():
+    """It passes a transformer what the signature of its forward names."""
+    plain, modular = tiny_pipeline(), FluxCoreDenoiseStep().init_pipeline()
+    modular.set_progress_bar_config(disable=True)
+
+    def drawn(transformer):
+        modular.update_components(scheduler=plain.scheduler, transformer=transformer)
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 80, "width": 112, "num_inference_steps": STEPS}
+        return modular(**prompt() | size, generator=generator, output="latents")
+
+    want = drawn(plain.transformer)
+    with captured_once():
+        parallel = piflux.parallelize(
+            plain.transformer, group=piflux.virtual_ranks(2), policy="gather", inner="eager"
+        )
+        assert_close([drawn(parallel)], [want])
+    assert parallel._piflux_calls == STEPS
+    with pytest.raises(TypeError, match="modular pipeline, parallelize the transformer"):
+        piflux.parallelize(modular)
