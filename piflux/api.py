@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 
 from piflux.capture import dynamo
-from piflux.capture.views import View, view_of
-from piflux.compile.compiler import Compiler, make_compiler
+from piflux.capture.views import View, standing_for, view_of
+from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
+from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
     is_pipeline,
@@ -22,11 +23,22 @@ from piflux.integrations.diffusers import (
     refuse_step_caches,
     transformers_of,
 )
+from piflux.integrations.hooks import (
+    Forward,
+    OldForward,
+    breaks_graphs,
+    hooked,
+    refuse_hooks,
+    within_hooks,
+)
 from piflux.integrations.times import shown
 from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device
+from piflux.ranks.processes import ProcessRanks
 
 Target = TypeVar("Target")
+
+log = logging.getLogger(__name__)
 
 
 class ParallelModule(View, nn.Module):
@@ -35,29 +47,46 @@ class ParallelModule(View, nn.Module):
     _piflux_compiler: Compiler
     _piflux_compiled: Callable[..., Any]
     _piflux_settings: contextlib.AbstractContextManager[Any]
+    _piflux_core: Callable[..., Any]
+    _piflux_outer: tuple[Any, Any] | None = None
+    _piflux_calls = 0
+    _piflux_unchecked = True  # whether an image began since weights were compared
+    _piflux_same_weights: SameWeights
 
-    # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
+    forward: Any = Forward()
+    _old_forward: Any = OldForward()
+
+    # PyTorch's own hooks live in the shared `__dict__`, and the target's own call runs them.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _piflux_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The compiled call, with the weights where hooks around it have put them."""
         parameter = next(self.parameters(), None)
-        if parameter is not None:
-            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         if has_step_cache(self):
             refuse_step_caches(self)
-        with torch.no_grad(), self._piflux_settings, dynamo.uncollected():
+        if breaks_graphs(self, parameter):
+            refuse_hooks(self)
+        ranks, cls = self._piflux_compiler.runtime.ranks, type(self)
+        if parameter is not None:
+            check_device(ranks, parameter.device)
+            if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
+                self._piflux_same_weights.check(self._piflux_target, ranks, parameter.device)
+        cls._piflux_unchecked = False
+        cls._piflux_calls += 1
+        with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
             try:
                 return self._piflux_compiled(*args, **kwargs)
             except Unsupported:
                 refuse_step_caches(self)
+                refuse_hooks(self)
                 if self._piflux_compiler.reports:
                     raise
             # Dynamo need not follow how a first call makes what later ones find: rotary tables.
             self._piflux_target(*args, **kwargs)
             return self._piflux_compiled(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
 
 
 def parallelize(
@@ -83,8 +112,11 @@ def parallelize(
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
-            'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
-            take the place of these, as `piflux quality --tune` writes it.
+            'rotate' or 'displaced' (remembered). 'auto' takes the freshest that the link between
+            the ranks can afford, on all of them alike: at the first call it measures the link and
+            two kernels, or remembers what it measured on this machine, and says what it took and
+            why, as `explain` does. Or the path of a `.json` file with settings that take the place
+            of these, as `piflux quality --tune` writes it.
         sync_steps: which steps of an image gather everything, or how many first ones do.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
@@ -136,7 +168,8 @@ def parallelize(
         return _parallel_module(target, make_compiler(**settings))
     raise TypeError(
         "piflux.parallelize takes an nn.Module or a diffusers pipeline, got "
-        f"{type(target).__module__}.{type(target).__name__}"
+        f"{type(target).__module__}.{type(target).__name__}; of anything else, such as a modular "
+        "pipeline, parallelize the transformer that it holds"
     )
 
 
@@ -151,15 +184,19 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "parallelize compiles it"
         )
     refuse_step_caches(target)
+    refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
-    check_device(
-        compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
-    )
+    if not hooked(target):
+        parameter = next(target.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        check_device(compiler.runtime.ranks, device)
     call = dynamo.call_of(target)
     view = view_of(
         target,
         ParallelModule,
+        _piflux_core=standing_for(type(target).forward, ParallelModule._piflux_run),
         _piflux_compiler=compiler,
+        _piflux_same_weights=SameWeights(),
         _piflux_settings=dynamo.settings(),
         _piflux_compiled=staticmethod(dynamo.compiled(call, compiler)),
     )
@@ -167,9 +204,9 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     return view
 
 
-def _compilers(target: Any) -> list[Compiler]:
+def _parallel_modules(target: Any) -> list[ParallelModule]:
     modules = transformers_of(target).values() if is_pipeline(target) else [target]
-    found = [m._piflux_compiler for m in modules if isinstance(m, ParallelModule)]
+    found = [m for m in modules if isinstance(m, ParallelModule)]
     if not found:
         raise TypeError(
             f"this {type(target).__name__} is not parallelized: pass what piflux.parallelize gave"
@@ -196,16 +233,40 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
         StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
     foreseen = None if timesteps is None else partial(shown, timesteps)
+    modules = _parallel_modules(target)
+    calls = [module._piflux_calls for module in modules]
     with contextlib.ExitStack() as stack:
-        for compiler in _compilers(target):
-            stack.enter_context(compiler.runtime.generation(foreseen))
+        for module in modules:
+            stack.enter_context(module._piflux_compiler.runtime.generation(foreseen))
+            type(module)._piflux_unchecked = True
         yield
+    if calls == [module._piflux_calls for module in modules]:
+        log.warning(
+            "piflux.generation ended and the %s that it was given was never called: call what "
+            "piflux.parallelize returned, not the original",
+            type(target).__name__,
+        )
 
 
 def explain(target: Any) -> Report:
     """What the compiler did to a parallelized module or pipeline, graph by graph.
 
+    Or to a module of `torch.compile(backend="piflux")` that was called.
+
     Raises:
         TypeError: the target isn't parallelized.
     """
-    return Report(tuple(r for compiler in _compilers(target) for r in compiler.reports))
+    if isinstance(target, torch._dynamo.OptimizedModule):
+        found = reports_of(target)
+        if not found:
+            raise TypeError(
+                f"no graph of this {type(target._orig_mod).__name__} was compiled by piflux: call "
+                'it once, and compile it with torch.compile(model, backend="piflux")'
+            )
+        notes = dict.fromkeys(note for _, noted in found for note in noted)
+        return Report(tuple(report for report, _ in found), tuple(notes))
+    compilers = [module._piflux_compiler for module in _parallel_modules(target)]
+    return Report(
+        tuple(report for compiler in compilers for report in compiler.reports),
+        tuple(dict.fromkeys(note for compiler in compilers for note in compiler.runtime.notes)),
+    )

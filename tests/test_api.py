@@ -243,3 +243,32 @@ def test_the_settings_of_dynamo_can_be_recorded():
 def test_results_carry_no_gradient():
     parallel = piflux.parallelize(Attention(), inner="eager")
     assert not parallel(torch.randn(1, 6, 8)).requires_grad
+
+
+def test_a_module_of_the_backend_is_explained():
+    """By the parameters that its graphs read; another backend's module has none."""
+    x, model = torch.randn(1, 6, 8), Attention()
+    compiled = torch.compile(model, backend="piflux", options={"inner": "eager"})
+    with pytest.raises(TypeError, match="no graph of this Attention was compiled by piflux"):
+        piflux.explain(compiled)
+    with torch.no_grad():
+        compiled(x)
+        torch.compile(Attention(), backend="piflux", options={"inner": "eager"})(x)
+    (graph,) = piflux.explain(compiled).graphs
+    assert graph.attentions == 1
+    other = torch.compile(Attention(), backend="eager")
+    other(x)
+    with pytest.raises(TypeError, match="no graph"):
+        piflux.explain(other)
+
+
+def test_a_generation_without_a_call_is_told_of(caplog):
+    model, x = Attention(), torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(model, inner="eager")
+    with piflux.generation(parallel):
+        model(x)
+    assert "the Attention that it was given was never called" in caplog.text
+    caplog.clear()
+    with piflux.generation(parallel):
+        parallel(x)
+    assert not caplog.text

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -12,8 +14,9 @@ from torch._dynamo.exc import InvalidBackend
 
 from piflux.capture.captured import Captured
 from piflux.capture.dynamo import let_through
+from piflux.compile.choices import Choices
 from piflux.compile.pieces import Inner
-from piflux.compile.program import Program, make_program
+from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
 from piflux.errors import CompileError
 from piflux.policies.schedule import (
@@ -38,6 +41,7 @@ class Compiler:
         schedule: see `Runtime`.
         ranks: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
+        chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
 
     Attributes:
         programs: in the order in which they were made.
@@ -47,7 +51,12 @@ class Compiler:
     """
 
     def __init__(
-        self, schedule: Schedule, ranks: Ranks | None, inner: str | Callable[..., Any]
+        self,
+        schedule: Schedule,
+        ranks: Ranks | None,
+        inner: str | Callable[..., Any],
+        *,
+        chooses: bool = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -61,6 +70,7 @@ class Compiler:
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
         self.programs: list[Program] = []
+        self._choices = Choices(chooses, ranks, self.runtime.notes)
 
     @property
     def reports(self) -> list[GraphReport]:
@@ -76,12 +86,20 @@ class Compiler:
         runtime = self.runtime
         if runtime.ranks is not None and not self.programs:
             # Before ranks with other settings wait in other collectives.
-            runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
-        program = make_program(captured, runtime.schedule, runtime.ranks, self.inner)
-        runtime.schedule = program.schedule
+            settings = {"schedule": runtime.schedule, "policy is chosen": self._choices.policy}
+            runtime.ranks.agree(fingerprint(settings, {}))
+        program = make_program(captured, runtime.schedule, runtime.ranks, self.inner, self._settle)
+        runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)
         return _PerCall(runtime, program)
+
+    def _settle(
+        self, schedule: Schedule, part: Counted, whole: Counted | None
+    ) -> tuple[Schedule, str]:
+        foreseen = self.runtime.foreseen
+        times = foreseen(torch.empty(1)) if foreseen is not None else []
+        return self._choices.settle(schedule, part, whole, len(times[0]) if times else None)
 
     def prepare(self) -> None:
         """Start inductor's workers, which take seconds, for them to be ready after the capture.
@@ -140,7 +158,27 @@ def backend(
             "piflux is for inference, but the call records gradients: call the model under "
             "torch.no_grad()"
         )
-    return make_compiler(**dict(options or {}))(gm, example_inputs)
+    compiler = make_compiler(**dict(options or {}))
+    compiled = compiler(gm, example_inputs)
+    held = [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    _COMPILED[compiler.runtime] = compiler.programs, held
+    return compiled
+
+
+_COMPILED: WeakKeyDictionary[Runtime, tuple[list[Program], list[weakref.ref[Any]]]]
+_COMPILED = WeakKeyDictionary()
+"""The programs that `torch.compile(backend="piflux")` made, with the parameters that they read."""
+
+
+def reports_of(module: torch.nn.Module) -> list[tuple[GraphReport, Sequence[str]]]:
+    """The backend's graphs that read a parameter of `module`, each with notes on its runs."""
+    own = {id(x) for x in module.parameters()}
+    return [
+        (program.report, runtime.notes)
+        for runtime, (programs, held) in _COMPILED.items()
+        if any(id(ref()) in own for ref in held)
+        for program in programs
+    ]
 
 
 def make_compiler(
@@ -172,8 +210,11 @@ def make_compiler(
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)
+    chooses = settings["policy"] == "auto"
+    if chooses:
+        settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)
-    return Compiler(schedule, ranks, inner)
+    return Compiler(schedule, ranks, inner, chooses=chooses)

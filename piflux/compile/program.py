@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from dataclasses import replace as with_fields
 from typing import Any
 
 from torch import fx
@@ -15,12 +14,9 @@ from piflux.capture.captured import Captured
 from piflux.compile.pieces import Inner, compile_piece, compile_pieces
 from piflux.compile.report import GraphReport
 from piflux.compile.segments import segments_of
-from piflux.cost.cost import SyncChoice, choose_sync, layers_of
-from piflux.cost.rates import slowest_rates
 from piflux.graph.blocks import Block, find_blocks
 from piflux.graph.plan import Context
 from piflux.graph.roles import roles_of
-from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
 from piflux.passes.runner import run_passes
 from piflux.passes.speed.enclose import HEAD, enclose
@@ -64,6 +60,15 @@ LATER = (
 )
 
 
+Counted = tuple[fx.GraphModule, Context]
+"""A graph that the passes have run on, whose work can be counted."""
+
+Settle = Callable[[Schedule, Counted, "Counted | None"], tuple[Schedule, str]]
+"""Takes a schedule, the graph of a part and the one that computes all tokens, if sync steps may.
+Returns the schedule with everything chosen, and why sync steps come by keys and values as they do.
+"""
+
+
 @dataclass(frozen=True)
 class Program:
     """What one captured graph became.
@@ -90,7 +95,11 @@ class Program:
 
 
 def make_program(
-    captured: Captured, schedule: Schedule, ranks: Ranks | None, inner: Inner
+    captured: Captured,
+    schedule: Schedule,
+    ranks: Ranks | None,
+    inner: Inner,
+    settle: Settle = lambda schedule, part, whole: (schedule, ""),
 ) -> Program:
     """Make a program of a captured graph. All ranks call it together.
 
@@ -99,6 +108,7 @@ def make_program(
         schedule: for as many ranks.
         ranks: who shares the work; None for one rank alone.
         inner: what compiles the finished graphs.
+        settle: what is left open of the schedule, once steps can be counted.
 
     Raises:
         CannotShard, NoAttention: see `layout`.
@@ -117,10 +127,8 @@ def make_program(
     # On one rank too the layout is found, so that a model that can't be sharded says so on
     # the machine it is developed on.
     run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
-    why = ""
-    if schedule.sync == "auto":
-        choice = _choose_sync(gm, ctx, uncut, ranks)
-        schedule, why = with_fields(schedule, sync=choice.sync), choice.reason
+    schedule, why = settle(schedule, (gm, ctx), uncut)
+    ctx.rotates = schedule.kind.rotates
     report = GraphReport.of(ctx, schedule, why)
     roles = roles_of(gm, ctx.plan)
     compiling = _Compiling(schedule, inner, captured.example_inputs)
@@ -130,23 +138,6 @@ def make_program(
     part = compiling.compile(gm, ctx)
     blocks = find_blocks(captured.module.graph)
     return Program(schedule, roles, part, whole, report, blocks, compiling.records)
-
-
-def _choose_sync(
-    gm: fx.GraphModule,
-    ctx: Context,
-    uncut: tuple[fx.GraphModule, Context] | None,
-    ranks: Ranks | None,
-) -> SyncChoice:
-    """How sync steps come by all keys and values, on all ranks alike."""
-    if ranks is None or uncut is None or ranks.in_one_process:
-        return SyncChoice("gather", "there is nothing to choose")
-    layers = layers_of(gm, ctx)
-    (query,) = tensors(ctx.plan.attentions[0].node.all_input_nodes[0])
-    shape = [example_size(size, query) for size in query.shape]
-    sent = layers[0].kv_bytes // (ranks.size - 1)
-    rates = slowest_rates(ranks, shape, query.dtype, query.device, sent)
-    return choose_sync(layers, layers_of(*uncut), rates)
 
 
 class _Compiling:

@@ -121,14 +121,21 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model, in the order in which they were compiled."""
+    """All graphs of a model, in the order in which they were compiled.
+
+    Attributes:
+        graphs: the graphs.
+        notes: what was remarkable when they ran.
+    """
 
     graphs: tuple[GraphReport, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.graphs:
             return "nothing compiled yet: call the model once"
-        return "\n".join(f"graph {i}: {graph}" for i, graph in enumerate(self.graphs))
+        graphs = [f"graph {i}: {graph}" for i, graph in enumerate(self.graphs)]
+        return "\n".join([*graphs, *(f"note: {note}" for note in self.notes)])
 
 
 def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) -> BoundaryReport:

@@ -11,6 +11,7 @@ sends ahead, attention reads its token, so that no compiler can put one after th
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,6 +27,11 @@ from piflux.runtime.streams import Roles, Stream, Streams
 
 Result = TypeVar("Result")
 
+log = logging.getLogger(__name__)
+
+# Of guidance methods, a step.
+MOST_PASSES = 3
+
 
 class Runtime:
     """One compiled model's schedule and streams on one rank.
@@ -38,14 +44,21 @@ class Runtime:
         explicit: whether the image under way was opened by `generation`.
         foreseen: what is known of the times of its steps; None if nothing.
         streams: of the image under way.
+        notes: what was remarkable when images were drawn, for `piflux.explain`.
     """
 
     def __init__(self, schedule: Schedule, ranks: Ranks | None) -> None:
-        self.schedule = schedule
+        self.settle(schedule)
         self.ranks = ranks
         self.explicit = False
         self.streams = Streams()
         self.foreseen: Foreseen | None = None
+        self.notes: list[str] = []
+        self._went_on = False  # whether a stream had a second step since the image began
+
+    def settle(self, schedule: Schedule) -> None:
+        """Take a schedule whose policy, or way to sync, was chosen."""
+        self.schedule = schedule
         self.policy: Policy = schedule.make_policy()
 
     @property
@@ -68,10 +81,12 @@ class Runtime:
             StepsUnforeseen: at the end, if a step's time was another one.
         """
         outer = self.explicit, self.foreseen
-        self.streams.end()
+        self.streams.begin()
         self.explicit, self.foreseen = True, foreseen
+        self._went_on, begun = False, self.streams.calls
         try:
             yield
+            self._tell_of_no_steps(self.streams.calls - begun)
             tables = [x for stream in self.streams for x in stream.tables.values() if x is not None]
             self.streams.end()
             # Waits for the device, as whoever looks at the image does next.
@@ -85,6 +100,18 @@ class Runtime:
             self.streams.abandon()  # of an image that was given up, else there are none
             self.explicit, self.foreseen = outer
 
+    def _tell_of_no_steps(self, calls: int) -> None:
+        """Each call of an image was taken for the first of something: nothing was remembered."""
+        remembers = self.ranks is not None and self.policy.remembers
+        if not remembers or self._went_on or calls <= MOST_PASSES:
+            return
+        self.notes.append(
+            f"an image of {calls} calls had no steady step: no call had the conditions of an "
+            "earlier one, so that each was computed in full. Pass what stays the same from step to "
+            "step (prompt embeddings, ids) unchanged"
+        )
+        log.warning("%s", self.notes[-1])
+
     @contextlib.contextmanager
     def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Call]:
         """Find this call's stream and step, on all ranks alike; `args` are the graph's inputs.
@@ -93,9 +120,12 @@ class Runtime:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
         """
         try:
-            stream = self.streams.find(graph, roles, args)
+            stream = self.streams.find(
+                graph, roles, args, explicit=self.explicit, remembers=self.ranks is not None
+            )
             if self.ranks is not None:
                 self._advance(self.ranks, stream, roles, args)
+            self._went_on |= stream.index > 0
             yield Call(self, stream, self.schedule.step(stream.index))
         except BaseException:
             self.streams.abandon()

@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, MODEL, TEXT_TOKENS
-from piflux.policies.policy import Policy
 from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
@@ -124,9 +123,9 @@ def settings(
     return given
 
 
-def chosen(policy: Policy) -> dict[str, Any]:
+def chosen(policy: str) -> dict[str, Any]:
     """What 'auto' settles: 'gather' has no sync steps that could be recomputed."""
-    return {"policy": policy} | ({"sync": "gather"} if policy == "gather" else {})
+    return {"policy": policy} | ({} if POLICIES[policy].remembers else {"sync": "gather"})
 
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
