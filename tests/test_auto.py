@@ -31,7 +31,7 @@ def one_image(group, steps=None, **options):
     parallel = piflux.parallelize(model, group=group, policy="auto", inner="eager", **options)
     times = None if steps is None else torch.linspace(1, 0, steps + 1)[:-1]
     with (
-        mock.patch("piflux.compile.compiler.log.warning") as warning,
+        mock.patch("piflux.compile.choices.log.warning") as warning,
         piflux.generation(parallel, timesteps=times),
     ):
         assert (parallel(X, torch.ones(1)) - model(X, torch.ones(1))).abs().max() < 1e-6

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, MODEL, TEXT_TOKENS
-from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
+from piflux.policies.schedule import BEST_SYNC_STEPS, POLICIES, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
 LARGEST_SEED = 2**64 - 1
