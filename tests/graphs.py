@@ -16,6 +16,8 @@ from piflux.graph.nodes import op_name
 from piflux.graph.plan import Axis, Context, known, plain_name, tensors
 from piflux.passes.runner import Pass, run_passes
 
+MANY = 1_000_000
+
 
 def capture(
     function: Callable[..., Any], *args: Any, dynamic: bool = False, **kwargs: Any
@@ -27,9 +29,12 @@ def capture(
         graphs.append(gm)
         return gm.forward
 
-    torch._dynamo.reset()
     compiled = torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)
-    with torch.no_grad():
+    # No other capture of the same code has a say: to forget all would take theirs from `captures`.
+    alone = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=MANY, accumulated_recompile_limit=MANY
+    )
+    with alone, torch.no_grad():
         compiled(*args, **kwargs)
     (gm,) = graphs
     return gm

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
 from piflux.graph.nodes import mutates
-from piflux.graph.plan import Context, axes, example_size, tensors
+from piflux.graph.plan import Context, axes, example_size, known, tensors
 from piflux.graph.targets import SHARD, UNSHARD
 from piflux.parts import part_length
 
@@ -31,6 +32,9 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
     mode = next(
         x.fake_mode for n in gm.graph.nodes for x in tensors(n) if isinstance(x, FakeTensor)
     )
+    # Where sizes are symbols, torch takes longer to look up what an op on fakes gave before than to
+    # run it: half of the time of all passes.
+    symbolic = any(isinstance(known(node), torch.SymInt) for node in gm.graph.nodes)
     aliases = _aliases(gm.graph)
     changed: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -45,7 +49,11 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
         args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
         want = _part_shapes(node, ctx)
         try:
-            with mode, torch.no_grad():
+            with (
+                disable_fake_tensor_cache(mode) if symbolic else nullcontext(),
+                mode,
+                torch.no_grad(),
+            ):
                 node.meta["example_value"] = _run(node, *args)
         except Exception as error:
             raise CannotShard(node, f"a part does not fit this op: {error}") from error
