@@ -122,7 +122,7 @@ def test_nothing_outlives_the_parallel_module(inner):
     model, x = Attention(), torch.randn(1, 6, 8)
     parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
     parallel(x)
-    caches = weakref.ref(parallel._piflux_compiler.runtime.streams[0])
+    caches = weakref.ref(parallel._piflux_compiler.runtime.streams._streams[0])
     del parallel
     gc.collect()
     assert caches() is None

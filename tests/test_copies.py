@@ -18,9 +18,11 @@ from test_replay import SAME, as_captured, farthest, on_tape
 from test_virtual_ranks import image
 
 import piflux
+from piflux import parts
+from piflux.policies import gather
 from piflux.ranks import copies
 from piflux.ranks import processes as runtime_ranks
-from piflux.runtime import runtime as cache
+from piflux.runtime import ops
 
 STEPS = 6
 
@@ -109,8 +111,9 @@ def images(rank, group, folder, options, shape):
     want = image(piflux.parallelize(model, group=group, inner="eager", **options), inputs, STEPS)
     with pytest.MonkeyPatch.context() as patch:
         started = through_files(patch, group, folder)
-        joined, original = [], cache.join
-        patch.setattr(cache, "join", lambda *args: joined.append(args) or original(*args))
+        joined, original = [], parts.join
+        for module in (ops, gather):  # of predictions, and of keys and values
+            patch.setattr(module, "join", lambda *args: joined.append(args) or original(*args))
         parallel = piflux.parallelize(model, group=group, inner="eager", **options)
         got = [image(parallel, inputs, STEPS) for _ in range(2)]
     return [float((x - want).abs().max()) for x in got], len(started), len(joined)

@@ -123,13 +123,14 @@ class Call:
     """One call of a compiled model, which is one step of one stream.
 
     Attributes:
-        step: which.
+        stream: which.
+        step: likewise.
     """
 
     def __init__(self, runtime: Runtime, stream: Stream, step: Step) -> None:
+        self.stream = stream
         self.step = step
         self._runtime = runtime
-        self._stream = stream
 
     def run(self, step: Callable[[], Result]) -> Result:
         """Run it for each rank that this process computes; returns what the first returned."""
@@ -155,7 +156,7 @@ class Call:
         return ranks.run(one)
 
     def _context(self, rank: int) -> StepContext:
-        runtime, stream = self._runtime, self._stream
+        runtime, stream = self._runtime, self.stream
         return StepContext(
             self.step,
             rank,
