@@ -539,7 +539,7 @@ def compiled_by_backend(rank, group, compile_options, sizes):
 def test_backend_is_exact_at_every_capture(virtual, compile_options, sizes):
     """Static capture first and dynamic from the second resolution on, or as asked for."""
     want = [exact(tiny_flux(), flux_inputs(**size)) for size in sizes]
-    assert_equal(virtual.alone(2, compiled_by_backend, compile_options, sizes), want)
+    assert_equal(virtual(2, compiled_by_backend, compile_options, sizes), want)
 
 
 def compiled_by_name(rank, group):
@@ -575,7 +575,7 @@ def test_backend_rotates_like_the_oracle(virtual):
     for size in RESOLUTIONS[:2]:
         oracle = Oracle(tiny_flux(), 2, "rotate", sync_steps=2)
         want += denoise(oracle, flux_inputs(**size), STEPS)
-    assert_equal(virtual.alone(2, rotated_by_backend), want)
+    assert_equal(virtual(2, rotated_by_backend), want)
 
 
 # --------------------------------------------------------------------------- where ranks come from
