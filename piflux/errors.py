@@ -15,6 +15,9 @@ class PifluxError(Exception):
 class CompileError(PifluxError):
     """Raised while a graph is compiled."""
 
+    def __str__(self) -> str:
+        return plain(super().__str__())
+
 
 class CannotShard(CompileError):
     """The token dimension can't be cut at `node`; `reason` says why and what to do.

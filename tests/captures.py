@@ -84,7 +84,7 @@ def _backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..
         # Such a graph serves more calls, as of many sizes. A model to come would have it at once,
         # where alone it had one with numbers first.
         _codes.pop(first, None)
-    context, captured = TracingContext.get(), Captured(gm, example_inputs)
+    context, captured = TracingContext.get(), Captured.of(gm, example_inputs)
     compiled: WeakKeyDictionary[Compiler, Callable[..., Any]] = WeakKeyDictionary()
     compiled[compiler] = compiler.install(captured)
 

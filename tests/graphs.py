@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from piflux.compile.program import PASSES
 from piflux.errors import describe_op
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Context, known, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.plan import Context
+from piflux.graph.values import known, tensors
 from piflux.passes.runner import Pass, run_passes
 
 MANY = 1_000_000
@@ -65,7 +67,7 @@ def parsed(source: str, **dtypes: torch.dtype) -> fx.GraphModule:
             node = _called(graph, name, call, nodes)
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
             with mode, torch.no_grad():
-                node.meta["example_value"] = _run(node, args, kwargs)
+                node.meta["example_value"] = run_node(node, args, kwargs)
         else:
             owner, dot, own = name.partition(".")
             node = graph.placeholder(f"l_modules_{owner}_parameters_{own}_" if dot else name)
@@ -76,13 +78,6 @@ def parsed(source: str, **dtypes: torch.dtype) -> fx.GraphModule:
         assert _shape(node) == shape, f"{name} is {_shape(node)}, not {shape}"
         nodes[name] = node
     return fx.GraphModule(torch.nn.Module(), graph)
-
-
-def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
 
 
 def _called(graph: fx.Graph, name: str, call: str, nodes: dict[str, fx.Node]) -> fx.Node:

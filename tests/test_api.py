@@ -20,7 +20,7 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 
 import piflux
-from piflux.api import _DYNAMO
+from piflux.capture.dynamo import SETTINGS
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def test_a_model_that_warns_is_captured():
 def test_the_settings_of_dynamo_can_be_recorded():
     """As torch 2.11 does at each compilation."""
     recorded = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in _DYNAMO.items()
+        key: sorted(value) if isinstance(value, set) else value for key, value in SETTINGS.items()
     }
     methods = json.loads(json.dumps(recorded))["ignore_logger_methods"]
     assert methods == ["debug", "error", "info", "warning"]

@@ -146,9 +146,10 @@ MORE_STEPS = 9
 
 @pytest.mark.parametrize("options", [{}, {"order": 0}, {"compression": "int8"}])
 def test_one_recording_serves_all_parts_and_images(recorder, options):
-    """The first steady step of a rank runs as it is, the second is recorded."""
+    """The first steady step of a rank runs as it is, the second is recorded, and so are both kinds
+    of sync steps from the second image on; see `test_over_real_ranks`."""
     cases = [flux_inputs(seed=seed) for seed in range(3)]
-    check(3, cases, 3, 3 * (3 * STEADY - 1), recorder, **options)
+    check(3, cases, 3 * 3, 3 * (3 * STEADY - 1 + 1 + 2), recorder, **options)
 
 
 def test_refreshed_caches_stay_where_they_are(recorder):

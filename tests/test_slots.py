@@ -50,15 +50,17 @@ def test_clocks_that_stand_still_cancel_out():
 
 
 def test_a_clock_that_is_no_sigma_is_the_time_itself():
-    """The number of a step of another diffusion, and what leaves the range of sigma."""
-    assert time(torch.tensor([250, 250])) == 250
-    assert time(torch.tensor([-0.5])) == -0.5
-    assert time(torch.tensor([1200.0])) == 1200
+    """The number of a step of another diffusion, and what begins out of the range of sigma."""
+    for first, then in ([999, 250], [-0.5, -0.25], [1200.0, 700.0]):
+        clocks = [torch.tensor([x]) for x in (first, then)]
+        times = Times(clocks[:1])
+        assert [times.at([clock], 0).item() for clock in clocks] == [0, then - first]
 
 
 def test_a_clock_without_bound_stands_still():
     for guidance in (math.inf, -math.inf, math.nan):
-        assert time(0.9, guidance) == pytest.approx(time(0.9))
+        first, then = time(0.9, guidance), time(0.8, guidance)
+        assert first - then == pytest.approx(time(0.9) - time(0.8), rel=1e-5)
 
 
 def test_without_a_clock_time_is_the_step():

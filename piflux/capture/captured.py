@@ -22,6 +22,16 @@ class Captured:
     module: fx.GraphModule
     example_inputs: Sequence[Any]
 
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+        """Keep what Dynamo gives to a backend; it clears its own graph when the backend is done."""
+        return cls(_copy(gm), tuple(example_inputs))
+
     def copy(self) -> fx.GraphModule:
-        """The graph, to be changed. Its modules and what its nodes know of values are shared."""
-        return fx.GraphModule(self.module, copy.deepcopy(self.module.graph))
+        """The graph, to be changed."""
+        return _copy(self.module)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own. Modules and what nodes know of values are shared."""
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))

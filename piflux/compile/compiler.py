@@ -69,7 +69,7 @@ class Compiler:
 
     @let_through()
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return self.install(Captured(gm, example_inputs))
+        return self.install(Captured.of(gm, example_inputs))
 
     def install(self, captured: Captured) -> Callable[..., Any]:
         """Make a program of a graph. Returns what Dynamo calls in its place."""

@@ -18,8 +18,10 @@ from piflux.compile.segments import segments_of
 from piflux.cost.cost import SyncChoice, choose_sync, layers_of
 from piflux.cost.rates import slowest_rates
 from piflux.graph.blocks import Block, find_blocks
-from piflux.graph.plan import Context, example_size, tensors
+from piflux.graph.plan import Context
 from piflux.graph.roles import roles_of
+from piflux.graph.sizes import example_size
+from piflux.graph.values import tensors
 from piflux.passes.runner import run_passes
 from piflux.passes.speed.enclose import HEAD, enclose
 from piflux.passes.speed.fuse_gelu import fuse_gelu
@@ -29,6 +31,7 @@ from piflux.passes.speed.hoist import HOISTED, hoist
 from piflux.passes.speed.outline import outline
 from piflux.passes.speed.sigmoid_gelu import sigmoid_gelu
 from piflux.passes.split.layout import layout
+from piflux.passes.split.lower import lower
 from piflux.passes.split.overlap import overlap
 from piflux.passes.split.propagate import propagate
 from piflux.passes.split.rewrite_attention import rewrite_attention
@@ -42,6 +45,7 @@ from piflux.recording.recorded import Recorded
 from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.streams import Roles
 
+FIRST = (lower,)  # once, since the graph of a part and the whole one both need it
 PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
@@ -101,6 +105,9 @@ def make_program(
         Exception: whatever `inner` raises.
     """
     world_size = schedule.world_size
+    lowered = captured.copy()
+    run_passes(lowered, Context(world_size), FIRST)
+    captured = Captured(lowered, captured.example_inputs)
     uncut = None
     if ranks is not None and schedule.kind.remembers and schedule.sync != "gather":
         # The graph that computes all tokens and fills the cache.

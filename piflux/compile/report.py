@@ -7,7 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from piflux.graph.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
+from piflux.graph.axes import Axis, Value
+from piflux.graph.nodes import plain_name
+from piflux.graph.plan import Context, Plan
+from piflux.graph.sizes import example_size
+from piflux.graph.values import tensors
 from piflux.parts import part_length
 from piflux.policies.policy import TokenBytes
 from piflux.policies.schedule import Schedule

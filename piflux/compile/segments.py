@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx
 
-from piflux.graph.extract import subgraph
+from piflux.graph.extract import as_module
 from piflux.graph.targets import UNSHARD
 
 COLLECTIVE = "collective"
@@ -110,7 +110,7 @@ def segments_of(
                 dict.fromkeys(x for n in nodes for x in n.all_input_nodes if x not in inside)
             )
             outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-            run = subgraph(inputs, nodes, outputs).forward
+            run = as_module(inputs, nodes, outputs).forward
         for node in outputs:
             numbers[node] = len(numbers)
         reads = tuple(numbers[n] for n in inputs)

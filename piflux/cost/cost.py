@@ -17,8 +17,10 @@ from torch import fx
 
 from piflux.compile.report import GraphReport
 from piflux.graph.nodes import PRODUCTS, op_name
-from piflux.graph.plan import Context, example_size, tensors
+from piflux.graph.plan import Context
+from piflux.graph.sizes import example_size
 from piflux.graph.targets import SEND
+from piflux.graph.values import tensors
 from piflux.policies.schedule import PolicyName, Schedule, Sync
 
 PRICE_OF_EXACT = 0.05

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from piflux.graph.described import described
 from piflux.graph.extract import is_source
 from piflux.graph.nodes import is_attention
-from piflux.graph.plan import example_size, known, tensors
+from piflux.graph.sizes import example_size
 from piflux.graph.targets import CACHED, SEND
-from piflux.graph.values import described
+from piflux.graph.values import known, tensors
 
 # The most that is looked for; a block of a known model attends at most twice.
 ATTENTIONS_A_BLOCK = 4

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Plan, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.plan import Plan
+from piflux.graph.values import tensors
 from piflux.runtime.streams import Roles
 
 
@@ -19,7 +21,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         segment
         for _, value in plan.joins
         for dim in plan.joins[_, value]
-        for segment in plan.layout(Axis(value.node, dim, value.item))
+        for segment in plan.layouts[Axis(value.node, dim, value.item)]
     }
     births = {
         value.node
@@ -27,7 +29,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         if any(
             segment in output_segments
             for dim in dims
-            for segment in plan.layout(Axis(value.node, dim, value.item))
+            for segment in plan.layouts[Axis(value.node, dim, value.item)]
         )
     }
     upstream = set(births)

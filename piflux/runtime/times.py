@@ -25,19 +25,19 @@ class Times:
     A clock is an input of at most one number a picture. One in floating point that begins within 0
     and 1, or 0 and `SHOWN`, is taken for flow matching's sigma; its time is
     log(sigma / (1 - sigma)), which falls from step to step. Any other, such as the number of a step
-    of another kind of diffusion, is the time itself. Clocks that stand still, such as guidance, add
-    a constant, which differences lose.
+    of another kind of diffusion, is the time itself, counted from its first value. Clocks that
+    stand still, such as guidance, add a constant, which differences lose.
 
     Args:
         clocks: as they are in the first step.
     """
 
     def __init__(self, clocks: Sequence[Tensor]) -> None:
-        first = [_mean(clock) for clock in clocks]
-        self._scales = [torch.where(x > 1, SHOWN, 1.0) for x in first]
+        self._first = [_mean(clock) for clock in clocks]
+        self._scales = [torch.where(x > 1, SHOWN, 1.0) for x in self._first]
         self._are_sigma = [
             (x >= 0) & (x <= SHOWN) & clock.is_floating_point()
-            for x, clock in zip(first, clocks, strict=True)
+            for x, clock in zip(self._first, clocks, strict=True)
         ]
 
     def at(self, clocks: Sequence[Tensor], step: int) -> Tensor:
@@ -49,9 +49,12 @@ class Times:
         """
         if not clocks:
             return torch.tensor(-float(step))
-        shown = zip(map(_mean, clocks), self._scales, self._are_sigma, strict=True)
+        known = zip(map(_mean, clocks), self._first, self._scales, self._are_sigma, strict=True)
         return torch.stack(
-            [torch.where(is_sigma, _log_snr(x / scale), x) for x, scale, is_sigma in shown]
+            [
+                torch.where(is_sigma, _log_snr(x / scale), x - first)
+                for x, first, scale, is_sigma in known
+            ]
         ).sum()
 
 

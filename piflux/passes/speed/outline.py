@@ -9,14 +9,16 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx, nn
+from torch import fx
 
 from piflux.graph.blocks import SLOTS, number, or_number, readers, slot_of, stretches, written
-from piflux.graph.extract import is_source
+from piflux.graph.described import described
+from piflux.graph.extract import as_module, is_source
 from piflux.graph.nodes import computes, is_value
-from piflux.graph.plan import Context, expr, known
+from piflux.graph.plan import Context
+from piflux.graph.sizes import all_sizes, expr
 from piflux.graph.targets import SLOTS_FROM
-from piflux.graph.values import all_sizes, described
+from piflux.graph.values import known
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -163,15 +165,12 @@ def _call(
 
 
 def _module(piece: _Piece) -> fx.GraphModule:
-    """A module that takes the stretch's inputs and returns a tuple."""
-    graph, stretch = fx.Graph(), piece.stretch
-    made: dict[fx.Node, fx.Node] = {}
-    for node in stretch.inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta["example_value"] = known(node)
-    for node in stretch.nodes:
-        made[node] = graph.node_copy(node, lambda n: or_number(n, made.__getitem__))
+    """A module that takes the stretch's inputs, with cache slots counted from its first."""
+    stretch = piece.stretch
+    outputs = [stretch.nodes[i] for i in sorted(piece.outputs)]
+    module = as_module(stretch.inputs, stretch.nodes, outputs, number)
+    for node in module.graph.nodes:
         if node.target in SLOTS:
-            made[node].update_arg(SLOTS[node.target], slot_of(node) - stretch.slot)
-    graph.output(tuple(made[stretch.nodes[i]] for i in sorted(piece.outputs)))
-    return fx.GraphModule(nn.Module(), graph)
+            node.update_arg(SLOTS[node.target], slot_of(node) - stretch.slot)
+    module.recompile()
+    return module

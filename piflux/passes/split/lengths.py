@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 from piflux.parts import part_length
 
 Length = int | fx.Node

@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from piflux.graph.nodes import only_computes
-from piflux.graph.plan import Context, tensors
+from piflux.graph.plan import Context
 from piflux.graph.targets import CACHED, SEND
+from piflux.graph.values import tensors
 
 _SENT = ("slot", "world_size")
 _ARGUMENTS = [argument.name for argument in CACHED._schema.arguments]
