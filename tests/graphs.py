@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from piflux.compile.program import PASSES
 from piflux.errors import describe_op
 from piflux.graph.axes import Axis
-from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.nodes import op_name, plain_name, run_node
 from piflux.graph.plan import Context
 from piflux.graph.values import known, tensors
 from piflux.passes.runner import Pass, run_passes
