@@ -250,6 +250,7 @@ class Inner:
         return gm.forward
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_calls_of_the_inner_compiler_do_not_grow_with_depth(world_size):
     group = None if world_size == 1 else piflux.virtual_ranks(world_size)
@@ -296,14 +297,15 @@ def test_pieces_compute_the_very_same(options):
     model, inputs, inner = tiny_flux(double=2, single=3), flux_inputs(), Inner()
     got = drawn(model, inputs, inner, options)
     assert torch.equal(got, drawn(model, inputs, "eager", options))
-    assert inner.calls == 2 * PIECES
+    # Who computes whole sync steps has a graph of the whole, too.
+    assert inner.calls == PIECES * (2 if options.get("sync") == "recompute" else 1)
 
 
 def test_pieces_of_a_quantized_model():
     model, inputs, inner = quantized(tiny_flux(double=2, single=3)), flux_inputs(), Inner()
     got = drawn(model, inputs, inner, {"policy": "rotate"})
     assert torch.equal(got, drawn(model, inputs, "eager", {"policy": "rotate"}))
-    assert inner.calls == 2 * PIECES
+    assert inner.calls == PIECES
     through_aot = drawn(model, inputs, "aot_eager", {"policy": "rotate"})
     assert (through_aot - got).abs().max() <= EXACT
 

@@ -3,6 +3,8 @@
 # ruff: noqa: E501 (snapshots)
 
 import contextlib
+import copy
+import functools
 from unittest.mock import patch
 
 import torch
@@ -85,9 +87,19 @@ class Turned(nn.Module):
         return F.scaled_dot_product_attention(q, q, v)[:, 0]
 
 
+@functools.cache
+def captured_by_dynamo(model, *shapes):
+    return capture(model(), *map(torch.ones, shapes))
+
+
+def captured(model, *shapes):
+    """A copy of its graph for inputs of these shapes."""
+    return copy.deepcopy(captured_by_dynamo(model, *shapes))
+
+
 def after(count):
     """The graph of 4 text and 7 image tokens after the first `count` passes for 2 ranks."""
-    gm = capture(Model(), torch.randn(1, 4, 8), torch.randn(1, 7, 8))
+    gm = captured(Model, (1, 4, 8), (1, 7, 8))
     return gm, transformed(gm, passes=PASSES[:count])
 
 
@@ -100,14 +112,14 @@ def then(last):
 
 def timed(*last):
     """The graph of the model with a time after all of `PASSES`, and then `last`."""
-    gm = capture(Timed(), torch.randn(1, 7, 8), torch.ones(1))
+    gm = captured(Timed, (1, 7, 8), (1,))
     transformed(gm, passes=(*PASSES, *last))
     return gm
 
 
 def block(*last):
     """The graph of the block after all of `PASSES`, and then `last`."""
-    gm = capture(Block(), torch.randn(1, 6, 4))
+    gm = captured(Block, (1, 6, 4))
     ctx = transformed(gm)
     # A GPU's products are wanted of this graph, too.
     with contextlib.ExitStack() as stack:
@@ -121,7 +133,7 @@ def block(*last):
 
 def turned(*last):
     """The graph of the model with rotary embedding after all of `PASSES`, and then `last`."""
-    gm = capture(Turned(), torch.randn(1, 6, 8), torch.rand(6, 4), torch.rand(6, 4))
+    gm = captured(Turned, (1, 6, 8), (6, 4), (6, 4))
     ctx = transformed(gm)
     with patch.object(rotary, "DEVICE", "cpu"):
         for run in last:

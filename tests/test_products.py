@@ -391,6 +391,7 @@ def test_adjoining_in_inference_mode(made):
         assert torch.equal(adjoining(*parameters), want)
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_model_is_saved_and_moved_as_ever(tmp_path):
     model = tiny_flux()
     want = {name: x.clone() for name, x in model.state_dict().items()}
@@ -403,6 +404,7 @@ def test_a_model_is_saved_and_moved_as_ever(tmp_path):
         assert all(torch.equal(saved[name], x) for name, x in want.items())
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_all_graphs_of_a_model_want_the_same_places():
     """The whole graph of sync steps, the part's, and those of another policy."""
     model, inputs = tiny_flux(), flux_inputs()

@@ -5,7 +5,7 @@
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase
-from graphs import capture, text, transformed
+from graphs import capture, parsed, text, transformed
 
 from piflux.passes.split.layout import layout
 from piflux.passes.split.rewrite_attention import rewrite_attention
@@ -56,11 +56,16 @@ return (getitem_4,)
         )
 
     def test_a_mask_goes_along(self):
-        def masked(x, mask):
-            q = x[:, None]
-            return F.scaled_dot_product_attention(q, q, q, mask)
-
-        gm = capture(masked, torch.randn(1, 6, 8), torch.ones(6, 6, dtype=torch.bool))
+        gm = parsed(
+            """
+x: (1, 6, 8)
+mask: (6, 6)
+q: (1, 1, 6, 8) = getitem(x, (:, None))
+scaled_dot_product_attention: (1, 1, 6, 8) = scaled_dot_product_attention(q, q, q, mask)
+return (scaled_dot_product_attention,)
+""",
+            mask=torch.bool,
+        )
         transformed(gm, passes=PASSES)
         self.assertExpectedInline(
             text(gm),
@@ -75,13 +80,27 @@ return (scaled_dot_product_attention,)
 
     def test_attention_to_conditions_is_no_match(self):
         """Their keys and values are whole on every rank, so plain attention is exact."""
-
-        def cross(x, prompt):
-            q, c = x[:, None], prompt[:, None]
-            own = F.scaled_dot_product_attention(q, q, q)
-            return F.scaled_dot_product_attention(own, c, c)
-
-        gm = capture(cross, torch.randn(1, 6, 8), torch.randn(1, 5, 8))
+        gm = parsed(
+            """
+x: (1, 6, 8)
+prompt: (1, 5, 8)
+q: (1, 1, 6, 8) = getitem(x, (:, None))
+c: (1, 1, 5, 8) = getitem(prompt, (:, None))
+own: (1, 1, 6, 8) = scaled_dot_product_attention(q, q, q)
+to_prompt: (1, 1, 6, 8) = scaled_dot_product_attention(own, c, c)
+return (to_prompt,)
+"""
+        )
         transformed(gm, passes=PASSES)
-        self.assertEqual(text(gm).count("= piflux.cached_sdpa("), 1)
-        self.assertEqual(text(gm).count("= scaled_dot_product_attention("), 1)
+        self.assertExpectedInline(
+            text(gm),
+            """\
+x: (1, 6, 8)
+prompt: (1, 5, 8)
+q: (1, 1, 6, 8) = getitem(x, (:, None))
+c: (1, 1, 5, 8) = getitem(prompt, (:, None))
+own: (1, 1, 6, 8) = piflux.cached_sdpa(q, q, q, None, None, False, [6], 0, 2)
+to_prompt: (1, 1, 6, 8) = scaled_dot_product_attention(own, c, c)
+return (to_prompt,)
+""",
+        )

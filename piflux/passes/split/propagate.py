@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, fx
 from torch._C._functorch import get_unwrapped, is_batchedtensor
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
@@ -17,7 +18,7 @@ from piflux.graph.nodes import mutates, run_node
 from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.targets import SHARD, UNSHARD
-from piflux.graph.values import tensors
+from piflux.graph.values import known, tensors
 from piflux.parts import part_length
 
 
@@ -35,6 +36,9 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
     mode = next(
         x.fake_mode for n in gm.graph.nodes for x in tensors(n) if isinstance(x, FakeTensor)
     )
+    # Where sizes are symbols, torch takes longer to look up what an op on fakes gave before than to
+    # run it: half of the time of all passes.
+    symbolic = any(isinstance(known(node), torch.SymInt) for node in gm.graph.nodes)
     aliases = _aliases(gm.graph)
     changed: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -46,11 +50,12 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
             and changed.isdisjoint(node.all_input_nodes)
         ):
             continue
+        cache = disable_fake_tensor_cache(mode) if symbolic else nullcontext()
         args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
         want = _part_shapes(node, ctx)
         try:
             # Of symbolic sizes some ops have no kernel for fakes, but a decomposition in Python.
-            with mode, enable_python_dispatcher(), torch.no_grad():
+            with cache, mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["example_value"] = run_node(node, *args)
         except Exception as error:
             raise CannotShard(node, f"a part does not fit this op: {error}") from error
