@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.cost.cost import Cost
-from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
 from piflux.tools.quality import drift
 from piflux.tools.quality.charts import contact_sheet, markdown
 from piflux.tools.quality.drift import (
@@ -33,7 +33,7 @@ from piflux.tools.quality.drift import (
     summary,
     tune,
 )
-from piflux.tools.quality.lpips import LPIPS, WEIGHTS
+from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
 
 # ------------------------------------------------------------------------------------------ LPIPS
@@ -59,7 +59,9 @@ def test_lpips_is_a_distance():
 def test_lpips_equals_the_paper_formula_in_numpy():
     """Equation 1 of Zhang et al. 2018, with loops over positions for convolution and pooling."""
     a, b = pictures(2, 64).double().numpy()
-    weights = {name: x.double().numpy() for name, x in load_file(WEIGHTS).items()}
+    weights = {
+        name: x.double().numpy() for name, x in load_file(demo_file("lpips.safetensors")).items()
+    }
 
     def convolved(x, weight, bias, stride, padding):
         x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))

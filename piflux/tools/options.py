@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from piflux.demo import IMAGE_SIZE, MODEL
+from piflux.demo import IMAGE_SIZE, demo_file
 from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
 from piflux.tools.launch import is_joined
 
@@ -67,7 +67,7 @@ def check_model(model: str, *, hub: bool = False) -> None:
 def flux_config(model: str) -> dict[str, Any]:
     """Of the pipeline's transformer, which must be FLUX's."""
     check_model(model)
-    path = (MODEL if model == "demo" else Path(model)) / "transformer" / "config.json"
+    path = (demo_file("model") if model == "demo" else Path(model)) / "transformer" / "config.json"
     try:
         config = json.loads(path.read_text())
         kind = config["_class_name"]
