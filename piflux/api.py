@@ -9,7 +9,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,6 +27,12 @@ from piflux.integrations.diffusers import (
 )
 from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
 from piflux.ranks.groups import bring, check_device
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from piflux.ranks.ranks import VirtualRanks
 
 Target = TypeVar("Target")
 
@@ -113,7 +119,7 @@ class ParallelModule(View, nn.Module):
 def parallelize(
     target: Target,
     *,
-    group: Any = None,
+    group: ProcessGroup | DeviceMesh | VirtualRanks | None = None,
     policy: Policy | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
