@@ -141,7 +141,8 @@ def parallelize(
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
             take the place of these, as `piflux quality --tune` writes it.
-        sync_steps: which steps of an image gather everything, or how many first ones do.
+        sync_steps: the sync steps, which gather everything: their numbers, or how many of the
+            first steps.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that, and a second graph is
