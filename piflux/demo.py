@@ -6,6 +6,8 @@ Its weights, and those of LPIPS, are a package of their own, `packages/piflux-de
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +37,24 @@ NOTE = "The demo's model draws 416 emoji in two styles on ten colours, and nothi
 """What every program that shows its images has to say beside them."""
 
 
+@contextlib.contextmanager
+def _needed() -> Iterator[None]:
+    """Around imports of what the extra `demo` brings.
+
+    Raises:
+        PackageMissing: one of them is not installed; the message says what to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        from piflux.errors import PackageMissing  # not above: it imports torch
+
+        raise PackageMissing(
+            f"the demo needs the package {error.name!r}: pip install 'piflux[demo]'",
+            name=error.name,
+        ) from error
+
+
 def demo_file(name: str) -> Path:
     """Where the package piflux-demo has `name`.
 
@@ -44,9 +64,7 @@ def demo_file(name: str) -> Path:
     Raises:
         PackageMissing: the package is not installed.
     """
-    from piflux.errors import needs  # imports torch, for which a command's help need not wait
-
-    with needs("the demo", "demo"):
+    with _needed():
         package = import_module("piflux_demo")
     assert package.__file__ is not None
     return Path(package.__file__).parent / name
@@ -64,9 +82,7 @@ def demo_pipeline() -> FluxPipeline:
     Raises:
         PackageMissing: a package of the extra `demo` is not installed.
     """
-    from piflux.errors import needs
-
-    with needs("the demo", "demo"):
+    with _needed():  # not above: seconds, for which a command's help need not wait
         import transformers  # noqa: F401  without it diffusers' pipelines are placeholders
         from diffusers import FluxPipeline
         from torch import nn

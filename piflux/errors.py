@@ -65,30 +65,12 @@ class CannotSave(PifluxError):
     """A picture can't be written."""
 
 
-class RankFailed(PifluxError):
-    """A rank raised, died or has nothing to run on; the others were ended."""
-
-
 class PackageMissing(PifluxError, ModuleNotFoundError):
     """A package is not installed that an extra of piflux brings."""
 
 
-@contextlib.contextmanager
-def needs(what: str, extra: str) -> Iterator[None]:
-    """Around the imports of what `extra` brings.
-
-    Raises:
-        PackageMissing: one is not installed; the message says what to install for `what`.
-    """
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "piflux":
-            raise
-        raise PackageMissing(
-            f"{what} needs the package {error.name!r}: pip install 'piflux[{extra}]'",
-            name=error.name,
-        ) from error
+class RankFailed(PifluxError):
+    """A rank raised, died or has nothing to run on; the others were ended."""
 
 
 @contextlib.contextmanager
