@@ -170,6 +170,7 @@ def test_an_index_shows_nothing_that_is_not_there(wheel: Path) -> None:
     assert re.findall(r"\]\((?!https://)", text) == []
     for line in ("# piflux", "Apache-2.0", "](https://"):
         assert line in text
+    assert "one CPU rank, above" in readme and "one CPU rank, above" not in text  # of a picture
     assert text.count("```") == readme.count("```")
 
 
