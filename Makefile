@@ -38,6 +38,6 @@ $(BIN)/python:
 		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install -c constraints.txt pip; }
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt --editable '.[dev]'
+$(INSTALLED): pyproject.toml packages/piflux-demo/pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -c constraints.txt --editable packages/piflux-demo --editable '.[dev]'
 	touch $@

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 
 import piflux
 from piflux.cost.clock import StepClock, synchronize
-from piflux.demo import MODEL
+from piflux.demo import demo_file
 from piflux.ranks.copies import peak_bytes
 from piflux.tools.bench.models import ARCHITECTURES, random_model
 from piflux.tools.launch import is_first, join
@@ -86,9 +86,9 @@ def flux_dev(device: torch.device) -> FluxPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=AutoTokenizer.from_pretrained(MODEL / "tokenizer"),
+        tokenizer=AutoTokenizer.from_pretrained(demo_file("model") / "tokenizer"),
         text_encoder_2=text_encoder_2,
-        tokenizer_2=AutoTokenizer.from_pretrained(MODEL / "tokenizer_2"),
+        tokenizer_2=AutoTokenizer.from_pretrained(demo_file("model") / "tokenizer_2"),
         transformer=random_model(flux.kind, flux.config(full=on_gpu), device, dtype),
     )
 

@@ -19,7 +19,14 @@ from typing import Any
 
 from mkdocs.exceptions import PluginError
 
+import piflux
+
 BLOCK = re.compile(r"^( *)```(snapshot|source)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+
+
+def on_config(config: Any) -> Any:
+    config.copyright = f"piflux {piflux.__version__}"  # at the foot of each page
+    return config
 
 
 def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:

@@ -3,6 +3,20 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__all__ = [
+    "CannotCapture",
+    "CannotShard",
+    "NoAttention",
+    "PifluxError",
+    "RanksDisagree",
+    "Schedule",
+    "backend",
+    "explain",
+    "generation",
+    "parallelize",
+    "virtual_ranks",
+]
+
 if TYPE_CHECKING:
     from piflux.api import explain as explain
     from piflux.api import generation as generation

@@ -13,7 +13,7 @@ def main() -> None:
         if error.name is None or error.name.split(".")[0] == "piflux":
             raise
         sys.exit(
-            f"piflux's command line needs the package {error.name!r}: pip install 'piflux[demo]'"
+            f"piflux's command line needs the package {error.name!r}: pip install 'piflux[cli]'"
         )
     app()
 

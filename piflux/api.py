@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,12 @@ from piflux.integrations.times import shown
 from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device
 from piflux.ranks.processes import ProcessRanks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from piflux.ranks.virtual import VirtualRanks
 
 Target = TypeVar("Target")
 
@@ -93,7 +99,7 @@ class ParallelModule(View, nn.Module):
 def parallelize(
     target: Target,
     *,
-    group: Any = None,
+    group: ProcessGroup | DeviceMesh | VirtualRanks | None = None,
     policy: PolicyName | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
@@ -118,7 +124,8 @@ def parallelize(
             two kernels, or remembers what it measured on this machine, and says what it took and
             why, as `explain` does. Or the path of a `.json` file with settings that take the place
             of these, as `piflux quality --tune` writes it.
-        sync_steps: which steps of an image gather everything, or how many first ones do.
+        sync_steps: the sync steps, which gather everything: their numbers, or how many of the
+            first steps.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that, and a second graph is

@@ -70,6 +70,10 @@ class CannotSave(PifluxError):
     """A picture can't be written."""
 
 
+class PackageMissing(PifluxError, ModuleNotFoundError):
+    """A package is not installed that an extra of piflux brings."""
+
+
 class RankFailed(PifluxError):
     """A rank raised, died or has nothing to run on; the others were ended."""
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -28,8 +27,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import piflux
+from piflux.demo import demo_file
 
-DEMO_MODEL = Path(piflux.__file__).parent / "demo_model"
+DEMO_MODEL = demo_file("model")
 LATENT = 4  # channels of the autoencoder's latents; four of its pixels make a token
 TOKEN = 4 * LATENT
 TEXT = 13

@@ -554,7 +554,7 @@ def test_without_its_packages_the_command_says_what_to_install():
     program = "import sys; sys.modules['typer'] = None; from piflux.__main__ import main; main()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("pip install 'piflux[demo]'")
+    assert done.stderr.strip().endswith("pip install 'piflux[cli]'")
 
 
 # --------------------------------------------------------- several ranks, in processes of their own

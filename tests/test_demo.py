@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
-from piflux.demo import IMAGE_SIZE, MODEL, NOTE, PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
 
 RUN_FLUX = Path(__file__).parent.parent / "examples" / "run_flux.py"
 
@@ -59,10 +59,10 @@ def test_it_draws_what_it_was_told() -> None:
 
 
 def test_weights_are_small_files_without_paths() -> None:
-    files = [path for path in MODEL.rglob("*") if path.is_file()]
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    assert sum(path.stat().st_size for path in weights) < 60e6
-    assert max(path.stat().st_size for path in weights) < 16e6
+    files = [path for path in demo_file("model").rglob("*") if path.is_file()]
+    tensors = [path for path in files if path.suffix == ".safetensors"]
+    assert sum(path.stat().st_size for path in tensors) < 60e6
+    assert max(path.stat().st_size for path in tensors) < 16e6
     assert not any("_name_or_path" in p.read_text() for p in files if p.suffix == ".json")
 
 

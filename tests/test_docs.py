@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import griffe
 import pytest
 import torch
 import typer
@@ -219,6 +220,21 @@ def test_what_does_not_exist_is_noticed(command: str, error: type[BaseException]
     program, *words = shlex.split(command)
     with pytest.raises(error):
         PROGRAMS[program](words)
+
+
+# --------------------------------------------------------------------------------- Python interface
+
+
+def test_signatures_show_values() -> None:
+    """As mkdocstrings reads them: of `parallelize`, and of a dataclass, by its attributes."""
+    extensions = griffe.load_extensions(ROOT / "docs" / "constants.py")
+    package = griffe.load("piflux", search_paths=[ROOT], extensions=extensions)
+    parameters = package["api.parallelize"].parameters
+    assert str(parameters["sync_steps"].default) == "(0, 2)"
+    assert str(parameters["policy"].annotation).startswith("Literal['gather', 'rotate'")
+    assert "Literal['gather', 'recompute'" in str(parameters["sync"].annotation)
+    assert str(parameters["target"].annotation) == "Target"  # a type variable stays
+    assert str(package["policies.schedule.Schedule.sync_steps"].value) == "(0, 2)"
 
 
 # ------------------------------------------------------------------------------------------- links

@@ -17,7 +17,7 @@ from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
-from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_pipeline
+from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
 from piflux.tools.image_cost import Cost
 from piflux.tools.quality import charts, drift
 from piflux.tools.quality.charts import markdown, sheet_of
@@ -32,7 +32,7 @@ from piflux.tools.quality.drift import (
     summary,
     tune,
 )
-from piflux.tools.quality.lpips import LPIPS, WEIGHTS
+from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
 from piflux.tools.quality.variants import Variant
 
@@ -59,7 +59,9 @@ def test_lpips_is_a_distance():
 def test_lpips_equals_the_paper_formula_in_numpy():
     """Equation 1 of Zhang et al. 2018, with loops over positions for convolution and pooling."""
     a, b = pictures(2, 64).double().numpy()
-    weights = {name: x.double().numpy() for name, x in load_file(WEIGHTS).items()}
+    weights = {
+        name: x.double().numpy() for name, x in load_file(demo_file("lpips.safetensors")).items()
+    }
 
     def convolved(x, weight, bias, stride, padding):
         x = np.pad(x, ((0, 0), (padding, padding), (padding, padding)))

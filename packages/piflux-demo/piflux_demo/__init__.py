@@ -1,0 +1,1 @@
+"""Weights for piflux's demo: a small FLUX in `model`, and LPIPS in `lpips.safetensors`."""
