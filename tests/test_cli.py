@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.cost.cost import Choice, Rates
-from piflux.demo import MODEL
+from piflux.demo import demo_file
 from piflux.errors import CannotLoad, CannotSave, RankFailed
 from piflux.tools import cli, options
 from piflux.tools import generate as work
@@ -242,7 +242,7 @@ def test_a_hub_id_is_fetched_or_told(monkeypatch, configs):
         raise OSError("no route to the Hub\nand more")
 
     def fetches(*args, **kwargs):
-        return str(MODEL)
+        return str(demo_file("model"))
 
     where = (
         "huggingface_hub.snapshot_download" if configs else "diffusers.DiffusionPipeline.download"
@@ -254,7 +254,7 @@ def test_a_hub_id_is_fetched_or_told(monkeypatch, configs):
     assert "as a Hub id it can't be fetched: no route to the Hub. Fetch it where" in result.output
     monkeypatch.setattr("huggingface_hub.model_info", fetches)
     monkeypatch.setattr(where, fetches)
-    assert options.folder_of("some/model", configs=configs) == MODEL
+    assert options.folder_of("some/model", configs=configs) == demo_file("model")
 
 
 # -------------------------------------------------------------------------- any pipeline's options

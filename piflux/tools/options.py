@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from piflux.demo import IMAGE_SIZE, MODEL, TEXT_TOKENS, demo_file
+from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
 from piflux.policies.schedule import BEST_SYNC_STEPS, POLICIES, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
@@ -183,7 +183,7 @@ def _is_cached(model: str) -> bool:
 
 def config_of(model: str, part: str) -> dict[str, Any]:
     """The config of a folder's part, or its model_index; empty where it has none."""
-    folder = MODEL if model == "demo" else Path(model)
+    folder = demo_file("model") if model == "demo" else Path(model)
     path = folder / "model_index.json" if part == "" else folder / part / "config.json"
     try:
         found = json.loads(path.read_text())
