@@ -219,24 +219,23 @@ def test_a_target_without_attention(ranks):
     assert_all(ranks.errors(2, unattentive), piflux.NoAttention, "scaled_dot_product_attention")
 
 
+SHORT = {"image_hw": (2, 2), "text": 2}
+
+
 def short(rank, group):
-    """Text of two tokens and an image of two, then both of three, on three ranks."""
+    """Text of two tokens with an image of four, then one of each, on three ranks."""
     target = tiny_flux(single=0)
     model = piflux.parallelize(target, group=group, policy="gather", inner="eager")
-    failures = [
-        caught(model, **flux_inputs(text=2)),
-        caught(model, **flux_inputs(image_hw=(1, 2))),
-    ]
-    return *failures, model(**flux_inputs(image_hw=(1, 3), text=3)).sample
+    image = model(**flux_inputs(**SHORT)).sample
+    return caught(model, **flux_inputs(image_hw=(1, 1), text=1)), image
 
 
 @torch.no_grad()
 def test_more_parts_than_tokens(ranks):
-    """Refused with both numbers; one token a rank is enough, and comes out right after that."""
-    want = tiny_flux(single=0)(**flux_inputs(image_hw=(1, 3), text=3)).sample
-    short_text, short_image, images = zip(*ranks(3, short), strict=True)
-    assert_all(short_text, piflux.CannotShard, "2 tokens", "3 parts")
-    assert_all(short_image, piflux.CannotShard, "2 tokens", "3 parts")
+    """Two parts then have the same token; but not of all tokens, which is refused by number."""
+    want = tiny_flux(single=0)(**flux_inputs(**SHORT)).sample
+    refused, images = zip(*ranks(3, short), strict=True)
+    assert_all(refused, piflux.CannotShard, "2 tokens", "3 parts")
     for image in images:
         assert (image - want).abs().max() < 1e-5
 

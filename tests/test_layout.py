@@ -468,3 +468,14 @@ def test_a_token_that_is_cut_off_in_the_end(n):
 
     for function in (model, between):
         assert_exact(function, torch.randn(1, 7, 8), torch.randn(1, 1, 8), n=n)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_the_same_tokens_twice(n):
+    """A run of the second time, and so of the first, too."""
+
+    def model(x):
+        y = attend(torch.cat([x, x], 1))
+        return attend(torch.cat([y[:, 7:9] * 2, y[:, :7], y[:, 9:]], 1))
+
+    assert_exact(model, torch.randn(1, 7, 8), n=n)

@@ -62,7 +62,7 @@ def preview(
         dtype: of weights and activations.
 
     Raises:
-        CannotShard: a segment has fewer tokens than there are ranks.
+        CannotShard: there are fewer tokens than ranks.
     """
     from diffusers import FluxTransformer2DModel
 

@@ -23,7 +23,6 @@ from piflux.passes.split.writes import Writes
 
 MOST_FAMILIES = 4
 """Of so many all choices are tried, of more each by itself. Two were seen. Chosen, not measured."""
-
 MOST_ALONE = 1 / 4
 """Of the attentions so many may run as a whole on every rank. Chosen, not measured."""
 MOST_SHARES = 2
@@ -41,7 +40,7 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
 
     2. *Name.* From the top, a marked dimension that no link leads to is a new segment; the others
        take over the segments that their links bring. Where two meet in one op they are the same,
-       and so are those of keys and values.
+       and so are those of keys and values, and of a run and what is written over it.
 
     3. *Place.* Upstream of all attention a node may run whole, for every rank has the inputs;
        between attentions it must run on a part; downstream of all it may again run whole, once its
@@ -50,7 +49,8 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
     Raises:
         NoAttention: the graph has no scaled_dot_product_attention.
         CannotShard: tokens are mixed between two attentions, an attention is causal or drops out,
-            or a segment has fewer tokens than there are parts.
+            tokens meet their neighbours, a part that is written has another copy, or there are
+            fewer tokens than parts.
     """
     if not any(is_attention(node) for node in gm.graph.nodes):
         for node in foreign_ops(gm.graph):

@@ -45,8 +45,10 @@ class Segments:
             return ()
         if start == 0 and known_equal(length, sum((s.length for s in layout), sympy.Integer(0))):
             return layout  # most links lead all tokens
-        layout, first = self._cut(node, layout, start)
+        layout, _ = self._cut(node, layout, start)
         layout, end = self._cut(node, layout, sympy.expand(start + length))
+        # What was cut for the end may stand before the start as well.
+        layout, first = self._cut(node, layout, start)
         return layout[first:end]
 
     def unite(self, node: fx.Node, a: Layout, b: Layout) -> Layout:
@@ -87,12 +89,9 @@ class Segments:
                 return layout, number
             end = sympy.expand(at + segment.length)
             if not same(node, edge, end) and less(node, edge, end):
-                first = sympy.expand(edge - at)
+                self._split(node, segment, sympy.expand(edge - at))
                 # The segment may stand in the layout more than once.
-                before = len(self.refined(layout[:number]))
-                self._split(node, segment, first)
-                repeats = sum(s is segment for s in layout[:number])
-                return self.refined(layout), before + repeats + 1
+                return self.refined(layout), len(self.refined(layout[:number])) + 1
             at = end
         if same(node, edge, at):
             return layout, len(layout)
