@@ -271,4 +271,4 @@ def test_a_generation_without_a_call_is_told_of(caplog):
     caplog.clear()
     with piflux.generation(parallel):
         parallel(x)
-    assert not caplog.text
+    assert "never called" not in caplog.text

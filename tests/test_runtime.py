@@ -224,3 +224,14 @@ def test_packets_are_the_same_in_every_step():
     memory.give_all_back(ranks.rank)
     assert memory.packet(ranks, like) is first
     assert memory.packet(ranks, [torch.zeros(1, 2, 3, 8)]) not in (first, second)
+
+
+@pytest.mark.parametrize("low", [-math.inf, torch.finfo(torch.float32).min, -1e4])
+def test_a_mask_is_itself_and_no_other(low):
+    """What stands for minus infinity hides neither where it stands nor what stands beside it."""
+    mask = torch.linspace(0, 1, 32).masked_fill(torch.arange(32) >= 20, low)
+    assert not Sketch.of(mask).differs(Sketch.of(mask.clone()))
+    assert Sketch.of(mask).differs(Sketch.of(mask.roll(1)))
+    assert Sketch.of(mask).differs(Sketch.of(mask.masked_fill(mask == low, -low)))
+    if low < -1e15:
+        assert Sketch.of(mask).differs(Sketch.of(torch.where(mask == low, mask, mask * 2)))
