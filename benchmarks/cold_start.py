@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
@@ -29,7 +27,8 @@ from torch._dynamo.backends.registry import lookup_backend
 
 import piflux
 from piflux.compile import compiler
-from piflux.tools.bench.rows import FLUX_DEV
+from piflux.tools.bench.models import FLUX_DEV
+from piflux.tools.records import hardware, header, script
 
 WORKER = "COLD_START_WORKER"
 STEPS = 10
@@ -218,10 +217,9 @@ def main(
         with tempfile.TemporaryDirectory() as cache:
             for start in ("cold", "warm"):
                 rows[f"{name}, {start}"] = _row(model, blocks, dynamic, cache)
-    hardware = (
-        torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} {platform.machine()} CPUs"
+    table = Table(
+        title=f"{double} + {single} blocks, {model.heads} x {model.head_dim}, {hardware()}"
     )
-    table = Table(title=f"{double} + {single} blocks, {model.heads} x {model.head_dim}, {hardware}")
     table.add_column("")
     for name in rows:
         table.add_column(name, justify="right")
@@ -231,9 +229,7 @@ def main(
     Console().print(table)
     if output is not None:
         report = {
-            "command": shlex.join(sys.argv),
-            "hardware": hardware,
-            "torch": torch.__version__,
+            **header(program=script()),
             "model": asdict(model),
             "dynamic": dynamic,
             "rows": {name: asdict(result) for name, result in rows.items()},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -20,11 +19,11 @@ import typer
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-import piflux
 from piflux.cost.clock import median_seconds
 from piflux.integrations.bands import Bands
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 from piflux.tools.launch import is_first, join
+from piflux.tools.records import header, script
 
 LATENT_CHANNELS = 16
 PIXELS_A_LATENT = 8
@@ -98,12 +97,10 @@ def main(
     if not is_first():
         return
     found = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        **header(program=script(), ranks=ranks.size),
         "ranks": ranks.size,
         "threads": None if device.type == "cuda" else torch.get_num_threads(),
         "dtype": dtype,
-        "torch": torch.__version__,
-        "piflux": piflux.__version__,
         "rows": [asdict(row) for row in rows],
     }
     text = json.dumps(found, indent=1)

@@ -10,15 +10,11 @@ they are small ones. Run once for each way, on the ranks that share the picture:
 from __future__ import annotations
 
 import json
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,8 +29,9 @@ import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import demo_file
 from piflux.ranks.copies import peak_bytes
-from piflux.tools.bench.rows import FLUX_DEV, SMALL, random_flux
+from piflux.tools.bench.models import ARCHITECTURES, random_model
 from piflux.tools.launch import is_first, join
+from piflux.tools.records import header, script
 
 PROMPT = "A red fox in fresh snow, early morning light"
 
@@ -74,7 +71,8 @@ def flux_dev(device: torch.device) -> FluxPipeline:
     The tokenizers are those of the project's own model: what the tokens are is of no account here.
     """
     on_gpu = device.type == "cuda"
-    clip, t5, config = (CLIP, T5, FLUX_DEV) if on_gpu else (SMALL_CLIP, SMALL_T5, SMALL)
+    clip, t5 = (CLIP, T5) if on_gpu else (SMALL_CLIP, SMALL_T5)
+    flux = ARCHITECTURES["flux.1"]
     dtype = torch.bfloat16 if on_gpu else torch.float32
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -91,7 +89,7 @@ def flux_dev(device: torch.device) -> FluxPipeline:
         tokenizer=AutoTokenizer.from_pretrained(demo_file("model") / "tokenizer"),
         text_encoder_2=text_encoder_2,
         tokenizer_2=AutoTokenizer.from_pretrained(demo_file("model") / "tokenizer_2"),
-        transformer=random_flux(config, device, dtype),
+        transformer=random_model(flux.kind, flux.config(full=on_gpu), device, dtype),
     )
 
 
@@ -195,11 +193,7 @@ def main(
             peak_bytes() / 2**30 if on_gpu else None,
         )
         record = {
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(["python", *sys.argv]),
-            "hardware": torch.cuda.get_device_name() if on_gpu else "CPU",
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
+            **header(program=script(), ranks=ranks),
             **asdict(result),
         }
         print(json.dumps(record))

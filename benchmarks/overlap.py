@@ -20,9 +20,10 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 import piflux
-from piflux.tools.bench.rows import build
+from piflux.tools.bench.models import build
 from piflux.tools.launch import is_first, join
-from piflux.tools.quality.drift import Variant
+from piflux.tools.quality.variants import Variant
+from piflux.tools.records import header, script
 
 COLLECTIVE = "nccl", "PtoP"
 """What the names of kernels have, and of copies, that move data between GPUs."""
@@ -137,7 +138,7 @@ def main(
                 shutil.copyfileobj(plain, packed)
             trace.unlink()
             results.append(asdict(overlap_of(events, variant.name, dist.get_world_size())))
-            record = {"hardware": torch.cuda.get_device_name(), "torch": torch.__version__}
+            record = header(program=script(), ranks=dist.get_world_size())
             (out / "overlap.json").write_text(json.dumps(record | {"rows": results}, indent=1))
             print(results[-1])
     dist.destroy_process_group()

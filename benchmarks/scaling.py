@@ -21,12 +21,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,15 +32,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from piflux.cost.cost import Cost, Layer, Rates
+from piflux.cost.cost import Layer, Rates
 from piflux.policies.schedule import Schedule
 from piflux.tools import options
-from piflux.tools.bench.rows import FLUX_DEV
+from piflux.tools.bench.models import FLUX_DEV
+from piflux.tools.image_cost import Cost
 from piflux.tools.preview import Preview, preview
+from piflux.tools.records import header, script
 
 RESULTS = Path(__file__).parent / "results"
 TEXT_TOKENS = 512
-"""Of a prompt, in `piflux.tools.bench.rows.build`."""
+"""Of a prompt, in `piflux.tools.bench.models.build`."""
 
 ROWS: dict[str, dict[str, Any]] = {
     "gather": {"policy": "gather"},
@@ -51,7 +50,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "rotate-recompute": {"policy": "rotate", "sync": "recompute"},
     "displaced": {"policy": "displaced"},
 }
-"""As `piflux.tools.bench.rows.ROWS` names them."""
+"""As `piflux.tools.bench.ways.WAYS` names them."""
 
 VARIANT = "rotate"
 """The row of steps.json whose steps are taken: `rotate` with its defaults."""
@@ -514,8 +513,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "a model, not a measurement; see benchmarks/scaling.py",
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        **header(program=script()),
         "measured": {
             path.name: {name: record.get(name) for name in ("date", "hardware", "versions")}
             for path, record in zip((measured, alone), records, strict=True)

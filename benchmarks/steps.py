@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 import statistics
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,9 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 import piflux
 from piflux.cost.clock import between, mark, synchronize
 from piflux.tools.bench.bench import measure_floor
-from piflux.tools.bench.rows import build, to_fp8
-from piflux.tools.doctor import versions
-from piflux.tools.quality.drift import Variant
+from piflux.tools.bench.models import build
+from piflux.tools.bench.rows import to_fp8
+from piflux.tools.quality.variants import Variant
+from piflux.tools.records import header, script
 
 IMAGES = 3
 
@@ -171,10 +169,7 @@ def main(
         to_fp8(model)
     results: list[Result] = []
     record: dict[str, Any] = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        "hardware": torch.cuda.get_device_name() if on_gpu else "CPU, one thread",
-        "versions": versions("torchao"),
+        **header("torchao", program=script()),
         "size": size,
         "steps": steps,
         "floor": asdict(floor),

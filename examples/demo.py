@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from skimage.metrics import peak_signal_noise_ratio
 
 from piflux.demo import PROMPTS
-from piflux.tools.generate import numbered
+from piflux.tools.options import numbered
+from piflux.tools.quality.charts import contact_sheet
+from piflux.tools.quality.drift import psnr
 from piflux.tools.quality.lpips import LPIPS
 
 OUT = Path("out")
 PICTURES = PROMPTS[:4]
 """Drawn in one batch: a step of a single one is too small to share well (docs/experiments.md)."""
-MARGIN = 40  # pixels for a label above pictures
 
 console = Console()
 
@@ -41,7 +41,8 @@ def main() -> None:
         f"{name}, {result['median_step_ms'] / 1000:.2f} s a step"
         for name, result in (("1 rank", one), ("2 ranks", two))
     ]
-    side_by_side(rows, labels).save(OUT / "demo-side-by-side.png")
+    below = [[label] * len(PICTURES) for label in labels]
+    contact_sheet(rows, below, OUT / "demo-side-by-side.png")
 
     table = Table("", "1 rank", "2 ranks", "speed-up")
     for name, seconds in (
@@ -51,12 +52,12 @@ def main() -> None:
         before, after = seconds(one), seconds(two)
         table.add_row(name, f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}x")
     arrays = [np.stack([np.array(image) for image in images]) for images in rows]
-    psnr = np.mean([peak_signal_noise_ratio(*pair) for pair in zip(*arrays, strict=True)])
-    lpips = LPIPS()(*(torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in arrays)).mean().item()
+    pair = [torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in arrays]
+    decibels, lpips = psnr(*pair).mean().item(), LPIPS()(*pair).mean().item()
     console.print(table)
     console.print(
         "The pictures on 2 ranks against those on 1, in the mean: "
-        f"PSNR {psnr:.2f} dB, LPIPS {lpips:.4f}"
+        f"PSNR {decibels:.2f} dB, LPIPS {lpips:.4f}"
     )
     console.print(one["note"])
     console.print(f"Saved {', '.join(str(path) for path in sorted(OUT.glob('demo-*.png')))}")
@@ -81,22 +82,6 @@ def generate(ranks: int) -> tuple[list[Image.Image], dict[str, Any]]:
     subprocess.run(python, env=environment, check=True)
     paths = numbered(image, len(PICTURES))
     return [Image.open(path) for path in paths], json.loads(measurements.read_text())
-
-
-def side_by_side(rows: list[list[Image.Image]], labels: list[str]) -> Image.Image:
-    """Each row's pictures from left to right, under its label; all of one size."""
-    width, height = rows[0][0].size
-    sheet = Image.new("RGB", (width * len(rows[0]), (height + MARGIN) * len(rows)), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=MARGIN // 2)
-    for row, (images, label) in enumerate(zip(rows, labels, strict=True)):
-        top = row * (height + MARGIN)
-        draw.text(
-            (sheet.width // 2, top + MARGIN // 2), label, fill="black", font=font, anchor="mm"
-        )
-        for column, image in enumerate(images):
-            sheet.paste(image, (column * width, top + MARGIN))
-    return sheet
 
 
 if __name__ == "__main__":

@@ -21,13 +21,12 @@ from piflux.demo import NOTE, PROMPTS
 from piflux.ranks.copies import peak_bytes
 from piflux.ranks.groups import own_device
 from piflux.tools import options
-from piflux.tools.bench.rows import FLUX_DEV, random_flux
-from piflux.tools.generate import load, numbered, show
-from piflux.tools.options import SYNC_STEPS, RefreshOption, SyncStepsOption
+from piflux.tools.bench.models import FLUX_DEV, random_model
+from piflux.tools.generate import Request, add_loras, arguments, load, pipeline_class, show
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
-    "No image: there is no VAE to decode the latents."
+    "No image, and prompts are without effect: there is neither VAE nor text encoder."
 )
 
 console = Console()
@@ -83,20 +82,25 @@ def main(
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 28,
-    seed: Annotated[int, typer.Option(help="Of the first picture; each has one more.")] = 0,
+    seed: options.SeedOption = 0,
     height: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
     width: Annotated[int | None, typer.Option(help="Default: 1024; demo: 256.")] = None,
-    guidance_scale: float = 3.5,
+    guidance_scale: options.GuidanceOption = 3.5,
     warmups: Annotated[int, typer.Option(min=0, help="Short untimed calls before.")] = 1,
     policy: Annotated[
         Literal["gather", "rotate", "displaced", "none"],
         typer.Option(help="'none': one rank without piflux, to compare with."),
     ] = "rotate",
-    sync_steps: SyncStepsOption = SYNC_STEPS,
-    refresh_every: RefreshOption = None,
-    sync: Annotated[
-        Literal["gather", "recompute"], typer.Option(help="How sync steps get keys and values.")
-    ] = "gather",
+    sync_steps: options.SyncStepsOption = None,
+    refresh_every: options.RefreshOption = None,
+    sync: options.SyncOption = "gather",
+    order: options.OrderOption = 1,
+    compression: options.CompressionOption = "none",
+    negative_prompt: options.NegativeOption = None,
+    image: options.ImageOption = None,
+    mask: options.MaskOption = None,
+    lora: options.LoraOption = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt, in one batch.")] = 1,
     compile_: Annotated[
         bool | None,
         typer.Option("--compile/--no-compile", help="By inductor. Default: on a GPU."),
@@ -123,28 +127,45 @@ def main(
     compile_ = device.type == "cuda" if compile_ is None else compile_
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     check_arguments(model, random_weights, device, height, width, policy, ranks)
-    settings = options.settings("gather" if policy == "none" else policy, sync_steps, refresh_every)
+    settings = options.settings(
+        "rotate" if policy == "none" else policy,
+        sync_steps,
+        refresh_every,
+        steps,
+        sync=sync,
+        order=order,
+        compression=compression,
+    )
     say = console.print if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None
+    texts = prompt or [PROMPTS[0] if demo else "A red fox in fresh snow, early morning light"]
+    texts = [options.prompt(text) for text in texts for _ in range(count)]
 
-    call: dict[str, Any] = {
-        "height": height,
-        "width": width,
-        "guidance_scale": guidance_scale,
-    }
-    if demo:
-        if model != "demo":
-            say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
-        pipe, more = load("demo", device)
-        call |= more | {"prompt": prompt or [PROMPTS[0]]}
-    elif random_weights:
-        pipe = random_flux_dev(device)
-        call |= random_embeddings(device) | {"output_type": "latent"}
+    if random_weights:
+        if prompt or negative_prompt or image or mask or lora:
+            say("Random weights ignore the prompt, and what else says what to draw.")
+        pipe: Any = random_flux_dev(device)
+        call = random_embeddings(device) | {"output_type": "latent"}
+        call |= {"height": height, "width": width, "guidance_scale": guidance_scale}
     else:
+        if demo and model != "demo":
+            say(f"No CUDA device: piflux's small pipeline runs instead of {model}.")
+        request = Request(
+            model="demo" if demo else str(options.folder_of(model)),
+            prompts=tuple(texts),
+            out=None,
+            settings=settings,
+            steps=steps,
+            size=(width, height),
+            guidance=guidance_scale,
+            negative=negative_prompt,
+            image=image,
+            mask=mask,
+            loras=options.loras(lora),
+        )
         try:
-            pipe, _ = load(model, device)
+            pipe, call = prepared(request, device)
         except piflux.PifluxError as error:
             raise typer.BadParameter(str(error)) from None
-        call |= {"prompt": prompt or ["A red fox in fresh snow, early morning light"]}
 
     if policy == "none":
         pipe.set_progress_bar_config(disable=None)
@@ -154,11 +175,10 @@ def main(
         pipe = piflux.parallelize(
             pipe,
             **settings,
-            sync=sync,
             inner="inductor" if compile_ else "eager",
         )
 
-    pictures = 1 if random_weights else len(call["prompt"])
+    pictures = 1 if random_weights else len(texts)
 
     def generate(num_inference_steps: int, clock: StepClock | None = None) -> Any:
         """The images, or latents of shape (1, tokens, 64); the same noise at every call."""
@@ -209,13 +229,27 @@ def main(
             json_file.write_text(json.dumps(asdict(result), indent=2) + "\n")
         if not random_weights:
             output.parent.mkdir(parents=True, exist_ok=True)
-            for image, path in zip(images, numbered(output, pictures), strict=True):
+            for image, path in zip(images, options.numbered(output, pictures), strict=True):
                 image.save(path)
                 console.print(f"Saved {path}")
                 if print_output:
                     show(image, console)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def prepared(request: Request, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that draws what is asked for, all pictures in one batch, and its arguments."""
+    kind = pipeline_class(request.model)
+    target, call = arguments(kind, request)
+    pipe, more = load(request.model, device)
+    add_loras(pipe, request.loras)
+    if target is not kind:
+        pipe = target.from_pipe(pipe)
+    del call["num_inference_steps"]  # warm-ups take fewer
+    if request.negative is not None:
+        call["negative_prompt"] = [request.negative] * len(request.prompts)
+    return pipe, call | more | {"prompt": list(request.prompts)}
 
 
 def check_arguments(
@@ -241,12 +275,12 @@ def check_arguments(
                 "use --model demo"
             )
     else:
-        options.check_model(model, hub=True)
+        options.check_model(model)
 
 
 def random_flux_dev(device: torch.device) -> FluxPipeline:
     """FLUX.1-dev's transformer in bfloat16 with random weights, made on `device`; nothing else."""
-    transformer = random_flux(FLUX_DEV, device, torch.bfloat16)
+    transformer = random_model("FluxTransformer2DModel", FLUX_DEV, device, torch.bfloat16)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=None,

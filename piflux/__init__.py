@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from piflux.errors import PifluxError as PifluxError
     from piflux.errors import RanksDisagree as RanksDisagree
     from piflux.policies.schedule import Schedule as Schedule
-    from piflux.ranks.ranks import virtual_ranks as virtual_ranks
+    from piflux.ranks.virtual import virtual_ranks as virtual_ranks
 else:
     _HOMES = {
         "api": ("explain", "generation", "parallelize"),
         "compile.compiler": ("backend",),
         "errors": ("CannotCapture", "CannotShard", "NoAttention", "PifluxError", "RanksDisagree"),
-        "ranks.ranks": ("virtual_ranks",),
+        "ranks.virtual": ("virtual_ranks",),
         "policies.schedule": ("Schedule",),
     }
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 
-from piflux.capture.views import View, view_of
-from piflux.compile.compiler import Compiler, make_compiler
+from piflux.capture import dynamo
+from piflux.capture.views import View, standing_for, view_of
+from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
+from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
     is_pipeline,
@@ -25,64 +24,28 @@ from piflux.integrations.diffusers import (
     refuse_step_caches,
     transformers_of,
 )
-from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, Policy, Sync
+from piflux.integrations.hooks import (
+    Forward,
+    OldForward,
+    breaks_graphs,
+    hooked,
+    refuse_hooks,
+    within_hooks,
+)
+from piflux.integrations.times import shown
+from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device
+from piflux.ranks.processes import ProcessRanks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from piflux.ranks.ranks import VirtualRanks
+    from piflux.ranks.virtual import VirtualRanks
 
 Target = TypeVar("Target")
 
-
-class _LoggerMethod(str):
-    """What passes for a method of loggers in a set, and for its name in a record of that set.
-
-    torch 2.11 sorts the functions that its config holds to write them as JSON, and logs at each
-    compilation that it can't.
-    """
-
-    __slots__ = ()
-
-    @property
-    def method(self) -> FunctionType:
-        found: FunctionType = getattr(logging.Logger, str(self))
-        return found
-
-    def __eq__(self, other: object) -> bool:
-        return other is self.method
-
-    def __hash__(self) -> int:
-        return hash(self.method)
-
-
-_DYNAMO = {
-    # Models that warn of deprecated inputs would break the graph at the warning.
-    "ignore_logger_methods": set(map(_LoggerMethod, ("debug", "info", "warning", "error"))),
-    # One graph for each set of optional inputs, adapters and static or dynamic sizes.
-    "recompile_limit": 64,
-}
-
-_NUMBERS = itertools.count()
-"""Of the modules parallelized in this process."""
-
-
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Garbage is collected after the call, not in it.
-
-    A first call makes a million objects that stay. With a pipeline's modules loaded, looking
-    through all objects for garbage again and again would take a sixth of it.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+log = logging.getLogger(__name__)
 
 
 class ParallelModule(View, nn.Module):
@@ -91,36 +54,53 @@ class ParallelModule(View, nn.Module):
     _piflux_compiler: Compiler
     _piflux_compiled: Callable[..., Any]
     _piflux_settings: contextlib.AbstractContextManager[Any]
+    _piflux_core: Callable[..., Any]
+    _piflux_outer: tuple[Any, Any] | None = None
+    _piflux_calls = 0
+    _piflux_unchecked = True  # whether an image began since weights were compared
+    _piflux_same_weights: SameWeights
 
-    # Not `forward`: hooks live in the shared `__dict__`, and the target's own call runs them.
+    forward: Any = Forward()
+    _old_forward: Any = OldForward()
+
+    # PyTorch's own hooks live in the shared `__dict__`, and the target's own call runs them.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def _piflux_run(self, *args: Any, **kwargs: Any) -> Any:
+        """The compiled call, with the weights where hooks around it have put them."""
         parameter = next(self.parameters(), None)
-        if parameter is not None:
-            check_device(self._piflux_compiler.runtime.ranks, parameter.device)
         if has_step_cache(self):
             refuse_step_caches(self)
-        with torch.no_grad(), self._piflux_settings, _uncollected():
+        if breaks_graphs(self, parameter):
+            refuse_hooks(self)
+        ranks, cls = self._piflux_compiler.runtime.ranks, type(self)
+        if parameter is not None:
+            check_device(ranks, parameter.device)
+            if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
+                self._piflux_same_weights.check(self._piflux_target, ranks, parameter.device)
+        cls._piflux_unchecked = False
+        cls._piflux_calls += 1
+        with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
             try:
                 return self._piflux_compiled(*args, **kwargs)
             except Unsupported:
                 refuse_step_caches(self)
+                refuse_hooks(self)
                 if self._piflux_compiler.reports:
                     raise
             # Dynamo need not follow how a first call makes what later ones find: rotary tables.
             self._piflux_target(*args, **kwargs)
             return self._piflux_compiled(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self(*args, **kwargs)
-
 
 def parallelize(
     target: Target,
     *,
     group: ProcessGroup | DeviceMesh | VirtualRanks | None = None,
-    policy: Policy | str = "rotate",
+    policy: PolicyName | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
     sync: Sync = "gather",
@@ -139,8 +119,11 @@ def parallelize(
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
-            'rotate' or 'displaced' (remembered). Or the path of a `.json` file with settings that
-            take the place of these, as `piflux quality --tune` writes it.
+            'rotate' or 'displaced' (remembered). 'auto' takes the freshest that the link between
+            the ranks can afford, on all of them alike: at the first call it measures the link and
+            two kernels, or remembers what it measured on this machine, and says what it took and
+            why, as `explain` does. Or the path of a `.json` file with settings that take the place
+            of these, as `piflux quality --tune` writes it.
         sync_steps: the sync steps, which gather everything: their numbers, or how many of the
             first steps.
         refresh_every: afterwards, gather everything once in so many steps.
@@ -193,7 +176,8 @@ def parallelize(
         return _parallel_module(target, make_compiler(**settings))
     raise TypeError(
         "piflux.parallelize takes an nn.Module or a diffusers pipeline, got "
-        f"{type(target).__module__}.{type(target).__name__}"
+        f"{type(target).__module__}.{type(target).__name__}; of anything else, such as a modular "
+        "pipeline, parallelize the transformer that it holds"
     )
 
 
@@ -208,50 +192,29 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "parallelize compiles it"
         )
     refuse_step_caches(target)
+    refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
-    check_device(
-        compiler.runtime.ranks, next((p.device for p in target.parameters()), torch.device("cpu"))
-    )
-    call = _call(target)
+    if not hooked(target):
+        parameter = next(target.parameters(), None)
+        device = torch.device("cpu") if parameter is None else parameter.device
+        check_device(compiler.runtime.ranks, device)
+    call = dynamo.call_of(target)
     view = view_of(
         target,
         ParallelModule,
+        _piflux_core=standing_for(type(target).forward, ParallelModule._piflux_run),
         _piflux_compiler=compiler,
-        _piflux_settings=torch._dynamo.config.patch(_DYNAMO),
-        _piflux_compiled=staticmethod(_compiled(call, compiler)),
+        _piflux_same_weights=SameWeights(),
+        _piflux_settings=dynamo.settings(),
+        _piflux_compiled=staticmethod(dynamo.compiled(call, compiler)),
     )
-    # Dynamo would keep the code's graphs for good, and they the caches.
-    weakref.finalize(view, torch._dynamo.eval_frame.reset_code, call.__code__).atexit = False
+    dynamo.forget_with(view, call)
     return view
 
 
-def _call(target: nn.Module) -> FunctionType:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return target(*args, **kwargs)
-
-    # Dynamo counts recompilations by code object, and remembers by its name which sizes varied.
-    # With one of its own a model is not held to account for others of its class: sizes that they
-    # were called with don't make its first graph symbolic.
-    code = call.__code__.replace(co_name=f"call_{next(_NUMBERS)}")
-    return FunctionType(code, call.__globals__, code.co_name, None, call.__closure__)
-
-
-def _compiled(call: Callable[..., Any], compiler: Compiler) -> Callable[..., Any]:
-    alive = weakref.ref(compiler)
-
-    def piflux(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The compiler, which Dynamo must not keep alive: it remembers backends for good."""
-        found = alive()
-        assert found is not None, "the module that is being called holds its compiler"
-        return found(gm, example_inputs)
-
-    # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
-    return torch.compile(call, backend=piflux, fullgraph=True)
-
-
-def _compilers(target: Any) -> list[Compiler]:
+def _parallel_modules(target: Any) -> list[ParallelModule]:
     modules = transformers_of(target).values() if is_pipeline(target) else [target]
-    found = [m._piflux_compiler for m in modules if isinstance(m, ParallelModule)]
+    found = [m for m in modules if isinstance(m, ParallelModule)]
     if not found:
         raise TypeError(
             f"this {type(target).__name__} is not parallelized: pass what piflux.parallelize gave"
@@ -277,17 +240,41 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
         TypeError: the target isn't parallelized.
         StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
-    foreseen = None if timesteps is None else lambda: timesteps
+    foreseen = None if timesteps is None else partial(shown, timesteps)
+    modules = _parallel_modules(target)
+    calls = [module._piflux_calls for module in modules]
     with contextlib.ExitStack() as stack:
-        for compiler in _compilers(target):
-            stack.enter_context(compiler.runtime.generation(foreseen))
+        for module in modules:
+            stack.enter_context(module._piflux_compiler.runtime.generation(foreseen))
+            type(module)._piflux_unchecked = True
         yield
+    if calls == [module._piflux_calls for module in modules]:
+        log.warning(
+            "piflux.generation ended and the %s that it was given was never called: call what "
+            "piflux.parallelize returned, not the original",
+            type(target).__name__,
+        )
 
 
 def explain(target: Any) -> Report:
     """What the compiler did to a parallelized module or pipeline, graph by graph.
 
+    Or to a module of `torch.compile(backend="piflux")` that was called.
+
     Raises:
         TypeError: the target isn't parallelized.
     """
-    return Report(tuple(r for compiler in _compilers(target) for r in compiler.reports))
+    if isinstance(target, torch._dynamo.OptimizedModule):
+        found = reports_of(target)
+        if not found:
+            raise TypeError(
+                f"no graph of this {type(target._orig_mod).__name__} was compiled by piflux: call "
+                'it once, and compile it with torch.compile(model, backend="piflux")'
+            )
+        notes = dict.fromkeys(note for _, noted in found for note in noted)
+        return Report(tuple(report for report, _ in found), tuple(notes))
+    compilers = [module._piflux_compiler for module in _parallel_modules(target)]
+    return Report(
+        tuple(report for compiler in compilers for report in compiler.reports),
+        tuple(dict.fromkeys(note for compiler in compilers for note in compiler.runtime.notes)),
+    )

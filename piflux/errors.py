@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import fx
+if TYPE_CHECKING:
+    from torch import fx
+
+INTERRUPTED = 130
+"""Exit code of a command after Ctrl-C, as shells have it."""
 
 
 class PifluxError(Exception):
@@ -16,6 +18,9 @@ class PifluxError(Exception):
 
 class CompileError(PifluxError):
     """Raised while a graph is compiled."""
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class CannotShard(CompileError):
@@ -73,27 +78,6 @@ class RankFailed(PifluxError):
     """A rank raised, died or has nothing to run on; the others were ended."""
 
 
-@contextlib.contextmanager
-def let_through() -> Iterator[None]:
-    """Where Dynamo calls a backend: a `CompileError` reaches the backend's user as what it is.
-
-    Dynamo lets its own `ShortenTraceback` through unchanged, and wraps any other exception of a
-    backend in `BackendCompilerFailed`. So the error becomes one of both kinds; not from the
-    beginning, since whoever only catches errors need not wait a second for Dynamo's import.
-    """
-    try:
-        yield
-    except CompileError as error:
-        from torch._dynamo.exc import ShortenTraceback
-
-        kind = type(error)
-        if not isinstance(error, ShortenTraceback):
-            names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-            error.__class__ = type(kind.__name__, (kind, ShortenTraceback), names)
-            vars(error)["first_useful_frame"] = None  # its traceback stays whole
-        raise
-
-
 def plain(message: str) -> str:
     """Without the advice that Dynamo adds to what a backend raises."""
     return message.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()
@@ -105,6 +89,8 @@ def describe_op(node: fx.Node) -> str:
         return f"Tensor.{node.target}"
     if node.op != "call_function":
         return node.op
+    import torch  # not before: a command that refuses its arguments need not wait for it
+
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target)

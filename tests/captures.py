@@ -7,7 +7,6 @@ guards that it always checks; the compiler, which gets a copy of the graph, is e
 so is all that it makes of it. How models are captured is for tests outside of it.
 """
 
-import copy
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -22,7 +21,8 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext, tracing
 from torch.utils._pytree import tree_flatten
 
-from piflux import api
+from piflux.capture import dynamo
+from piflux.capture.captured import Captured
 from piflux.compile.compiler import Compiler
 
 _codes: dict[Hashable, CodeType] = {}
@@ -37,12 +37,12 @@ _called: tuple[Hashable, Compiler]
 @contextmanager
 def captured_once() -> Iterator[None]:
     """For models that are parallelized inside of it; of a job for ranks, a decorator."""
-    with mock.patch.object(api, "_compiled", _compiled):
+    with mock.patch.object(dynamo, "compiled", _compiled):
         yield
 
 
 def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:
-    """As `piflux.api._compiled`, but models that are alike have one code and one backend."""
+    """As `dynamo.compiled`, but models that are alike have one code and one backend."""
     first: Hashable = None
     compiled: Callable[..., Any] = call
 
@@ -84,16 +84,16 @@ def _backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..
         # Such a graph serves more calls, as of many sizes. A model to come would have it at once,
         # where alone it had one with numbers first.
         _codes.pop(first, None)
-    context, untouched = TracingContext.get(), copy.deepcopy(gm)
+    context, captured = TracingContext.get(), Captured.of(gm, example_inputs)
     compiled: WeakKeyDictionary[Compiler, Callable[..., Any]] = WeakKeyDictionary()
-    compiled[compiler] = compiler(gm, example_inputs)
+    compiled[compiler] = compiler.install(captured)
 
     def run(*args: Any) -> Any:
         _, compiler = _called
         if compiler not in compiled:
             counters["stats"]["unique_graphs"] += 1  # Dynamo's, which would have captured it
             with tracing(context):
-                compiled[compiler] = compiler(copy.deepcopy(untouched), example_inputs)
+                compiled[compiler] = compiler.install(captured)
         return compiled[compiler](*args)
 
     return run

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from piflux.tools import cli
+from piflux.tools import generate as work
 from piflux.tools.generate import Made, Picture, Request
 from piflux.tools.launch import join
 
@@ -18,7 +19,8 @@ def meet(request: Request) -> Made | None:
     join()
     whole: list[int | None] = [None] * dist.get_world_size()
     dist.all_gather_object(whole, dist.get_rank())
-    (request.paths[0].parent / f"gathered-{dist.get_rank()}").touch()
+    assert request.out is not None
+    (request.out.parent / f"gathered-{dist.get_rank()}").touch()
     if dist.get_rank() != 0:
         return None
     assert whole == list(range(len(whole)))
@@ -33,5 +35,5 @@ def gather(request: Request) -> None:
 
 
 if __name__ == "__main__":
-    cli.make_pictures = {"meet": meet, "gather": gather}[sys.argv.pop(1)]
+    work.generate = {"meet": meet, "gather": gather}[sys.argv.pop(1)]
     cli.app()

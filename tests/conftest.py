@@ -5,8 +5,8 @@ torch is imported where it is needed, since the process that hands tests to othe
 
 import gc
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -59,6 +59,21 @@ def captured_once() -> Iterator[None]:
 
     with captured_once():
         yield
+
+
+@pytest.fixture
+def virtual() -> "Callable[..., list[Any]]":
+    """Ranks in this process, called as `ranks` are: `virtual(n, fn, *args)`.
+
+    `fn(rank, group, *args)` runs once, for all of them; the list has its one result. They run what
+    real ranks run, and a model is captured and compiled once: for all that isn't about processes.
+    """
+    import piflux
+
+    def run(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
+        return [fn(0, piflux.virtual_ranks(n), *args)]
+
+    return run
 
 
 @pytest.fixture(scope="session")

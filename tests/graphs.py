@@ -1,20 +1,28 @@
-"""Small graphs to run passes on, and how they are written down in snapshots."""
+"""Small graphs to run passes on, captured or read, and how they are written down in snapshots."""
 
 from __future__ import annotations
 
+import ast
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
+import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from piflux.compile.compiler import PASSES
+from piflux.compile.program import PASSES
 from piflux.errors import describe_op
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Context, known, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name, run_node
+from piflux.graph.plan import Context
+from piflux.graph.values import known, tensors
 from piflux.passes.runner import Pass, run_passes
+
+MANY = 1_000_000
 
 
 def capture(
@@ -27,29 +35,123 @@ def capture(
         graphs.append(gm)
         return gm.forward
 
-    torch._dynamo.reset()
     compiled = torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)
-    with torch.no_grad():
+    # No other capture of the same code has a say: to forget all would take theirs from `captures`.
+    alone = torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False, recompile_limit=MANY, accumulated_recompile_limit=MANY
+    )
+    with alone, torch.no_grad():
         compiled(*args, **kwargs)
     (gm,) = graphs
     return gm
+
+
+def parsed(source: str, **dtypes: torch.dtype) -> fx.GraphModule:
+    """The graph of which `text` makes `source`, in milliseconds; all sizes are numbers.
+
+    Inputs come first, parameters among them, whose names have a dot: `0.weight: (8, 8)`. They are
+    float32 if `dtypes` says nothing else. An op that Python's `operator` has is taken from there.
+
+    Raises:
+        AssertionError: an op gives another shape than is written.
+    """
+    mode, graph, nodes = FakeTensorMode(), fx.Graph(), {}
+    for line in source.strip().splitlines():
+        if line.startswith("return "):
+            graph.output(_read(line.removeprefix("return "), nodes))
+            continue
+        name, written = line.split(": ", 1)
+        shape, _, call = written.partition(" = ")
+        assert name not in nodes, f"{name} is written twice"
+        if call:
+            node = _called(graph, name, call, nodes)
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
+            with mode, torch.no_grad():
+                node.meta["example_value"] = run_node(node, args, kwargs)
+        else:
+            owner, dot, own = name.partition(".")
+            node = graph.placeholder(f"l_modules_{owner}_parameters_{own}_" if dot else name)
+            x = torch.empty(ast.literal_eval(_tuple(shape)), dtype=dtypes.get(name))
+            if dot:
+                x = torch.nn.Parameter(x, requires_grad=False)
+            node.meta["example_value"] = mode.from_tensor(x)
+        assert _shape(node) == shape, f"{name} is {_shape(node)}, not {shape}"
+        nodes[name] = node
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _called(graph: fx.Graph, name: str, call: str, nodes: dict[str, fx.Node]) -> fx.Node:
+    if index := re.fullmatch(r"getitem\((\w+), \(?(.*:.*?)\)?\)", call):  # slices, as in x[:, 2:]
+        x, where = index.groups()
+        return graph.create_node(
+            "call_function", operator.getitem, (nodes[x], _read(f"_[{where}]", nodes)), name=name
+        )
+    function, arguments = re.fullmatch(r"([\w.]+)\((.*)\)", call).groups()
+    args, kwargs = _read(f"_({arguments})", nodes)
+    owner, _, op = function.rpartition(".")
+    if owner in nodes:
+        return graph.create_node("call_method", op, (nodes[owner], *args), kwargs, name)
+    if owner == "piflux":
+        target = getattr(torch.ops.piflux, op).default
+    else:
+        target = next(getattr(x, op) for x in (operator, torch, F) if hasattr(x, op))
+    return graph.create_node("call_function", target, args, kwargs, name)
+
+
+def _tuple(shape: str) -> str:
+    return shape.replace(")", ",)") if shape != "()" else shape
+
+
+def _read(expression: str, nodes: dict[str, fx.Node]) -> Any:
+    """The value of an expression of names, constants, tuples and lists; `_[..]` gives its index.
+
+    `_(..)` gives its arguments and keyword arguments.
+    """
+    plain = dict(nodes)
+    for number, name in enumerate(sorted(nodes, key=len, reverse=True)):
+        if "." in name:  # that of a parameter, which Python would take apart
+            plain[f"_{number}"] = nodes[name]
+            expression = expression.replace(name, f"_{number}")
+
+    def value(x: ast.expr | None) -> Any:
+        match x:
+            case None:
+                return None
+            case ast.Name():
+                return torch.device(x.id) if x.id in ("cpu", "cuda") else plain[x.id]
+            case ast.Attribute():  # torch.float32
+                return getattr(torch, x.attr)
+            case ast.Tuple():
+                return tuple(map(value, x.elts))
+            case ast.List():
+                return list(map(value, x.elts))
+            case ast.Slice():
+                return slice(*map(value, (x.lower, x.upper, x.step)))
+            case ast.Subscript():
+                return value(x.slice)
+            case ast.Call():
+                return tuple(map(value, x.args)), {k.arg: value(k.value) for k in x.keywords}
+            case _:
+                return ast.literal_eval(x)
+
+    return value(ast.parse(expression, mode="eval").body)
 
 
 def transformed(
     gm: fx.GraphModule, world_size: int = 2, passes: Sequence[Pass] = PASSES
 ) -> Context:
     """Run `passes` on `gm` as the compiler would for `world_size` ranks."""
-    ctx = Context(world_size, "piflux")
+    ctx = Context(world_size)
     run_passes(gm, ctx, passes)
     return ctx
 
 
-def text(gm: fx.GraphModule) -> str:
-    """The graph, a node a line: name, shape, operation and arguments; inputs without parameters."""
+def text(gm: fx.GraphModule, *, parameters: bool = False) -> str:
+    """The graph, a node a line: name, shape, operation and arguments; `parameters` if asked for."""
     lines = []
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            if not (_is_parameter(node) or _is_number(node)):
+            if not (_is_parameter(node) and not parameters or _is_number(node)):
                 lines.append(f"{_name(node)}: {_shape(node)}")
         elif node.op == "output":
             lines.append(f"return {_argument(node.args[0])}")

@@ -20,7 +20,7 @@ from torch import nn
 from torch._dynamo.exc import Unsupported
 
 import piflux
-from piflux.api import _DYNAMO
+from piflux.capture.dynamo import SETTINGS
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def test_nothing_outlives_the_parallel_module(inner):
     model, x = Attention(), torch.randn(1, 6, 8)
     parallel = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner=inner)
     parallel(x)
-    caches = weakref.ref(parallel._piflux_compiler.runtime.streams[0])
+    caches = weakref.ref(parallel._piflux_compiler.runtime.streams._streams[0])
     del parallel
     gc.collect()
     assert caches() is None
@@ -234,7 +234,7 @@ def test_a_model_that_warns_is_captured():
 def test_the_settings_of_dynamo_can_be_recorded():
     """As torch 2.11 does at each compilation."""
     recorded = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in _DYNAMO.items()
+        key: sorted(value) if isinstance(value, set) else value for key, value in SETTINGS.items()
     }
     methods = json.loads(json.dumps(recorded))["ignore_logger_methods"]
     assert methods == ["debug", "error", "info", "warning"]
@@ -243,3 +243,32 @@ def test_the_settings_of_dynamo_can_be_recorded():
 def test_results_carry_no_gradient():
     parallel = piflux.parallelize(Attention(), inner="eager")
     assert not parallel(torch.randn(1, 6, 8)).requires_grad
+
+
+def test_a_module_of_the_backend_is_explained():
+    """By the parameters that its graphs read; another backend's module has none."""
+    x, model = torch.randn(1, 6, 8), Attention()
+    compiled = torch.compile(model, backend="piflux", options={"inner": "eager"})
+    with pytest.raises(TypeError, match="no graph of this Attention was compiled by piflux"):
+        piflux.explain(compiled)
+    with torch.no_grad():
+        compiled(x)
+        torch.compile(Attention(), backend="piflux", options={"inner": "eager"})(x)
+    (graph,) = piflux.explain(compiled).graphs
+    assert graph.attentions == 1
+    other = torch.compile(Attention(), backend="eager")
+    other(x)
+    with pytest.raises(TypeError, match="no graph"):
+        piflux.explain(other)
+
+
+def test_a_generation_without_a_call_is_told_of(caplog):
+    model, x = Attention(), torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(model, inner="eager")
+    with piflux.generation(parallel):
+        model(x)
+    assert "the Attention that it was given was never called" in caplog.text
+    caplog.clear()
+    with piflux.generation(parallel):
+        parallel(x)
+    assert not caplog.text

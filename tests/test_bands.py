@@ -18,7 +18,8 @@ from torch import nn
 
 import piflux
 from piflux.integrations.bands import Bands, MixesRows
-from piflux.ranks.ranks import ProcessRanks, VirtualRanks
+from piflux.ranks.processes import ProcessRanks
+from piflux.ranks.virtual import VirtualRanks
 
 EXACT = 1e-5
 LATENTS = (2, 4, 7, 5)  # seven rows: neither two nor three ranks get equal bands

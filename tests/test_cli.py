@@ -11,22 +11,31 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import diffusers
 import failing
+import numpy as np
 import psutil
 import pytest
 import torch
+from models import tiny_pipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from rich.console import Console
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
+import piflux
 from piflux.cost.cost import Choice, Rates
-from piflux.errors import RankFailed
+from piflux.demo import demo_file
+from piflux.errors import CannotLoad, CannotSave, RankFailed
 from piflux.tools import cli, options
+from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
-from piflux.tools.generate import numbered, show
+from piflux.tools.generate import Request, add_loras, arguments, save_video, show
 from piflux.tools.launch import launch
+from piflux.tools.options import numbered
 
 COMMAND = [sys.executable, "-m", "piflux"]
 SMALL = ["--steps=3", "--size=64x64"]
@@ -81,8 +90,12 @@ def test_two_ranks_draw_several_prompts(tmp_path):
 
 
 def test_a_picture_is_shown(capsys):
-    show(Image.new("RGB", (64, 64), "red"), Console(width=90))
-    assert max(len(line) for line in capsys.readouterr().out.splitlines()) > 70
+    """As wide as the console has room, and as high as its sides have it."""
+    for height, least, most in ((64, 30, 50), (32, 15, 25)):
+        show(Image.new("RGB", (64, height), "red"), Console(width=90))
+        lines = capsys.readouterr().out.splitlines()
+        assert max(len(line) for line in lines) > 70
+        assert least < len(lines) < most
 
 
 def test_a_terminal_without_a_size_shows_none(monkeypatch, capsys):
@@ -132,7 +145,7 @@ def test_a_rank_that_says_what_to_do_is_quoted_alone():
 
 def test_one_rank_is_interrupted(monkeypatch, tmp_path):
     """By SIGTERM, which raises where Python is."""
-    monkeypatch.setattr(cli, "make_pictures", lambda _: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(work, "generate", lambda _: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     result = invoke("generate", "a cat", "--ranks=1", f"--out={tmp_path / 'p.png'}")
     assert result.exit_code == 130
@@ -143,32 +156,219 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        ([], "give a prompt, or a file of them"),
-        (["x", "--prompts=y"], "give a prompt, or a file of them"),
-        (["--prompts=./no/file"], "no such file"),
-        (["--prompts=/dev/null"], "no such file"),
+        ([], "give either a prompt, or a file of them"),
+        (["x", f"--prompts={__file__}"], "give either a prompt, or a file of them"),
+        (["--prompts=./no/file"], "--prompts no/file: can't be read: [Errno 2] No such file"),
+        (["--prompts=/dev/null"], "no prompt in it"),
+        ([" "], "the prompt is empty"),
+        (["x", f"--seed={2**64}"], "--seed"),
+        (["x", f"--seed={2**64 - 2}", "--count=3"], "the last of 3 seeds is beyond 64 bits"),
+        (["x", "--guidance=nan"], "nan is not a finite number"),
+        (["x", "--sync-steps=0,3", "--steps=3"], "an image has 3 steps, 0 to 2"),
+        (["x", "--sync-steps=29"], "an image has 28 steps, 0 to 27"),
+        (["x", "--lora=./none:0.5"], "no such file or folder: ./none"),
+        (["x", f"--lora={__file__}:nan"], "the scale is not a finite number"),
+        (["x", f"--mask={__file__}"], "--mask says where --image is painted anew"),
+        (["x", "--order=0", "--compression=int8"], "order=0 remembers one"),
+        (["x", "--size=320000x320000"], "GiB at least, and"),
         (["x", "--model=./no/such/folder"], "no such folder"),
         (["x", "--model=tests"], "no model_index.json"),
         (["x", "--size=100x64"], "--size must be a multiple of 16 from 16 on, got 100"),
         (["x", "--size=64x0"], "multiple of 16 from 16 on, got 0"),
         (["x", "--size=big"], "write width x height"),
         (["x", "--ranks=0"], "--ranks"),
-        (["x", "--policy=warp"], "unknown policy 'warp'"),
+        (["x", "--policy=warp"], "'displaced', 'auto', or a .json file of settings"),
         (["x", "--policy=no.json"], "not a file of settings"),
         (["x", "--sync-steps=-1"], "sync_steps must be an integer >= 0, or several of them"),
         (["x", "--sync-steps=0,two"], "got (0, 'two')"),
         (["x", "--steps=0"], "--steps"),
-        (["x", "--inner=magic"], "'inductor' or 'eager'"),
+        (["x", "--inner=magic"], "--inner"),
         (["x", "--out=./no/folder/x.png"], "there is no folder"),
         (["x", "--out=/proc/x.png"], "/proc can't be written to"),
         (["x", "--ranks=17", "--size=64x64"], "has 16 tokens and a prompt 24; each needs as many"),
-        (["x", "--out=x.jpg"], "written as .png"),
+        (["x", "--out=x.jpg"], "written as .png, videos as .mp4"),
     ],
 )
 def test_wrong_usage(arguments, said):
+    """Told in one line, and by one rank."""
     result = invoke("generate", *arguments)
     assert result.exit_code == 2
-    assert said in words(result)
+    assert said in result.output
+    (line,) = result.output.splitlines()
+    assert line.startswith("Error: ")
+
+
+def test_wrong_usage_is_told_by_one_rank():
+    told = [invoke("generate", " ", RANK=rank, WORLD_SIZE="2") for rank in ("0", "1")]
+    assert [result.exit_code for result in told] == [2, 2]
+    assert "the prompt is empty" in told[0].output and told[1].output == ""
+
+
+WITHOUT_TORCH = """
+import sys
+from piflux.tools.cli import app
+
+for arguments in [
+    ["--help"],
+    ["--version"],
+    *([command, "--help"] for command in ("generate", "explain", "doctor", "bench", "quality")),
+    ["generate", " "],
+    ["generate", "x", "--seed=-1"],
+    ["generate", "x", "--model=none"],
+    ["generate", "x", "--size=100x100"],
+    ["explain", "--policy=warp"],
+    ["explain", "--ranks=99"],
+    ["bench", "--row=none"],
+    ["quality", "--variant=none"],
+]:
+    try:
+        app(arguments)
+    except SystemExit as end:
+        assert end.code == (0 if arguments[-1] in ("--help", "--version") else 2), arguments
+    assert "torch" not in sys.modules, arguments
+"""
+
+
+def test_arguments_are_checked_before_torch_is_imported():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"piflux {piflux.__version__}" in done.stdout
+    assert len(done.stderr.splitlines()) == 8
+
+
+@pytest.mark.parametrize("configs", [False, True])
+def test_a_hub_id_is_fetched_or_told(monkeypatch, configs):
+    def fails(*args, **kwargs):
+        raise OSError("no route to the Hub\nand more")
+
+    def fetches(*args, **kwargs):
+        return str(demo_file("model"))
+
+    where = (
+        "huggingface_hub.snapshot_download" if configs else "diffusers.DiffusionPipeline.download"
+    )
+    command = ["explain"] if configs else ["generate", "x", "--ranks=1"]
+    monkeypatch.setattr("huggingface_hub.model_info", fails)
+    result = invoke(*command, "--model=some/model")
+    assert result.exit_code == 2
+    assert "as a Hub id it can't be fetched: no route to the Hub. Fetch it where" in result.output
+    monkeypatch.setattr("huggingface_hub.model_info", fetches)
+    monkeypatch.setattr(where, fetches)
+    assert options.folder_of("some/model", configs=configs) == demo_file("model")
+
+
+# -------------------------------------------------------------------------- any pipeline's options
+
+
+def asked(**others):
+    return Request("a folder", ("x",), None, {}, **others)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.new("RGB", (100, 70), "red").save(path)
+    return path
+
+
+def test_options_become_arguments_of_the_pipeline(photo):
+    """Of pipelines that take pictures themselves, and of such whose sisters do."""
+    kind, given = arguments(diffusers.FluxPipeline, asked(steps=4, size=(64, 32), guidance=2.0))
+    assert kind is diffusers.FluxPipeline
+    assert given == {"num_inference_steps": 4, "width": 64, "height": 32, "guidance_scale": 2.0}
+    kind, given = arguments(diffusers.FluxPipeline, asked(image=photo))
+    assert kind is diffusers.FluxImg2ImgPipeline
+    assert (given["image"].size, given["width"], given["height"]) == ((100, 70), 96, 64)
+    kind, given = arguments(diffusers.FluxPipeline, asked(image=photo, mask=photo))
+    assert kind is diffusers.FluxInpaintPipeline
+    assert {"image", "mask_image"} <= given.keys()
+    # What is drawn is as large as the pipeline makes it of the reference.
+    kind, given = arguments(diffusers.FluxKontextPipeline, asked(image=photo))
+    assert kind is diffusers.FluxKontextPipeline and "width" not in given
+    kind, given = arguments(diffusers.FluxControlPipeline, asked(image=photo))
+    assert kind is diffusers.FluxControlPipeline and "control_image" in given
+
+
+def test_guidance_is_the_one_that_has_an_effect():
+    _, given = arguments(diffusers.FluxPipeline, asked(negative="blue"))
+    assert given == {"num_inference_steps": 28, "true_cfg_scale": 3.5}
+    _, given = arguments(diffusers.QwenImagePipeline, asked(guidance=5.0, negative="blue"))
+    assert given == {"num_inference_steps": 50, "true_cfg_scale": 5.0}
+    _, given = arguments(diffusers.WanPipeline, asked(guidance=5.0, frames=9, negative="blue"))
+    assert given == {"num_inference_steps": 50, "num_frames": 9, "guidance_scale": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("FluxPipeline", {"frames": 9}, "FluxPipeline takes no 'num_frames': leave --frames out"),
+        ("PixArtSigmaPipeline", {"image": None}, "takes no image, and diffusers has no pipeline"),
+        ("FluxKontextPipeline", {"image": "missing.png"}, "can't be read as a picture"),
+    ],
+)
+def test_what_a_pipeline_does_not_take_is_told(photo, kind, options, said):
+    if "image" in options:
+        options = {"image": Path(options["image"] or photo)}
+    with pytest.raises(CannotLoad, match=said):
+        arguments(getattr(diffusers, kind), asked(**options))
+
+
+def test_videos_and_pictures_have_names_of_their_own(monkeypatch):
+    monkeypatch.setattr(work.importlib.util, "find_spec", lambda name: None)
+    assert work._destination(diffusers.FluxPipeline, None) == Path("piflux.png")
+    with pytest.raises(CannotSave, match=r"FluxPipeline makes pictures; name a file .* in .png"):
+        work._destination(diffusers.FluxPipeline, Path("a.mp4"))
+    with pytest.raises(CannotSave, match=r"WanPipeline makes videos; name a file .* in .mp4"):
+        work._destination(diffusers.WanPipeline, Path("a.png"))
+    with pytest.raises(CannotSave, match="takes the package imageio-ffmpeg"):
+        work._destination(diffusers.WanPipeline, None)
+
+
+@pytest.mark.parametrize("kind", ["array", "pictures"])
+def test_a_video_is_saved(tmp_path, kind):
+    ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="comes with the extra 'demo'")
+    frames = np.zeros((5, 48, 32, 3), dtype=np.float32)
+    frames[..., 0] = np.linspace(0, 1, 5)[:, None, None]
+    if kind == "pictures":
+        frames = [Image.fromarray((255 * frame).astype(np.uint8)) for frame in frames]
+    save_video(frames, tmp_path / "v.mp4", 8)
+    assert [path.name for path in tmp_path.iterdir()] == ["v.mp4"]
+    about, *read = ffmpeg.read_frames(str(tmp_path / "v.mp4"))
+    assert (about["size"], about["fps"], len(read)) == ((32, 48), 8.0, 5)
+    red = [np.frombuffer(frame, np.uint8).reshape(48, 32, 3)[..., 0].mean() for frame in read]
+    assert red == pytest.approx([0, 64, 128, 191, 255], abs=12)
+
+
+def test_loras_are_added_with_their_scales(tmp_path):
+    pipe = tiny_pipeline()
+    for name in ("one", "two"):
+        made = tiny_pipeline()
+        made.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        layers = get_peft_model_state_dict(made.transformer)
+        made.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
+    (file,) = (tmp_path / "one").iterdir()
+    add_loras(pipe, options.loras([f"{file}:0.5", str(tmp_path / "two")]))
+    assert set(pipe.get_active_adapters()) == {"lora_0", "lora_1"}
+    layer = pipe.transformer.transformer_blocks[0].attn.to_q
+    assert layer.scaling["lora_0"] == 0.5 * layer.scaling["lora_1"]
+    (tmp_path / "bad.safetensors").write_text("no weights")
+    with pytest.raises(CannotLoad, match=r"the LoRA .*bad.safetensors can't be loaded into Flux"):
+        add_loras(pipe, ((str(tmp_path / "bad.safetensors"), 1.0),))
+
+
+def test_several_pictures_at_once(tmp_path):
+    """The second is the one that its seed gives alone."""
+    small = ["rose, flat style", "--ranks=1", "--steps=2", "--size=64x64", "--json"]
+    both = invoke("generate", *small, "--count=2", "--batch=2", f"--out={tmp_path / 'a.png'}")
+    assert both.exit_code == 0, both.output
+    record = json.loads(both.stdout)
+    assert [(x["seed"], x["batch"]) for x in record["pictures"]] == [(0, 2), (1, 2)]
+    alone = invoke("generate", *small, "--seed=1", f"--out={tmp_path / 'b.png'}")
+    assert alone.exit_code == 0, alone.output
+    second, one = (
+        np.asarray(Image.open(tmp_path / name)).astype(int) for name in ("a-2.png", "b.png")
+    )
+    assert abs(second - one).max() <= 1
 
 
 def test_an_empty_file_of_prompts(tmp_path):
@@ -262,10 +462,21 @@ def test_what_the_compiler_refuses(monkeypatch):
     assert "Traceback" not in result.output and "TORCHDYNAMO" not in result.output
 
 
-def test_explain_wants_a_policy():
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("link", "policy"), [("1000", "gather"), ("1e-6", "rotate")])
+def test_explain_of_the_policy_that_auto_takes(link, policy):
+    rates = ("--linear-tflops=1e-3", "--attention-tflops=1e-3", f"--link={link}")
+    result = invoke("explain", "--policy=auto", "--size=64x64", "--sync=recompute", *rates)
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith(f"{policy} on 2 ranks, ")
+    assert f"--policy auto: {policy}; keys and values travel" in result.output
+    assert (", recomputed" in result.output) == (policy == "rotate")
+
+
+def test_explain_of_auto_wants_a_link():
     result = invoke("explain", "--policy=auto")
     assert result.exit_code == 2
-    assert "ask doctor" in words(result)
+    assert "with --link the GB/s" in result.output
 
 
 @pytest.mark.parametrize("command", ["explain", "generate x --policy=auto"])
@@ -279,7 +490,7 @@ def test_only_flux_is_known_without_a_call(tmp_path, command):
     config.write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     result = invoke(*command.split(), f"--model={tmp_path}")
     assert result.exit_code == 2
-    assert "its transformer is a SD3Transformer2DModel, and only FLUX's" in words(result)
+    assert "its transformer is a SD3Transformer2DModel, and only FLUX.1's" in words(result)
 
 
 FOUND = Examined(
@@ -300,24 +511,43 @@ def test_doctor(monkeypatch):
     assert record["versions"]["torch"] == torch.__version__
     assert record["choice"]["policy"] == "displaced"
     assert record["devices"] == [] and record["cores"] >= 1 and record["memory_gib"] > 0.1
-    assert asked[0][:2] == (examine, 2)
+    assert asked[0][:2] == (examine, 2) and asked[0][-1] is None
     result = invoke("doctor")
-    assert "link 0-1 1.5 GB/s" in words(result)
+    assert asked[1][-1] is cli._tell_link
+    assert "all-gather of all 1.25 GB/s a rank" in words(result)
     assert "on 2 ranks, --policy auto is displaced: because." in words(result)
     assert "nothing to share" in invoke("doctor", "--ranks=1").output
 
 
+def test_a_link_is_printed_at_once(capsys):
+    with mock.patch("sys.stdout.flush") as flushed:
+        cli._tell_link(Link((0, 1), True, 1.5))
+    assert flushed.called
+    assert capsys.readouterr().out.split() == ["link", "0-1", "1.5", "GB/s,", "peer", "access"]
+
+
+@on_cpu
+def test_doctor_measures_no_more_ranks_than_cores():
+    result = invoke("doctor", f"--ranks={options.cores() + 98}")
+    assert result.exit_code == 2
+    assert f"there are {options.cores()} CPU cores here" in result.output
+
+
 def test_ranks_examine_alike(ranks):
     """Links, kernels and choice, measured by two real ranks: one answer for both."""
-    one, other = ranks.alone(2, examine_small)
+    (one, told), (other, untold) = ranks.alone(2, examine_small)
     assert one == other
+    assert told == list(one.links) and untold == []  # told as they come, by one rank
     (link,) = one.links
     assert link.ranks == (0, 1) and link.peer_access is None and 0 < link.gbs < 1000
     assert one.choice.reason.startswith("keys and values travel")
 
 
 def examine_small(rank, group):
-    return examine(CONFIG, {"width": 64, "height": 64, "text_tokens": 6, "dtype": torch.float32})
+    size = {"width": 64, "height": 64, "text_tokens": 6, "dtype": torch.float32}
+    told = []
+    with mock.patch.dict(os.environ, RANK=str(rank)):
+        return examine(CONFIG, size, told.append), told
 
 
 def test_without_its_packages_the_command_says_what_to_install():
@@ -428,7 +658,7 @@ class Finder(importlib.abc.MetaPathFinder):
             signal.raise_signal({signal!r})
 
 sys.meta_path.insert(0, Finder())
-sys.argv = ["piflux", "generate", "--help"]
+sys.argv = ["piflux", "explain", *{arguments!r}]
 from piflux.__main__ import main
 main()
 """
@@ -438,7 +668,10 @@ main()
 def test_ctrl_c_while_the_command_is_imported(module):
     """Which takes seconds; in some of these places an exception would be swallowed."""
     code = WHILE_IMPORTING.format(
-        module=module, signal=int(signal.SIGINT), handler="signal.default_int_handler"
+        module=module,
+        signal=int(signal.SIGINT),
+        handler="signal.default_int_handler",
+        arguments=[],
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
@@ -447,7 +680,10 @@ def test_ctrl_c_while_the_command_is_imported(module):
 def test_a_command_that_ignores_interrupts_is_imported():
     """As a shell's background jobs do."""
     code = WHILE_IMPORTING.format(
-        module="typer", signal=int(signal.SIGINT), handler="signal.SIG_IGN"
+        module="typer",
+        signal=int(signal.SIGINT),
+        handler="signal.SIG_IGN",
+        arguments=["--help"],
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage" in done.stdout

@@ -18,9 +18,11 @@ from test_replay import SAME, as_captured, farthest, on_tape
 from test_virtual_ranks import image
 
 import piflux
+from piflux import parts
+from piflux.policies import gather
 from piflux.ranks import copies
-from piflux.ranks import ranks as runtime_ranks
-from piflux.runtime import runtime as cache
+from piflux.ranks import processes as runtime_ranks
+from piflux.runtime import ops
 
 STEPS = 6
 
@@ -86,7 +88,7 @@ class Launched(copies.Copies):
 def through_files(patch, group, folder):
     """Packets go this way from here on. Returns the collectives that are started all the same."""
     peers = Files(group, folder)
-    patch.setattr(runtime_ranks, "reach", lambda ranks, device: peers)
+    patch.setattr(runtime_ranks, "reach", lambda *_: peers)
     patch.setattr(runtime_ranks, "Copies", Launched)
     started, original = [], runtime_ranks.all_gather
 
@@ -109,8 +111,9 @@ def images(rank, group, folder, options, shape):
     want = image(piflux.parallelize(model, group=group, inner="eager", **options), inputs, STEPS)
     with pytest.MonkeyPatch.context() as patch:
         started = through_files(patch, group, folder)
-        joined, original = [], cache.join
-        patch.setattr(cache, "join", lambda *args: joined.append(args) or original(*args))
+        joined, original = [], parts.join
+        for module in (ops, gather):  # of predictions, and of keys and values
+            patch.setattr(module, "join", lambda *args: joined.append(args) or original(*args))
         parallel = piflux.parallelize(model, group=group, inner="eager", **options)
         got = [image(parallel, inputs, STEPS) for _ in range(2)]
     return [float((x - want).abs().max()) for x in got], len(started), len(joined)
@@ -196,7 +199,7 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, tmp_path, lo
 def about_peers(rank, group, folder):
     """What peers without GPUs say: where it goes, how long it waits, and what it holds."""
     ranks = runtime_ranks.ProcessRanks(group)
-    assert copies.reach(ranks, torch.device("cpu")) is None
+    assert copies.reach(ranks.group, torch.device("cpu"), ranks.any) is None
     peers = Files(group, folder)
     first, second = (copies.Copies(count, peers) for count in (5, 7))
     both = copies.shared_bytes()
@@ -271,7 +274,7 @@ def _decided(monkeypatch, told, p2p, copies_work=True, current=0):
     if copies_work:
         monkeypatch.setattr(copies, "Copies", lambda count, peers: None)
     ranks = Reported(told)
-    found = copies.reach(ranks, torch.device("cuda", 0))
+    found = copies.reach(ranks.group, torch.device("cuda", 0), ranks.any)
     assert found in (None, "peers")
     return found is not None
 
@@ -283,7 +286,7 @@ def on_gpus(rank, group, options):
     model = tiny_flux(single=2).cuda()
     inputs = {k: v.cuda() for k, v in flux_inputs(**EVEN).items()}
     made = []
-    for reach in (lambda ranks, device: None, copies.reach):
+    for reach in (lambda *_: None, copies.reach):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(runtime_ranks, "reach", reach)
             parallel = piflux.parallelize(model, group=group, inner=as_captured, **options)

@@ -109,6 +109,7 @@ def reader(small: Small, monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
     return {"piflux": piflux, "torch": torch, "pipe": pipe, "transformer": pipe.transformer}
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_runs(block: Block, reader: dict[str, Any]) -> None:
     code = compile("\n" * (block.line - 1) + block.text, block.path, "exec")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from expecttest import TestCase
 from graphs import capture, text, transformed
 
-from piflux.compile.compiler import PASSES
+from piflux.compile.program import PASSES
 from piflux.graph.plan import Context
 from piflux.passes.speed.enclose import enclose
 
@@ -52,7 +52,7 @@ class TestEnclose(TestCase):
 x: (1, 6, 4)
 head: (1, 3, 4) = head(x)
 h_1: (1, 3, 4) = getitem(head, 0)
-h_whole: (1, 6, 4) = piflux.unshard(h_1, 1, [6], 2, 'piflux')
+h_whole: (1, 6, 4) = piflux.unshard(h_1, 1, [6], 2)
 sum_1: (1, 4) = h_whole.sum(1)
 return (sum_1, h_whole)
 """,
@@ -61,11 +61,11 @@ return (sum_1, h_whole)
             text(gm.head),
             """\
 x: (1, 6, 4)
-x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2)
 mul: (1, 3, 4) = mul(x_part, 2)
 q: (1, 1, 3, 4) = getitem(mul, (:, None))
-sent: (1) = piflux.send_kv(q, q, 0, 2, 'piflux')
-scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [6], 0, 2, 'piflux', sent)
+sent: (1) = piflux.send_kv(q, q, 0, 2)
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, q, q, None, None, False, [6], 0, 2, sent)
 h: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
 return (h,)
 """,
@@ -87,7 +87,7 @@ s27: s27
 x: (1, s27, 4)
 head: (1, ((s27 + 1)//2), 4) = head(s27, x)
 truediv_1: (1, ((s27 + 1)//2), 4) = getitem(head, 0)
-truediv_whole: (1, s27, 4) = piflux.unshard(truediv_1, 1, [s27], 2, 'piflux')
+truediv_whole: (1, s27, 4) = piflux.unshard(truediv_1, 1, [s27], 2)
 return (truediv_whole,)
 """,
         )
@@ -99,7 +99,7 @@ def test_on_one_rank_all_of_it_is_moved_and_once():
         *("placeholder", "call_module", "output")
     ]
     assert count == len(gm.head.graph.nodes) - 2
-    assert enclose(gm, Context(1, "piflux")) == 0
+    assert enclose(gm, Context(1)) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import nn
 
 import piflux
 from piflux.ranks.groups import bring, check_device
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 
 
 def caught(act, *args, **kwargs) -> Failure | None:

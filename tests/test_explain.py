@@ -37,7 +37,7 @@ def captured():
 def report(policy, world_size=2, **options):
     gm = copy.deepcopy(captured())
     ctx = transformed(gm, world_size)
-    return GraphReport.of(gm, ctx, Schedule(policy, world_size=world_size, **options))
+    return GraphReport.of(ctx, Schedule(policy, world_size=world_size, **options))
 
 
 class TestExplain(TestCase):

@@ -11,9 +11,14 @@ from diffusers import FluxTransformer2DModel
 from expecttest import TestCase
 from graphs import capture, layouts, transformed
 from models import flux_inputs, tiny_flux
+from test_rules import assert_exact
 
 from piflux.errors import CannotShard, NoAttention
-from piflux.graph.plan import Axis
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import plain_name
+from piflux.graph.sizes import example_size
+from piflux.graph.targets import SHARD
+from piflux.graph.values import tensors
 from piflux.passes.split.layout import layout
 
 DECIDE = (layout,)
@@ -211,7 +216,7 @@ class TestRefuses(TestCase):
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
+mixes tokens between two attentions, where no rank holds all of them
   node: %mean
   op:   Tensor.mean
   line: test_layout.py, in model: return attend(y - y.mean(1, keepdim=True))""",
@@ -219,15 +224,15 @@ mixes tokens between two attentions, where no rank holds all of them, or is an o
 
     def test_an_op_without_a_rule(self):
         def model(x):
-            return attend(torch.sort(attend(x), 1).values)
+            return attend(attend(x).tril())
 
         self.assertExpectedInline(
             self.refusal(model, torch.randn(1, 6, 8)),
             """\
-mixes tokens between two attentions, where no rank holds all of them, or is an op that piflux has no rule for
-  node: %sort
-  op:   torch.sort
-  line: test_layout.py, in model: return attend(torch.sort(attend(x), 1).values)""",
+is an op that piflux has no rule for, so that nothing is known of where it takes tokens: write it in terms of others, or add a rule (CONTRIBUTING.md says how)
+  node: %tril
+  op:   Tensor.tril
+  line: test_layout.py, in model: return attend(attend(x).tril())""",
         )
 
     def test_causal_attention(self):
@@ -246,12 +251,43 @@ causal attention depends on the order of tokens over parts
 
     def test_fewer_tokens_than_parts(self):
         self.assertExpectedInline(
-            self.refusal(joint, torch.randn(1, 1, 8), torch.randn(1, 6, 8)),
+            self.refusal(attend, torch.randn(1, 1, 8)),
             """\
-takes a run of 1 tokens out of 7: this mixes tokens or leaves too few to cut (use fewer ranks or more tokens)
-  node: %getitem_4
-  op:   operator.getitem
-  line: test_layout.py, in joint: return both[:, text.shape[1] :]""",
+a run of 1 tokens can't be cut into 2 parts: use fewer ranks or more tokens
+  node: %scaled_dot_product_attention
+  op:   torch._C._nn.scaled_dot_product_attention
+  line: test_layout.py, in attend: return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]""",
+        )
+
+    def test_many_runs_of_few_tokens(self):
+        """Cut by themselves, nearly all would be on all ranks."""
+
+        def model(x):
+            y = attend(x)
+            return attend(torch.cat([y[:, i : i + 1] * i for i in range(8)], 1))
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 8, 8)),
+            """\
+attends to 8 runs of tokens, too short ones to be cut into 2 parts: a part would have 8 tokens where 4 are its share
+  node: %scaled_dot_product_attention
+  op:   torch._C._nn.scaled_dot_product_attention
+  line: test_layout.py, in attend: return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]""",
+        )
+
+    def test_tokens_that_meet_their_neighbours(self):
+        def model(x):
+            y = attend(x)
+            y[:, 1:] += y[:, :-1].clone()
+            return attend(y)
+
+        self.assertExpectedInline(
+            self.refusal(model, torch.randn(1, 9, 8)),
+            """\
+takes a run of 1 tokens out of 7 and has it meet the others: this mixes tokens
+  node: %iadd
+  op:   operator.iadd
+  line: test_layout.py, in model: y[:, 1:] += y[:, :-1].clone()""",
         )
 
     def test_a_mask_made_between_attentions(self):
@@ -301,7 +337,7 @@ def test_flux_boundaries_are_those_its_authors_wrote_down(dynamic):
     weight = value.node.args[1]
     assert "proj_out" in weight.name
     assert decided.joins[output, value] == (plan["proj_out"].gather_dim,)
-    assert len(decided.layout(Axis(value.node, 1))) == 1
+    assert len(decided.layouts[Axis(value.node, 1)]) == 1
 
 
 def rotated_jointly(text, image, angles):
@@ -312,24 +348,123 @@ def rotated_jointly(text, image, angles):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_more_ranks_than_tokens_is_what_a_refusal_says(dynamic):
-    """Not what it led to: angles keep queries and keys together, values fall out."""
+def test_a_run_of_fewer_tokens_than_parts(dynamic):
     inputs = torch.randn(1, 3, 8), torch.randn(1, 16, 8), torch.randn(19, 8)
     gm = capture(rotated_jointly, *inputs, dynamic=dynamic)
-    with pytest.raises(CannotShard, match="a run of 3 tokens can't be cut into 4 parts") as error:
-        transformed(gm, world_size=4, passes=DECIDE)
-    assert error.value.op == "torch.cat"
-    assert transformed(gm, world_size=3, passes=DECIDE).plan.local
+    ctx = transformed(gm, world_size=4)
+    lengths = {ctx.plan.lengths(found.keys) for found in ctx.plan.attentions}
+    assert len(ctx.plan.attentions) == 2
+    assert {len(runs) for runs in lengths} == {2}
+    cuts = [tensors(n)[0] for n in gm.graph.nodes if n.target is SHARD]
+    assert {example_size(x.shape[-2], x) for x in cuts} == {1, 4, 5}
 
 
 def values_apart(x, values):
-    """Keys are of the tokens that queries have, values of others."""
+    """Keys are of the tokens that queries have, values of an input that meets them nowhere else."""
     x = attend(x)
     return F.scaled_dot_product_attention(x[:, None], x[:, None], values[:, None])
 
 
-def test_keys_of_tokens_without_their_values_are_refused():
+def test_values_are_cut_as_their_keys_are():
     gm = capture(values_apart, torch.randn(1, 6, 8), torch.randn(1, 6, 8))
-    with pytest.raises(CannotShard, match="only one of keys and values carries tokens") as error:
-        transformed(gm, passes=DECIDE)
-    assert error.value.node == "scaled_dot_product_attention_1"
+    plan = transformed(gm, passes=DECIDE).plan
+    assert len(plan.attentions) == 2
+    assert {plain_name(value.node) for _, value in plan.cuts} == {"x", "values"}
+
+
+def refined_layers(x, text):
+    """Attention over the layers of a text encoder, which are then summed up: (1, T, layers, D)."""
+    batch, tokens, layers, width = text.shape
+    text = attend(text.reshape(batch * tokens, layers, width))
+    text = text.reshape(batch, tokens, layers, width).sum(2)
+    both = torch.cat([x, text], 1)
+    for _ in range(3):
+        both = attend(both)
+    return both[:, : x.shape[1]]
+
+
+def space_then_time(x):
+    """(1, frames, tokens, D): attention over space and over time by turns."""
+    batch, frames, tokens, width = x.shape
+    for _ in range(2):
+        x = attend(x.reshape(batch * frames, tokens, width))
+        x = x.reshape(batch, frames, tokens, width).transpose(1, 2)
+        x = attend(x.reshape(batch * tokens, frames, width))
+        x = x.reshape(batch, tokens, frames, width).transpose(1, 2)
+    return x
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_over_something_else_than_the_tokens(n, batch):
+    """In a batch of two its rows are no run of tokens any more, so it runs whole, before others."""
+    assert_exact(refined_layers, torch.randn(batch, 7, 8), torch.randn(batch, 6, 4, 8), n=n)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_space_and_time_by_turns(n):
+    """Of two kinds of tokens those that are more are cut: attention over the others is local."""
+    x = torch.randn(1, 4, 6, 8)
+    plan = transformed(capture(space_then_time, x), passes=DECIDE, world_size=n).plan
+    assert [plan.lengths(found.keys) for found in plan.attentions] == [(6,), (6,)]
+    assert_exact(space_then_time, x, n=n)
+
+
+def test_what_must_not_run_whole():
+    """An op that mixes the tokens of a model's only two attentions is refused, on either side."""
+
+    def model(x):
+        return attend(attend(x).sort(1).values)
+
+    def later(x):
+        for _ in range(4):
+            x = attend(x)
+        return attend(x.sort(1).values)
+
+    for function in (model, later):
+        with pytest.raises(CannotShard, match=r"mixes tokens|no rule") as error:
+            transformed(capture(function, torch.randn(1, 6, 8)), passes=DECIDE)
+        assert error.value.node == "sort"
+
+
+def rotated_in_part(x, count):
+    """All but the first `count` tokens are rotated, in the first attention, too."""
+
+    def rotated(x):
+        return torch.cat([x[:, :count], x[:, count:] * 2], 1)[:, None]
+
+    for _ in range(2):
+        x = x + F.scaled_dot_product_attention(rotated(x), rotated(x * 3), x[:, None])[:, 0]
+    return x
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("count", [0, 1, 4, 7], ids="first_{}".format)
+def test_some_tokens_are_rotated(count, n):
+    """Also one, which every rank has, and none or all, where a run has no tokens."""
+    assert_exact(lambda x: rotated_in_part(x, count), torch.randn(1, 7, 8), n=n)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_padding_of_no_tokens(n):
+    def model(x):
+        x = torch.cat([x.new_zeros(1, 7 - x.shape[1], 8), x], 1)
+        return attend(torch.stack([torch.cat([y[:7] * 2, y[7:]]) for y in attend(x)]))
+
+    assert_exact(model, torch.randn(1, 7, 8), n=n)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_token_that_is_cut_off_in_the_end(n):
+    """A register token, which is also read once more for all others."""
+
+    def model(x, register):
+        y = attend(attend(torch.cat([register, x], 1)))
+        return y[:, 1:] * y[:, :1].squeeze(1)[:, None]
+
+    def between(x, register):
+        y = attend(torch.cat([register, x], 1))
+        return attend(y[:, 1:] * y[:, :1])
+
+    for function in (model, between):
+        assert_exact(function, torch.randn(1, 7, 8), torch.randn(1, 1, 8), n=n)

@@ -1,4 +1,4 @@
-"""Other models than FLUX over real ranks: what several ranks compute is the untouched model's.
+"""Other models than FLUX: what several ranks compute is the untouched model's.
 
 `gather` is exact by its nature. `rotate` is too as long as the latents stand still, for then the
 remembered keys and values are the fresh ones; so it is judged on still latents, part by part.
@@ -74,25 +74,24 @@ def assert_exact(got: list[Tensor], want: list[Tensor], where: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_model_on_two_and_three_ranks(ranks, name):
+def test_a_model_on_two_and_three_ranks(virtual, name):
     """Literal sizes first, symbols from the second resolution on; one graph for all steps."""
     model, case = CASES[name].build(), CASES[name]
     want = [exact(model, case.inputs(*size)) for size in case.sizes]
     assert all(x.std() > 0.1 for call in want for x in call)
-    # The ranks of `rotate` are two of these, and have the first size's graph from `gather`.
-    for rank, got in enumerate(ranks(3, gathered, name)):
-        assert_exact(got, want[0], f"gather, rank {rank}")
-    for rank, (images, late) in enumerate(ranks(2, rotated, name)):
-        for number, (image, truth) in enumerate(zip(images, want, strict=True)):
-            for step, got in enumerate(image):
-                assert_exact(got, truth, f"rotate, rank {rank}, size {number}, step {step}")
-        assert late == 0
+    (got,) = virtual(3, gathered, name)
+    assert_exact(got, want[0], "gather")
+    ((images, late),) = virtual(2, rotated, name)
+    for number, (image, truth) in enumerate(zip(images, want, strict=True)):
+        for step, got in enumerate(image):
+            assert_exact(got, truth, f"rotate, size {number}, step {step}")
+    assert late == 0
 
 
+@pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_on_virtual_ranks(name):
-    """A sync step computes the whole there, so the still image's later steps are judged."""
-    torch._dynamo.reset()  # literal sizes, whatever ran before
+    """At steps that gather and at others, of a still image."""
     case = VARIANTS[name]
     model, inputs = case.build(), case.inputs(*SIZES[0])
     want = exact(model, inputs)

@@ -1,6 +1,8 @@
-"""The truth over real gloo process groups: what several ranks compute together is right.
+"""The truth: what several ranks compute together is right.
 
-`gather` is judged by the untouched model, `rotate` and `displaced` by the oracle.
+`gather` is judged by the untouched model, `rotate` and `displaced` by the oracle. Virtual ranks run
+what real ones run. Real ones, over gloo, are where processes are what is tested: what travels, in
+which bits, who may differ from the others, and where a group comes from.
 """
 
 import os
@@ -64,24 +66,20 @@ def assert_equal(results, want, tolerance=EXACT):
 # ---------------------------------------------------------------------------------------- gather
 
 
+@captured_once()
 def gathered(rank, group, build, cases):
     """One sample per case, all by one parallel model."""
     model = piflux.parallelize(build(), group=group, policy="gather", inner="eager")
     return [sample(model)(**inputs) for inputs in cases]
 
 
-@captured_once()
-def gathered_alike(rank, group, build, cases):
-    return gathered(rank, group, build, cases)
-
-
-def judge_gather(ranks, n, build, cases, *, job=gathered, tolerance=EXACT):
+def judge_gather(ranks, n, build, cases):
     model = build()
     want = [exact(model, inputs) for inputs in cases]
-    assert_equal(ranks(n, job, build, cases), want, tolerance)
+    assert_equal(ranks(n, gathered, build, cases), want)
 
 
-def test_gather_is_exact_at_every_size(ranks):
+def test_gather_is_exact_at_every_size(virtual):
     """Three resolutions and four batch sizes one after the other, all by one model."""
     cases = [
         flux_inputs(),
@@ -90,42 +88,46 @@ def test_gather_is_exact_at_every_size(ranks):
         flux_inputs(image_hw=(5, 5), batch=3),
         flux_inputs(batch=4),
     ]
-    judge_gather(ranks, 3, tiny_flux, cases)
+    judge_gather(virtual, 3, tiny_flux, cases)
 
 
 @pytest.mark.parametrize("n", [2, 4, 5])
-def test_gather_is_exact_where_parts_overlap(ranks, n):
+def test_gather_is_exact_where_parts_overlap(virtual, n):
     """77 text tokens and 39 image tokens: no number of ranks divides them."""
     case = flux_inputs(image_hw=(3, 13), text=77, batch=2)
-    judge_gather(ranks, n, tiny_flux, [case], job=gathered_alike)
+    judge_gather(virtual, n, tiny_flux, [case])
 
 
-def test_gather_without_guidance(ranks):
-    judge_gather(ranks, 2, partial(tiny_flux, guidance=False), [flux_inputs(guidance=False)])
+def test_gather_without_guidance(virtual):
+    judge_gather(virtual, 2, partial(tiny_flux, guidance=False), [flux_inputs(guidance=False)])
 
 
-def test_gather_with_3d_ids(ranks):
-    judge_gather(ranks, 3, tiny_flux, [flux_inputs(ids_3d=True, batch=2)])
+def test_gather_with_3d_ids(virtual):
+    judge_gather(virtual, 3, tiny_flux, [flux_inputs(ids_3d=True, batch=2)])
 
 
-def test_gather_of_sd3(ranks):
+def test_gather_of_sd3(virtual):
     """Patchify and unpatchify lie inside the model, with another order of segments."""
     cases = [sd3_inputs(), sd3_inputs(image_hw=(4, 5), text=77, batch=2)]
-    judge_gather(ranks, 2, tiny_sd3, cases)
+    judge_gather(virtual, 2, tiny_sd3, cases)
 
 
-def test_gather_with_control(ranks):
+def test_gather_with_control(virtual):
     """Fewer residuals than blocks, so that each serves several."""
     build = partial(tiny_flux, double=2, single=3)
     inputs = flux_inputs()
     residuals = control_samples(build(), inputs, double=1, single=2)
     assert (exact(build(), inputs | residuals) - exact(build(), inputs)).abs().max() > 0.1
-    judge_gather(ranks, 2, build, [inputs | residuals])
+    judge_gather(virtual, 2, build, [inputs | residuals])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gather_in_half_precision(ranks, dtype):
-    """As far from the fp32 truth as the untouched model in that precision is, give or take."""
+@pytest.mark.parametrize("where, dtype", [("ranks", torch.bfloat16), ("virtual", torch.float16)])
+def test_gather_in_half_precision(request, where, dtype):
+    """As far from the fp32 truth as the untouched model in that precision is, give or take.
+
+    bfloat16 over real ranks, since gloo doesn't know it.
+    """
+    ranks = request.getfixturevalue(where)
     build, inputs = partial(tiny_flux, dtype=dtype), flux_inputs(dtype=dtype)
     truth = exact(build().float(), {name: value.float() for name, value in inputs.items()})
     rounding = (exact(build(), inputs) - truth).abs().max().item()
@@ -138,11 +140,11 @@ def quantized_flux():
     return quantized(tiny_flux())
 
 
-def test_gather_of_a_quantized_model(ranks):
+def test_gather_of_a_quantized_model(virtual):
     """Its weights are tensors of a subclass, which wrap 8-bit integers."""
     inputs = flux_inputs()
     assert (exact(quantized_flux(), inputs) - exact(tiny_flux(), inputs)).abs().max() > 0.1
-    judge_gather(ranks, 3, quantized_flux, [inputs])
+    judge_gather(virtual, 3, quantized_flux, [inputs])
 
 
 def in_int8():
@@ -177,12 +179,13 @@ def in_fp8():
     reason="needs torchao, which prints warnings wherever it is installed; its twin is above",
 )
 @pytest.mark.parametrize(("build", "dtype"), [(in_int8, torch.float32), (in_fp8, torch.bfloat16)])
-def test_gather_of_a_model_that_torchao_quantized(ranks, build, dtype):
+def test_gather_of_a_model_that_torchao_quantized(virtual, build, dtype):
     """Activations, too, are in 8 bits: scaled by token, so that parts are rounded as the whole."""
     assert is_traceable_wrapper_subclass(build().transformer_blocks[0].attn.to_q.weight)
-    judge_gather(ranks, 2, build, [flux_inputs(dtype=dtype)])
+    judge_gather(virtual, 2, build, [flux_inputs(dtype=dtype)])
 
 
+@captured_once()
 def returned(rank, group):
     model = tiny_flux()
     parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
@@ -235,7 +238,7 @@ def lora_after(rank, group, weights):
     return [plain, loaded, sample(parallel)(**flux_inputs())]
 
 
-def test_lora_loaded_before_and_after(ranks):
+def test_lora_loaded_before_and_after(virtual):
     """An adapter counts from the call after it was loaded, at its scale, until it is disabled."""
     model, inputs = with_lora(tiny_flux()), flux_inputs()
     plain, loaded = exact(tiny_flux(), inputs), exact(model, inputs)
@@ -244,8 +247,8 @@ def test_lora_loaded_before_and_after(ranks):
     weights = {
         f"transformer.{name}": value for name, value in get_peft_model_state_dict(model).items()
     }
-    assert_equal(ranks(2, lora_before), [loaded, halved])
-    assert_equal(ranks(2, lora_after, weights), [plain, loaded, plain])
+    assert_equal(virtual(2, lora_before), [loaded, halved])
+    assert_equal(virtual(2, lora_after, weights), [plain, loaded, plain])
 
 
 # -------------------------------------------------------------------------- rotate and displaced
@@ -280,30 +283,30 @@ def test_four_ranks_equal_the_oracle(ranks, policy):
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_a_quantized_model_equals_the_oracle(ranks, policy):
-    judge_image(ranks, 2, quantized_flux, flux_inputs(), {"policy": policy})
+def test_a_quantized_model_equals_the_oracle(virtual, policy):
+    judge_image(virtual, 2, quantized_flux, flux_inputs(), {"policy": policy})
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
 @pytest.mark.parametrize("order", [0, 1])
-def test_a_refreshed_image_equals_the_oracle(ranks, policy, order):
+def test_a_refreshed_image_equals_the_oracle(virtual, policy, order):
     options = {"policy": policy, "sync_steps": 2, "refresh_every": 3, "order": order}
-    judge_image(ranks, 4, tiny_flux, flux_inputs(), options)
+    judge_image(virtual, 4, tiny_flux, flux_inputs(), options)
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
 @pytest.mark.parametrize("order", [0, 1])
-def test_sync_steps_apart_equal_the_oracle(ranks, policy, order):
+def test_sync_steps_apart_equal_the_oracle(virtual, policy, order):
     options = {"policy": policy, "sync_steps": (0, 3), "order": order}
-    judge_image(ranks, 3, tiny_flux, flux_inputs(), options)
+    judge_image(virtual, 3, tiny_flux, flux_inputs(), options)
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_compressed_changes_equal_the_oracle(ranks, policy):
+def test_compressed_changes_equal_the_oracle(virtual, policy):
     """In double precision, where no number is rounded up by one and down by the other."""
     build, inputs = partial(tiny_flux, dtype=torch.float64), flux_inputs(dtype=torch.float64)
     options = {"policy": policy, "refresh_every": 4, "compression": "int8"}
-    judge_image(ranks, 4, build, inputs, options)
+    judge_image(virtual, 4, build, inputs, options)
     images = [
         list(denoise(Oracle(build(), 4, policy, refresh_every=4, compression=c), inputs, STEPS))[-1]
         for c in ("none", "int8")
@@ -311,37 +314,39 @@ def test_compressed_changes_equal_the_oracle(ranks, policy):
     assert (images[0] - images[1]).abs().max() > 10 * EXACT  # so it does compress
 
 
-def test_without_sync_steps_the_first_one_fills_the_cache(ranks):
+def test_without_sync_steps_the_first_one_fills_the_cache(virtual):
     options = {"policy": "rotate", "sync_steps": 0}
-    judge_image(ranks, 2, tiny_flux, flux_inputs(), options)
+    judge_image(virtual, 2, tiny_flux, flux_inputs(), options)
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_other_shapes_equal_the_oracle(ranks, policy):
+def test_other_shapes_equal_the_oracle(virtual, policy):
     """A batch of two, long text, and control residuals that are cut with the image."""
     model, inputs = tiny_flux(), flux_inputs(batch=2, image_hw=(3, 7), text=77)
     inputs |= control_samples(model, inputs, double=1, single=1)
-    judge_image(ranks, 3, tiny_flux, inputs, {"policy": policy})
+    judge_image(virtual, 3, tiny_flux, inputs, {"policy": policy})
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_sd3_equals_the_oracle(ranks, policy):
-    judge_image(ranks, 3, tiny_sd3, sd3_inputs(), {"policy": policy})
+def test_sd3_equals_the_oracle(virtual, policy):
+    judge_image(virtual, 3, tiny_sd3, sd3_inputs(), {"policy": policy})
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_enough_sync_steps_are_gather(ranks, policy):
+def test_enough_sync_steps_are_gather(virtual, policy):
     want = list(denoise(Oracle(tiny_flux(), 2, "gather"), flux_inputs(), STEPS))
     options = {"policy": policy, "sync_steps": STEPS}
-    assert_equal(ranks(2, drawn, tiny_flux, flux_inputs(), options), want)
+    assert_equal(virtual(2, drawn, tiny_flux, flux_inputs(), options), want)
 
 
 @needs_compiler
-@pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_inductor_equals_the_oracle(ranks, policy):
-    """Fused kernels round differently; over nine steps that may grow a little."""
-    options = {"policy": policy}
-    job = drawn_by_inductor
+@pytest.mark.parametrize("where, policy", [("virtual", "rotate"), ("ranks", "displaced")])
+def test_inductor_equals_the_oracle(request, where, policy):
+    """Fused kernels round differently; over nine steps that may grow a little.
+
+    What `displaced` sends travels between real ranks while kernels run.
+    """
+    ranks, options, job = request.getfixturevalue(where), {"policy": policy}, drawn_by_inductor
     judge_image(ranks, 2, tiny_flux, flux_inputs(), options, job=job, tolerance=5e-5)
 
 
@@ -407,12 +412,12 @@ def drawn_with_guidance(rank, group, policy):
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_true_guidance_keeps_a_cache_per_pass(ranks, policy):
+def test_true_guidance_keeps_a_cache_per_pass(virtual, policy):
     """As two oracles that know nothing of each other, in an explicit and in an inferred image."""
     model = tiny_flux()
     oracles = Oracle(model, 2, policy), Oracle(model, 2, policy)
     want = list(denoise(guided(*oracles), guided_inputs(), STEPS))
-    assert_equal(ranks(2, drawn_with_guidance, policy), want * 2)
+    assert_equal(virtual(2, drawn_with_guidance, policy), want * 2)
 
 
 @captured_once()
@@ -426,14 +431,14 @@ def drawn_in_a_row(rank, group, images):
     return drawn
 
 
-def test_images_in_a_row_begin_afresh(ranks):
+def test_images_in_a_row_begin_afresh(virtual):
     """Other noise, the same noise once more, and an image begun half way down."""
     other = flux_inputs() | {"hidden_states": flux_inputs(seed=2)["hidden_states"]}
     images = [flux_inputs(), other, other, another_image()]
     want = []
     for inputs in images:
         want += denoise(Oracle(tiny_flux(), 2, "rotate"), inputs, STEPS)
-    assert_equal(ranks(2, drawn_in_a_row, images), want)
+    assert_equal(virtual(2, drawn_in_a_row, images), want)
 
 
 def another_image():
@@ -456,13 +461,13 @@ def rewritten(rank, group):
     return drawn
 
 
-def test_embeddings_written_in_place_begin_another_image(ranks):
+def test_embeddings_written_in_place_begin_another_image(virtual):
     want = []
     for seed in (0, 4):
         embeddings = flux_inputs(seed=seed)["encoder_hidden_states"]
         inputs = flux_inputs() | {"encoder_hidden_states": embeddings}
         want += denoise(Oracle(tiny_flux(), 2, "rotate"), inputs, STEPS)
-    assert_equal(ranks(2, rewritten), want)
+    assert_equal(virtual(2, rewritten), want)
 
 
 @captured_once()
@@ -494,9 +499,9 @@ def steady(rank, group):
     return compiled[1], compiled[-1] - compiled[1]
 
 
-def test_rotation_recompiles_nothing(ranks):
+def test_rotation_recompiles_nothing(virtual):
     """Which part a rank computes is data: 28 steps on four ranks, seven rounds, one graph."""
-    for before, after in ranks(4, steady):
+    for before, after in virtual(4, steady):
         assert before >= 1
         assert after == 0
 
@@ -511,11 +516,13 @@ RESOLUTIONS = [
 ]
 
 
-def compiled_by_backend(rank, group, backend, compile_options, sizes):
-    """Some resolutions through torch.compile on the raw model; the group is the default one."""
-    assert group is dist.group.WORLD
-    options = {"policy": "gather", "inner": "eager"}
-    compiled = torch.compile(tiny_flux(), backend=backend, options=options, **compile_options)
+def compiled_by_backend(rank, group, compile_options, sizes):
+    """Some resolutions through torch.compile on the raw model."""
+    torch._dynamo.reset()  # literal sizes, whatever ran before in this process
+    options = {"policy": "gather", "inner": "eager", "group": group}
+    compiled = torch.compile(
+        tiny_flux(), backend=piflux.backend, options=options, **compile_options
+    )
     with torch.no_grad():
         return [sample(compiled)(**flux_inputs(**size)) for size in sizes]
 
@@ -529,10 +536,19 @@ def compiled_by_backend(rank, group, backend, compile_options, sizes):
     ],
     ids=["defaults", "dynamic", "static"],
 )
-def test_backend_is_exact_at_every_capture(ranks, compile_options, sizes):
+def test_backend_is_exact_at_every_capture(virtual, compile_options, sizes):
     """Static capture first and dynamic from the second resolution on, or as asked for."""
     want = [exact(tiny_flux(), flux_inputs(**size)) for size in sizes]
-    assert_equal(ranks.alone(2, compiled_by_backend, piflux.backend, compile_options, sizes), want)
+    assert_equal(virtual(2, compiled_by_backend, compile_options, sizes), want)
+
+
+def compiled_by_name(rank, group):
+    """The group is the default one."""
+    assert group is dist.group.WORLD
+    options = {"policy": "gather", "inner": "eager"}
+    compiled = torch.compile(tiny_flux(), backend="piflux", options=options)
+    with torch.no_grad():
+        return [sample(compiled)(**flux_inputs())]
 
 
 def test_backend_by_name(ranks):
@@ -540,11 +556,12 @@ def test_backend_by_name(ranks):
     if "piflux" not in names:
         pytest.skip("a backend has a name only where the package is installed")
     want = [exact(tiny_flux(), flux_inputs())]
-    assert_equal(ranks.alone(2, compiled_by_backend, "piflux", {}, [{}]), want)
+    assert_equal(ranks.alone(2, compiled_by_name), want)
 
 
 def rotated_by_backend(rank, group):
-    options = {"policy": "rotate", "sync_steps": 2, "inner": "eager"}
+    torch._dynamo.reset()
+    options = {"policy": "rotate", "sync_steps": 2, "inner": "eager", "group": group}
     compiled = torch.compile(tiny_flux(), backend=piflux.backend, options=options)
     with torch.no_grad():
         first = list(denoise(sample(compiled), flux_inputs(), STEPS))
@@ -552,13 +569,13 @@ def rotated_by_backend(rank, group):
         return first + list(denoise(sample(compiled), second, STEPS))
 
 
-def test_backend_rotates_like_the_oracle(ranks):
+def test_backend_rotates_like_the_oracle(virtual):
     """With literal sizes in the graph first, then at a second resolution."""
     want = []
     for size in RESOLUTIONS[:2]:
         oracle = Oracle(tiny_flux(), 2, "rotate", sync_steps=2)
         want += denoise(oracle, flux_inputs(**size), STEPS)
-    assert_equal(ranks.alone(2, rotated_by_backend), want)
+    assert_equal(virtual(2, rotated_by_backend), want)
 
 
 # --------------------------------------------------------------------------- where ranks come from

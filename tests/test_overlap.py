@@ -3,6 +3,7 @@
 # ruff: noqa: E501 (snapshots)
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from piflux.graph.nodes import op_name
 from piflux.passes.split.layout import layout
 from piflux.passes.split.overlap import overlap
 from piflux.policies.schedule import Schedule
+from piflux.policies.step import current
 from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import Roles
 
@@ -81,20 +83,20 @@ class TestOverlap(TestCase):
             text(overlapped(Block())),
             """\
 x: (1, 6, 4)
-x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2)
 linear_2: (1, 3, 4) = linear(x_part, w.k)
 linear_3: (1, 3, 4) = linear(x_part, w.v)
 k: (1, 1, 3, 4) = getitem(linear_2, (:, None))
 getitem_2: (1, 1, 3, 4) = getitem(linear_3, (:, None))
-sent: (1) = piflux.send_kv(k, getitem_2, 0, 2, 'piflux')
+sent: (1) = piflux.send_kv(k, getitem_2, 0, 2)
 linear: (1, 3, 4) = linear(x_part, w.m)
 linear_1: (1, 3, 4) = linear(x_part, w.q)
 q: (1, 1, 3, 4) = getitem(linear_1, (:, None))
-scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, getitem_2, None, None, False, [6], 0, 2, 'piflux', sent)
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, getitem_2, None, None, False, [6], 0, 2, sent)
 getitem_3: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
 add: (1, 3, 4) = add(x_part, getitem_3)
 add_1: (1, 3, 4) = add(add, linear)
-add_1_whole: (1, 6, 4) = piflux.unshard(add_1, 1, [6], 2, 'piflux')
+add_1_whole: (1, 6, 4) = piflux.unshard(add_1, 1, [6], 2)
 return (add_1_whole,)
 """,
         )
@@ -105,20 +107,20 @@ return (add_1_whole,)
             """\
 s27: s27
 x: (1, s27, 4)
-x_part: (1, ((s27 + 1)//2), 4) = piflux.shard(x, 1, [s27], 2, 'piflux')
+x_part: (1, ((s27 + 1)//2), 4) = piflux.shard(x, 1, [s27], 2)
 linear_2: (1, ((s27 + 1)//2), 4) = linear(x_part, w.k)
 linear_3: (1, ((s27 + 1)//2), 4) = linear(x_part, w.v)
 k: (1, 1, ((s27 + 1)//2), 4) = getitem(linear_2, (:, None))
 getitem_2: (1, 1, ((s27 + 1)//2), 4) = getitem(linear_3, (:, None))
-sent: (1) = piflux.send_kv(k, getitem_2, 0, 2, 'piflux')
+sent: (1) = piflux.send_kv(k, getitem_2, 0, 2)
 linear: (1, ((s27 + 1)//2), 4) = linear(x_part, w.m)
 linear_1: (1, ((s27 + 1)//2), 4) = linear(x_part, w.q)
 q: (1, 1, ((s27 + 1)//2), 4) = getitem(linear_1, (:, None))
-scaled_dot_product_attention: (1, 1, ((s27 + 1)//2), 4) = piflux.cached_sdpa(q, k, getitem_2, None, None, False, [s27], 0, 2, 'piflux', sent)
+scaled_dot_product_attention: (1, 1, ((s27 + 1)//2), 4) = piflux.cached_sdpa(q, k, getitem_2, None, None, False, [s27], 0, 2, sent)
 getitem_3: (1, ((s27 + 1)//2), 4) = getitem(scaled_dot_product_attention, (:, 0))
 add: (1, ((s27 + 1)//2), 4) = add(x_part, getitem_3)
 add_1: (1, ((s27 + 1)//2), 4) = add(add, linear)
-add_1_whole: (1, s27, 4) = piflux.unshard(add_1, 1, [s27], 2, 'piflux')
+add_1_whole: (1, s27, 4) = piflux.unshard(add_1, 1, [s27], 2)
 return (add_1_whole,)
 """,
         )
@@ -205,7 +207,7 @@ def test_nothing_moves_past_what_does_more_than_compute(between):
 class Alone:
     """A rank of two whose peer holds the same; it writes down what happens."""
 
-    size, rank, here = 2, 0, (0,)
+    size, rank, in_one_process = 2, 0, False
 
     def __init__(self):
         self.events = []
@@ -222,8 +224,8 @@ class Alone:
     def agree(self, fingerprint):
         pass
 
-    def run(self, sync, part, whole, args):
-        return part(*args)
+    def run(self, step):
+        return step()
 
     def inner(self, gm, example_inputs):
         """Runs graphs as they are."""
@@ -302,12 +304,17 @@ def test_what_travels_on_is_a_copy():
     """Compilers reuse the memory of keys that attention has read."""
     runtime = Runtime(Schedule(policy="displaced", world_size=2, sync_steps=1, order=0), Alone())
     roles = Roles((0,), (), (), {0: "x"})
+
+    def attend(fresh):
+        context = current()
+        context.policy.send(context, 0, (fresh, fresh))
+        return context.policy.attend(context, 0, (fresh, fresh), (6,), ordered=True)
+
     with runtime.generation():
         for number in range(3):
             fresh = torch.full((1, 1, 3, 4), float(number))
-            with runtime.call(None, roles, (torch.zeros(6),)):
-                runtime.send(0, (fresh, fresh), 2)
-                read = runtime.exchange(0, (fresh, fresh), (6,), 2)
+            with runtime.call(None, roles, (torch.zeros(6),)) as call:
+                read = call.run(partial(attend, fresh))
             fresh.fill_(torch.nan)
     own, peers = read[0][0, 0].split(3)
     assert (own == 2).all() and (peers == 1).all()
@@ -330,7 +337,7 @@ def test_an_exception_between_leaves_nothing_behind():
     with torch.no_grad():
         with pytest.raises(MemoryError):
             model(x)
-        assert not compiler.runtime._sent
+        assert not compiler.runtime.streams
         ranks.fails = False
         want = model(x)
         assert torch.equal(model(x), want)

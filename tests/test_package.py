@@ -44,7 +44,7 @@ print(explain(model))
 
 MISSES = """
 import torch
-from piflux import PifluxError
+from piflux.errors import PifluxError
 from piflux.__main__ import main
 from piflux.demo import demo_pipeline
 from piflux.tools.quality.lpips import LPIPS

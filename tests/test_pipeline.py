@@ -8,7 +8,8 @@ from itertools import cycle
 import pytest
 import torch
 from captures import captured_once
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from models import POOLED_DIM, TEXT_DIM, tiny_flux, tiny_pipeline
 from oracle import Oracle
 
@@ -104,16 +105,87 @@ def test_every_call_is_an_image_of_its_own(ranks, whole):
 @captured_once()
 def seedless(rank, group):
     """Ranks whose global random states differ, as those of real processes do."""
-    torch.manual_seed(rank)
     pipe = piflux.parallelize(tiny_pipeline(), group=group, policy="gather", inner="eager")
+    torch.manual_seed(rank)
     return draw(pipe), draw(pipe)
 
 
-def test_without_a_generator_ranks_share_their_noise(ranks):
-    """One noise for all ranks, and another one for the next image."""
-    here, there = ranks(2, seedless)
-    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
-    assert (here[0] - here[1]).abs().max() > 0.1
+def test_without_a_generator_ranks_draw_as_the_first_alone(ranks):
+    """From its default generator, one image after the other."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(0)
+    want = draw(pipe), draw(pipe)
+    for images in ranks(2, seedless):
+        assert_close(images, want)
+
+
+def halve(pipe, step, timestep, kwargs):
+    """A callback that edits the second step's latents, in place as well as by what it returns."""
+    if step == 1:
+        kwargs["latents"].mul_(0.5)
+    return {"latents": kwargs["latents"] * (0.5 if step == 2 else 1)}
+
+
+def look(pipe, step, timestep, kwargs):
+    """A callback that edits nothing."""
+    return {"latents": kwargs["latents"]}
+
+
+@captured_once()
+def unlike(rank, group):
+    """What several calls were refused for, in which rank 1 does something else, and what the
+    others drew."""
+    pipe = tiny_pipeline()
+    parallel = piflux.parallelize(pipe, group=group, policy="gather", inner="eager")
+    told, drawn = [], []
+
+    def attempt(**options):
+        try:
+            drawn.append(draw(parallel, 0, **options))
+        except piflux.RanksDisagree as error:
+            told.append(str(error))
+
+    first = rank == 0
+    attempt(num_inference_steps=STEPS if first else STEPS + 1)
+    attempt(**{"callback_on_step_end": halve} if first else {})
+    attempt(callback_on_step_end=halve if first else look)
+    attempt(callback_on_step_end=halve)
+    attempt(**{"callback_on_step_end": look} if first else {})
+    weight = pipe.transformer.single_transformer_blocks[0].attn.to_k.weight
+    with torch.no_grad():
+        weight.mul_(1 if first else 1.001)
+    attempt()
+    with torch.no_grad():
+        weight.div_(1 if first else 1.001)
+    attempt()
+    return told, drawn
+
+
+def test_ranks_that_do_unlike_things_are_told(ranks):
+    """All of them, what it was; who does the same, or only looks, is let be."""
+    want = [draw(tiny_pipeline(), 0, callback_on_step_end=halve), *[draw(tiny_pipeline(), 0)] * 2]
+    for told, drawn in ranks(2, unlike):
+        steps, one, other, weights = told
+        assert "argument num_inference_steps" in steps and "rank 1: 6" in steps
+        assert "edits by callbacks" in one and "edits by callbacks" in other
+        assert "weight single_transformer_blocks.0.attn.to_k.weight" in weights
+        assert "transformer_blocks.0.attn.to_q" not in weights
+        assert_close(drawn, want)
+
+
+@captured_once()
+def compiled_autoencoder(rank, group):
+    whole, method = tiny_pipeline(), tiny_pipeline()
+    whole.vae = torch.compile(whole.vae, backend="eager")
+    method.vae.decode = torch.compile(method.vae.decode, backend="eager")
+    options = {"group": group, "policy": "gather", "inner": "eager"}
+    return [draw(piflux.parallelize(x, **options), 1, output_type="pt") for x in (whole, method)]
+
+
+def test_an_autoencoder_may_be_compiled(ranks):
+    want = draw(tiny_pipeline(), 1, output_type="pt")
+    for images in ranks(2, compiled_autoencoder):
+        assert_close(images, [want] * 2)
 
 
 @captured_once()
@@ -212,3 +284,55 @@ def test_attributes_survive(ranks, tmp_path):
     loaded = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer")
     want = tiny_flux().state_dict()
     assert all(torch.equal(value, want[name]) for name, value in loaded.state_dict().items())
+
+
+class Outer(DiffusionPipeline):
+    """It shares a transformer with the pipeline inside, which draws, and has one of its own."""
+
+    def __init__(self, transformer, guiding_transformer):
+        super().__init__()
+        self.register_modules(transformer=transformer, guiding_transformer=guiding_transformer)
+        self.inner = tiny_pipeline()
+        self.inner.transformer = transformer
+
+    def __call__(self, use_inner=True, **options):
+        return self.inner(**options) if use_inner else None
+
+
+def test_transformers_of_pipelines_within_are_found(caplog):
+    outer = Outer(tiny_flux(), tiny_flux(seed=1))
+    inner = outer.inner
+    want = draw(outer, 0)
+    with captured_once():
+        options = {"group": piflux.virtual_ranks(2), "policy": "gather", "inner": "eager"}
+        parallel = piflux.parallelize(outer, **options)
+        assert_close([draw(parallel, 0)], [want])
+    assert parallel.inner.transformer is parallel.transformer
+    assert parallel.transformer._piflux_calls == STEPS
+    assert parallel.guiding_transformer._piflux_target is outer.guiding_transformer
+    assert outer.inner is inner and type(inner) is FluxPipeline
+    assert not caplog.text
+    parallel(use_inner=False)
+    assert "drew without calling what piflux parallelized" in caplog.text
+
+
+def test_a_modular_pipeline_draws():
+    """It passes a transformer what the signature of its forward names."""
+    plain, modular = tiny_pipeline(), FluxCoreDenoiseStep().init_pipeline()
+    modular.set_progress_bar_config(disable=True)
+
+    def drawn(transformer):
+        modular.update_components(scheduler=plain.scheduler, transformer=transformer)
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 80, "width": 112, "num_inference_steps": STEPS}
+        return modular(**prompt() | size, generator=generator, output="latents")
+
+    want = drawn(plain.transformer)
+    with captured_once():
+        parallel = piflux.parallelize(
+            plain.transformer, group=piflux.virtual_ranks(2), policy="gather", inner="eager"
+        )
+        assert_close([drawn(parallel)], [want])
+    assert parallel._piflux_calls == STEPS
+    with pytest.raises(TypeError, match="modular pipeline, parallelize the transformer"):
+        piflux.parallelize(modular)

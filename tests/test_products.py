@@ -22,7 +22,7 @@ from test_replay import as_captured, parallel
 from test_virtual_ranks import image
 from torch import nn
 
-from piflux.compile.compiler import PASSES
+from piflux.compile.program import PASSES
 from piflux.kernels.products import adjoining, linear_gelu, linear_of_cat
 from piflux.passes.speed import fuse_gelu as gelu
 from piflux.passes.speed import sigmoid_gelu as sigmoid
@@ -97,22 +97,22 @@ class TestFuseLinears(TestCase):
 x: (1, 6, 4)
 weights: (12, 4) = weights(to_q.weight, to_k.weight, to_v.weight)
 adjoining_1: (12, 4) = getitem(weights, 0)
-x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2, 'piflux')
+x_part: (1, 3, 4) = piflux.shard(x, 1, [6], 2)
 linear_5: (1, 3, 12) = linear(x_part, adjoining_1)
 linear_1: (1, 3, 4) = narrow(linear_5, -1, 4, 4)
 k: (1, 1, 3, 4) = getitem(linear_1, (:, None))
 linear_2: (1, 3, 4) = narrow(linear_5, -1, 8, 4)
 v: (1, 1, 3, 4) = getitem(linear_2, (:, None))
-sent: (1) = piflux.send_kv(k, v, 0, 2, 'piflux')
+sent: (1) = piflux.send_kv(k, v, 0, 2)
 linear: (1, 3, 4) = narrow(linear_5, -1, 0, 4)
 q: (1, 1, 3, 4) = getitem(linear, (:, None))
-scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, 'piflux', sent)
+scaled_dot_product_attention: (1, 1, 3, 4) = piflux.cached_sdpa(q, k, v, None, None, False, [6], 0, 2, sent)
 a: (1, 3, 4) = getitem(scaled_dot_product_attention, (:, 0))
 linear_3: (1, 3, 8) = linear(x_part, up.weight, up.bias)
 gelu: (1, 3, 8) = gelu(linear_3, approximate='tanh')
 cat: (1, 3, 12) = cat([a, gelu], -1)
 linear_4: (1, 3, 4) = linear(cat, out.weight, out.bias)
-linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2, 'piflux')
+linear_4_whole: (1, 6, 4) = piflux.unshard(linear_4, 1, [6], 2)
 return (linear_4_whole,)
 """,
         )
@@ -391,6 +391,7 @@ def test_adjoining_in_inference_mode(made):
         assert torch.equal(adjoining(*parameters), want)
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_a_model_is_saved_and_moved_as_ever(tmp_path):
     model = tiny_flux()
     want = {name: x.clone() for name, x in model.state_dict().items()}
@@ -403,6 +404,7 @@ def test_a_model_is_saved_and_moved_as_ever(tmp_path):
         assert all(torch.equal(saved[name], x) for name, x in want.items())
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_all_graphs_of_a_model_want_the_same_places():
     """The whole graph of sync steps, the part's, and those of another policy."""
     model, inputs = tiny_flux(), flux_inputs()

@@ -11,21 +11,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 import typer
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
-from piflux.cost.cost import Cost
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
-from piflux.tools.quality import drift
-from piflux.tools.quality.charts import contact_sheet, markdown
+from piflux.tools.image_cost import Cost
+from piflux.tools.quality import charts, drift
+from piflux.tools.quality.charts import markdown, sheet_of
 from piflux.tools.quality.drift import (
     BEST_DB,
     Drawn,
     Row,
-    Variant,
     compare,
     draw,
     encode,
@@ -35,6 +34,7 @@ from piflux.tools.quality.drift import (
 )
 from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
+from piflux.tools.quality.variants import Variant
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -241,33 +241,31 @@ LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_eve
 
 
 @pytest.mark.parametrize("prompt", ["rose", "polar bear, 3d style, " + 30 * "x" + 9 * " red", ""])
-def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, prompt):
-    boxes, write, paste = [], ImageDraw.ImageDraw.text, Image.Image.paste
-
-    def noted_text(pen, place, text, fill, font):
-        if text:
-            boxes.append((text, pen.multiline_textbbox(place, text, font)))
-        write(pen, place, text, fill, font)
-
-    def noted_paste(sheet, picture, place):
-        boxes.append(("picture", (*place, place[0] + picture.width, place[1] + picture.height)))
-        paste(sheet, picture, place)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted_text)
-    monkeypatch.setattr(Image.Image, "paste", noted_paste)
+def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, tmp_path, prompt):
+    figures = []
+    monkeypatch.setattr(charts._pyplot(), "close", figures.append)
     drawn = Drawn(pictures(), [], 0.1)
     rows = [
         Row(name, 2, [30.0, 31.0], [], [], [], Cost(1.0, 1.0, 1.0, 1.0))
         for name in (LONG, "rotate", LONG)
     ]
-    sheet = contact_sheet([prompt, "a dog"], drawn, rows, [drawn] * 3)
-    # Words stay whole, but for settings wider than a column, which break after commas.
-    title = next(text for text, _ in boxes if text.startswith("displaced"))
-    assert title.endswith("\n2 ranks") and "\ncompression=int8\nrefresh_every=9\n" in title
-    assert all(line.endswith(("displaced", ",", "26")) for line in title.split("\n")[:-3])
+    sheet_of([prompt, "a dog"], drawn, rows, [drawn] * 3, tmp_path / "sheet.png")
+    (figure,) = figures
+    titles = [axes.get_title() for axes in figure.axes[:4]]
+    assert titles[0] == "one rank" and titles[2] == "rotate, 2 ranks"
+    assert titles[1].split() == titles[3].split() and "refresh_every=9," in titles[1].split()
+    assert [axes.get_xlabel() for axes in figure.axes[4:6]] == ["a dog", "31.0 dB"]
+    boxes = [
+        (what.get_text() if what in (axes.title, axes.xaxis.label) else "picture", box.extents)
+        for axes in figure.axes
+        for what in (axes.title, axes.xaxis.label, axes.images[0])
+        if (box := what.get_window_extent()).width > 0
+    ]
     assert len(boxes) == 4 + 8 + 8 - (not prompt)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        width, height = (100 / 150 * pixels for pixels in sheet.size)  # a figure's own resolution
     for text, (left, top, right, bottom) in boxes:
-        assert 0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height, text
+        assert 0 <= left < right <= width and 0 <= top < bottom <= height, text
     for (a, first), (b, second) in itertools.combinations(boxes, 2):
         apart = [first[i + 2] <= second[i] or second[i + 2] <= first[i] for i in (0, 1)]
         assert any(apart), (a, b)

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import piflux
-from piflux.ranks import ranks as runtime_ranks
+from piflux.memory.memory import Memory
+from piflux.ranks import processes as runtime_ranks
 from piflux.recording import recorded as replay
 from piflux.runtime import ops
-from piflux.runtime.runtime import Runtime
 
 SAME = 1e-6
 
@@ -146,9 +146,10 @@ MORE_STEPS = 9
 
 @pytest.mark.parametrize("options", [{}, {"order": 0}, {"compression": "int8"}])
 def test_one_recording_serves_all_parts_and_images(recorder, options):
-    """The first steady step of a rank runs as it is, the second is recorded."""
+    """The first steady step of a rank runs as it is, the second is recorded, and so are both kinds
+    of sync steps from the second image on; see `test_over_real_ranks`."""
     cases = [flux_inputs(seed=seed) for seed in range(3)]
-    check(3, cases, 3, 3 * (3 * STEADY - 1), recorder, **options)
+    check(3, cases, 3 * 3, 3 * (3 * STEADY - 1 + 1 + 2), recorder, **options)
 
 
 def test_refreshed_caches_stay_where_they_are(recorder):
@@ -225,9 +226,18 @@ def test_an_image_that_failed_leaves_nothing_to_the_next(recorder):
     assert (image(taped, inputs) - want).abs().max() <= SAME
 
 
-@pytest.mark.parametrize("policy", ["gather", "displaced"])
-def test_what_virtual_ranks_send_is_not_recorded(recorder, policy):
-    check(2, [flux_inputs()], 0, 0, recorder, policy=policy)
+@pytest.mark.parametrize(
+    "policy, recorded, played",
+    [
+        # All but the first step.
+        ("gather", 2, 2 * (STEPS - 1)),
+        # Versions change places from step to step, so that two recordings take turns, and the
+        # first step after a sync step finds nothing on its way.
+        ("displaced", 4, 2 * (STEADY - 3)),
+    ],
+)
+def test_what_virtual_ranks_send_stays_where_it_is(recorder, policy, recorded, played):
+    check(2, [flux_inputs()], recorded, played, recorder, policy=policy)
 
 
 def test_an_input_on_another_device_is_not_recorded(recorder, monkeypatch):
@@ -309,20 +319,20 @@ def farthest(images):
 @captured_once()
 def in_pieces(rank, group, options):
     """Two images: how far they are apart, what was recorded, and collectives in each step."""
-    started, turn = runtime_ranks.all_gather, Runtime.turn
+    started, advance = runtime_ranks.all_gather, Memory.advance
     steps = []
 
     def counted(*args, **kwargs):
         steps[-1] += 1
         return started(*args, **kwargs)
 
-    def turned(self):
+    def advanced(self, *args, **kwargs):
         steps.append(0)
-        turn(self)
+        advance(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime_ranks, "all_gather", counted)
-        patch.setattr(Runtime, "turn", turned)
+        patch.setattr(Memory, "advance", advanced)
         recorder = on_tape(patch)
         _, *models = pair(group, **options)
         images = [
@@ -421,8 +431,13 @@ def test_cuda_graphs(options, caplog):
     plain, recorded = (parallel(model, 3, inner, **options) for inner in ("eager", as_captured))
     for inputs in cases:
         assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
-    memories = [m for kind in recorded._piflux_compiler.runtime._spare.values() for m in kind]
-    assert [len(m.replays) for m in memories] == [3]
+    memories = [
+        m for kind in recorded._piflux_compiler.runtime.streams._spare.values() for m in kind
+    ]
+    (kept,) = [
+        x for m in memories for owner, x in m._kept.items() if isinstance(owner, replay.Recorded)
+    ]
+    assert len(kept.replays) == 3 * 3  # steady steps, and two kinds of sync steps
     with torch.no_grad():
         weight(model).weight.data = weight(model).weight * 1.5
     for inputs in cases:  # recorded anew

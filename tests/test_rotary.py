@@ -8,7 +8,7 @@ from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from test_products import check, fused
 from torch import nn
 
-from piflux.compile.compiler import PASSES
+from piflux.compile.program import PASSES
 from piflux.graph.nodes import op_name
 from piflux.kernels.rotary import norm_rotary
 from piflux.passes.speed import fuse_rotary as rotary

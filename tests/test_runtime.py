@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from piflux.memory.memory import Memory
-from piflux.policies.parts import wide
+from piflux.parts import wide
 from piflux.policies.schedule import Schedule
+from piflux.policies.step import apart, current, is_under_way
 from piflux.ranks.agreement import Sketch
-from piflux.ranks.ranks import Packet, virtual_ranks
-from piflux.runtime.runtime import STALE_CALLS, Runtime
-from piflux.runtime.streams import Roles, Seen, Stream
+from piflux.ranks.packet import Packet
+from piflux.ranks.virtual import virtual_ranks
+from piflux.runtime.runtime import Runtime
+from piflux.runtime.streams import STALE_CALLS, Roles, Seen, Stream
 
 ROLES = Roles(latents=(0,), clocks=(1,), conditions=(2,), names={0: "x", 1: "t", 2: "prompt"})
 
@@ -91,31 +93,53 @@ def test_each_condition_has_its_stream_and_old_ones_end():
     runtime = Runtime(Schedule(), None)
     prompts = [torch.randn(3) for _ in range(2)]
 
-    def call(prompt):
-        with runtime.call("graph", ROLES, (torch.randn(1, 4), torch.ones(1), prompt)):
-            return runtime.now[0]
+    def stream_of(prompt):
+        with runtime.call("graph", ROLES, (torch.randn(1, 4), torch.ones(1), prompt)) as call:
+            return call.stream
 
-    conditional, unconditional = map(call, prompts)
+    conditional, unconditional = map(stream_of, prompts)
     assert conditional is not unconditional
-    assert [call(p) for p in prompts] == [conditional, unconditional]
+    assert [stream_of(p) for p in prompts] == [conditional, unconditional]
     for _ in range(STALE_CALLS + 1):
-        call(prompts[0])
-    assert runtime.streams == [conditional]
+        stream_of(prompts[0])
+    assert list(runtime.streams) == [conditional]
 
 
 def test_a_step_that_fails_leaves_no_cache_behind():
     runtime = Runtime(Schedule(), None)
     with pytest.raises(ZeroDivisionError), runtime.call("graph", ROLES, (None, None, None)):
         raise ZeroDivisionError
-    assert runtime.streams == []
-    with pytest.raises(RuntimeError, match="no call"):
-        _ = runtime.now
+    assert not runtime.streams
+    with pytest.raises(RuntimeError, match="no step is under way"):
+        current()
 
 
-def test_ops_of_a_model_that_is_gone_say_so():
+def test_ops_outside_of_a_call_say_so():
     x = torch.randn(1, 4, 2)
-    with pytest.raises(RuntimeError, match="'nobody' is gone"):
-        torch.ops.piflux.shard(x, 1, [4], 2, "nobody")
+    with pytest.raises(RuntimeError, match="no step is under way"):
+        torch.ops.piflux.shard(x, 1, [4], 2)
+
+
+def test_a_call_inside_of_a_call_has_its_own_step():
+    """Also one that is no step, of a model that runs on one rank alone."""
+    runtime = Runtime(Schedule(), None)
+
+    def inputs(prompt):
+        return torch.randn(1, 4), torch.ones(1), torch.full((3,), prompt)
+
+    def outer():
+        before = current()
+        with runtime.call("inner", ROLES, inputs(2.0)) as call:
+            inner = call.run(current)
+        with apart():
+            assert not is_under_way()
+        assert current() is before
+        return before, inner
+
+    with runtime.call("outer", ROLES, inputs(1.0)) as call:
+        before, inner = call.run(outer)
+    assert before.memory is not inner.memory
+    assert not is_under_way()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,19 +164,26 @@ def test_a_packet_carries_tensors_of_any_layout_and_dtype():
         torch.arange(35, dtype=torch.uint8).view(5, 7),
         torch.randn(2, 2, 5, 8, dtype=torch.float64)[..., ::2],
     ]
-    want = [x.clone() for x in tensors]
-    packet = Packet(virtual_ranks(2), tensors)
-    packet.write(tensors)
-    packet.start()
-    for x in tensors:
-        x.zero_()
-    packet.wait()
-    for pieces, x in zip(packet.read(), want, strict=True):
-        assert len(pieces) == 2
-        for piece in pieces:
-            assert torch.equal(piece, x)
-            assert piece.data_ptr() % 16 == piece.stride(-2) * piece.element_size() % 16 == 0
-    assert packet.read_whole() is None  # of virtual ranks
+    ranks = virtual_ranks(2)
+
+    def step():
+        sent = [x + ranks.rank for x in tensors]
+        packet = Packet(ranks, sent)
+        packet.write(sent)
+        packet.start()
+        for x in sent:
+            x.zero_()
+        packet.wait()
+        for pieces, x in zip(packet.read(), tensors, strict=True):
+            assert len(pieces) == 2
+            for rank, piece in enumerate(pieces):
+                assert torch.equal(piece, x + rank)
+                assert piece.data_ptr() % 16 == piece.stride(-2) * piece.element_size() % 16 == 0
+        for whole, x in zip(packet.read_whole(), tensors, strict=True):
+            assert torch.equal(whole, torch.cat([x, x + 1], -2))
+        return ranks.rank
+
+    assert ranks.run(step) == 0
 
 
 BF16 = torch.bfloat16
@@ -190,6 +221,6 @@ def test_packets_are_the_same_in_every_step():
         memory.give_back(one)
         memory.give_back(other)
         assert memory.packet(ranks, like) is first and memory.packet(ranks, like) is second
-    memory.give_all_back()
+    memory.give_all_back(ranks.rank)
     assert memory.packet(ranks, like) is first
     assert memory.packet(ranks, [torch.zeros(1, 2, 3, 8)]) not in (first, second)

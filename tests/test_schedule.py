@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
-from piflux.policies.parts import join, part_length, places, windows
+from piflux.parts import join, part_length, places, windows
 from piflux.policies.schedule import Schedule
 
 

@@ -18,9 +18,12 @@ from piflux.kernels.exchange import (
     place,
     row_bytes,
 )
-from piflux.memory.memory import Places
-from piflux.memory.slots import BELIEF, FARTHEST, Ages, ChangeSlot, Slot, clock_scale, log_snr
-from piflux.policies.parts import places
+from piflux.memory.ages import BELIEF, FARTHEST, Ages
+from piflux.memory.changes import ChangeSlot
+from piflux.memory.places import Places
+from piflux.memory.slots import Slot
+from piflux.parts import places
+from piflux.runtime.times import Times
 
 
 def at(value):
@@ -29,12 +32,12 @@ def at(value):
 
 def time(*clocks, step=0):
     tensors = [torch.as_tensor(clock) for clock in clocks]
-    return log_snr(tensors, [clock_scale(x) for x in tensors], step).item()
+    return Times(tensors).at(tensors, step).item()
 
 
 def test_time_is_the_log_snr_whatever_the_unit():
     assert time(0.25) == pytest.approx(math.log(0.26 / 0.76))
-    assert time(torch.tensor([250, 250])) == pytest.approx(time(0.25))
+    assert time(torch.tensor([250.0, 250.0])) == pytest.approx(time(0.25))
     assert time(torch.tensor([0.25, 0.25])) == pytest.approx(time(0.25))
     assert time(1.0) == pytest.approx(-time(0.0))
     assert math.isfinite(time(1.0))
@@ -42,6 +45,20 @@ def test_time_is_the_log_snr_whatever_the_unit():
 
 def test_clocks_that_stand_still_cancel_out():
     for guidance in (3.5, 3500.0, 1.0):
+        first, then = time(0.9, guidance), time(0.8, guidance)
+        assert first - then == pytest.approx(time(0.9) - time(0.8), rel=1e-5)
+
+
+def test_a_clock_that_is_no_sigma_is_the_time_itself():
+    """The number of a step of another diffusion, and what begins out of the range of sigma."""
+    for first, then in ([999, 250], [-0.5, -0.25], [1200.0, 700.0]):
+        clocks = [torch.tensor([x]) for x in (first, then)]
+        times = Times(clocks[:1])
+        assert [times.at([clock], 0).item() for clock in clocks] == [0, then - first]
+
+
+def test_a_clock_without_bound_stands_still():
+    for guidance in (math.inf, -math.inf, math.nan):
         first, then = time(0.9, guidance), time(0.8, guidance)
         assert first - then == pytest.approx(time(0.9) - time(0.8), rel=1e-5)
 
@@ -76,7 +93,8 @@ def test_a_line_goes_through_both_versions():
     # for these tokens is the first of two versions and no longer the newer.
     assert ages.newer.tolist() == [True, True, False, False, False]
     assert read_line(ages, at(1)) == [*[1 + 2 * BELIEF] * 2, *[-BELIEF] * 3]
-    assert ages.renew(at(1)).tolist() == [True, True, False, False, False]
+    ages.renew(at(1))
+    assert ages.was.tolist() == [True, True, False, False, False]
     assert ages.newer.all()
     assert read_line(ages, at(0)) == [*[1 + BELIEF / 2] * 2, *[1 + BELIEF] * 3]
 
@@ -119,49 +137,76 @@ def tokens(x):
     return x[0][0, 0, :, 0].tolist()
 
 
-def write_all(slot, value):
-    """All tokens are new, as the first version."""
-    for x, y in zip(slot.first, kv(value), strict=True):
-        x.copy_(y)
+def sync(slot, value, *, alone=False, alike=False):
+    """A sync step's keys and values."""
+
+    def write(first):
+        for x, y in zip(first, kv(value), strict=True):
+            x.copy_(y)
+
+    slot.replace(write, (5,), (0, 1), first=alone, alike=alike)
 
 
-def slot_of(value, *, two):
+def slot_of(value, ages):
     """A slot that knows one step's keys and values."""
-    slot = Slot.like(kv(value), 5, two=two)
-    write_all(slot, value)
-    slot.settle(alone=True)
+    slot = Slot.like(kv(value), 5, ages)
+    sync(slot, value, alone=True)
     return slot
 
 
+def three(value):
+    """A part's keys and values."""
+    return [x[..., :3, :] for x in kv(value)]
+
+
 def test_a_slot_reads_what_its_versions_lead_to():
-    slot, ages = slot_of(1, two=True), Ages((5,), at(4))
-    slot.make_room(ages.renew(at(3)))
-    write_all(slot, 3)
+    ages = Ages((5,), at(4))
+    slot = slot_of(1, ages)
+    ages.renew(at(3))
+    sync(slot, 3)
     ages.look(at(2))
     ages.renew_part(own(1), at(2))
     places = five_in_two(1)
     assert places.sources.tolist() == [-1, -1, 0, 1, 2]
-    keys, values = slot.predict(ages, places, [x[..., :3, :] for x in kv(7)], keep=True)
+    keys, values = slot.read(places, three(7), keep=True)
     assert keys[0, 0, :, 0].tolist() == [3 + 2 * BELIEF] * 2 + [7] * 3
     assert torch.equal(values, -keys)
     assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1, 1, 7, 7, 7])
-    slot.make_room(ages.renew(at(1)))
-    write_all(slot, 9)
+    ages.renew(at(1))
+    sync(slot, 9)
     assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [3, 3, 7, 7, 7])
 
 
+def test_versions_that_are_alike_change_places():
+    """What comes next is written over the older one; nothing is moved."""
+    slot = slot_of(1, Ages((5,), at(4)))
+    first, second = slot.first, slot.second
+    sync(slot, 3, alike=True)
+    assert slot.first is second and slot.second is first
+    assert (tokens(slot.first), tokens(slot.second)) == ([3] * 5, [1] * 5)
+
+
+def test_what_is_on_its_way_lands_before_what_comes():
+    """`displaced`: a sync step's keys and values are newer than those that were sent before it."""
+    slot = slot_of(1, Ages((5,), at(4)))
+    pieces = [(x[..., :3, :], x[..., 2:, :]) for x in kv(5)]
+    slot.packet = Arrived(*pieces)
+    slot.begin_step()
+    sync(slot, 9, alike=True)
+    assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [5] * 5)
+
+
 def test_what_is_not_kept_is_only_read():
-    slot, ages = slot_of(1, two=True), Ages((5,), at(4))
-    keys, _ = slot.predict(ages, five_in_two(0), [x[..., :3, :] for x in kv(7)], keep=False)
+    slot = slot_of(1, Ages((5,), at(4)))
+    keys, _ = slot.read(five_in_two(0), three(7), keep=False)
     assert keys[0, 0, :, 0].tolist() == [7, 7, 7, 1, 1]
     assert tokens(slot.first) == tokens(slot.second) == [1] * 5
 
 
 def test_a_slot_of_order_0_remembers_one_version():
-    slot = slot_of(1, two=False)
-    slot.make_room()
-    write_all(slot, 3)
-    read = slot.write(five_in_two(0).index, [x[..., :3, :] for x in kv(7)])
+    slot = slot_of(1, None)
+    sync(slot, 3)
+    read = slot.read(five_in_two(0), three(7), keep=False)
     assert tokens(read) == tokens(slot.first) == [7, 7, 7, 3, 3]
     assert slot.second == []
 
@@ -181,15 +226,8 @@ class Arrived:
         return self.pieces
 
 
-def sync(slot, value, *, alone=False):
-    if not alone:
-        slot.make_room()
-    write_all(slot, value)
-    slot.settle(alone=alone)
-
-
-def slot_of_changes(value):
-    slot = ChangeSlot.like(kv(value), 5)
+def slot_of_changes(value, ages=None):
+    slot = ChangeSlot.like(kv(value), 5, ages or Ages((5,), at(4)))
     sync(slot, value, alone=True)
     return slot
 
@@ -202,14 +240,15 @@ def change_of(slot):
 
 def test_a_slot_of_changes_reads_what_they_lead_to():
     """`kv` has one value a token, whose change is a scale of 127 steps, without an error."""
-    slot, ages = slot_of_changes(1), Ages((5,), at(4))
+    ages = Ages((5,), at(4))
+    slot = slot_of_changes(1, ages)
     where = slot.first[0], slot.second[0]
     assert change_of(slot) == [0] * 5
     ages.renew(at(3))
     sync(slot, 128)
     ages.look(at(2))
     ages.renew_part(own(1), at(2))
-    keys, values = slot.predict(ages, five_in_two(1), [x[..., :3, :] for x in kv(1)], keep=True)
+    keys, values = slot.read(five_in_two(1), three(1), keep=True)
     assert keys[0, 0, :, 0].tolist() == [128 + 127 * BELIEF] * 2 + [1] * 3
     assert torch.equal(values, -keys)
     assert tokens(slot.first) == [128, 128, 1, 1, 1]
@@ -225,7 +264,7 @@ def test_a_slot_of_changes_lands_what_all_have_sent():
     """Five tokens in two parts that share the middle one; every rank adds the same changes."""
     slots = [slot_of_changes(1) for _ in range(2)]
     sent = [
-        slot.packets(places((5,), 2, part), [x[..., :3, :] for x in kv(value)])
+        slot._sent(places((5,), 2, part), three(value))
         for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
     ]
     for slot in slots:
@@ -241,12 +280,11 @@ def test_errors_of_sent_changes_do_not_grow():
     """Each change makes good for what the last one's rounding took away."""
     torch.manual_seed(0)
     keys = torch.randn(1, 2, 5, 8)
-    slot, errors = ChangeSlot.like([keys], 5), []
-    slot.first[0].copy_(keys)
-    slot.settle(alone=True)
+    slot, errors = ChangeSlot.like([keys], 5, Ages((5,), at(4))), []
+    slot.replace(lambda first: first[0].copy_(keys), (5,), (0,), first=True, alike=False)
     for _ in range(100):
         keys = keys + 0.1 * torch.randn(keys.shape)
-        slot.packet = Arrived(slot.packets(torch.arange(5), [keys]))
+        slot.packet = Arrived(slot._sent(torch.arange(5), [keys]))
         slot.land((5,), (0,))
         errors.append((slot.first[0] - keys).abs().max())
     assert max(errors) < 2 * max(errors[:5]) < 1e-2

@@ -12,7 +12,7 @@ from test_numerics import EXACT, sample
 import piflux
 from piflux.cost.cost import Layer, Rates, choose_sync
 from piflux.cost.rates import measure_rates
-from piflux.ranks.ranks import ProcessRanks
+from piflux.ranks.processes import ProcessRanks
 
 PART = 3 * (Layer(linear_flops=6 * 10**9, attention_flops=10**9, kv_bytes=10**6),)
 WHOLE = 3 * (Layer(linear_flops=12 * 10**9, attention_flops=2 * 10**9, kv_bytes=0),)
@@ -36,41 +36,60 @@ def test_the_faster_one_is_chosen(link_gbs, beside, sync):
     assert "computes all tokens 48 ms" in choice.reason
 
 
-def slow_link(ranks, piece, gather=ProcessRanks.gather):
-    time.sleep(0.1)
-    return gather(ranks, piece)
+class SlowLink:
+    """A gather that takes 0.1 s from its start to its end."""
+
+    def __init__(self, gathering):
+        self._gathering = gathering
+
+    def __getattr__(self, name):
+        return getattr(self._gathering, name)
+
+    def start(self):
+        time.sleep(0.1)
+        self._gathering.start()
+        return self
 
 
-def slow_kernels(*args):
-    return 1e-9, 1e-9
+def slow_link(ranks, count, device, gather=ProcessRanks.persistent_gather):
+    return SlowLink(gather(ranks, count, device))
+
+
+# At MEDIUM a part of tiny_flux takes 45 ms and the whole 84, so that recomputing is worth it from
+# 60 ms of waiting on: a gather on one host takes less, one over the slow link more.
+FAST, MEDIUM, SLOW = (1e3, 1e3), (4e-5, 4e-5), (1e-9, 1e-9)
 
 
 @captured_once()
-def called(rank, group, rank_one_has, policy="rotate", sync="auto"):
-    """The report and the first step's result; `rank_one_has` is true of rank 1 alone."""
+def called(rank, group, rates, slower, policy="rotate", sync="auto"):
+    """The report and the first step's result; `slower` is what rank 1 alone has."""
     model = piflux.parallelize(
         tiny_flux(single=0), group=group, policy=policy, sync=sync, inner="eager"
     )
-    patches = {
-        "slow link": mock.patch.object(ProcessRanks, "gather", slow_link),
-        "slow kernels": mock.patch("piflux.cost.rates.measure_rates", slow_kernels),
-    }
-    if rank == 1:
-        with patches[rank_one_has]:
-            result = sample(model)(**flux_inputs())
-    else:
+    kernels = SLOW if rank == 1 and slower == "kernels" else rates
+    link = slow_link if rank == 1 and slower == "link" else ProcessRanks.persistent_gather
+    with (
+        mock.patch("piflux.cost.rates.measure_rates", return_value=kernels),
+        mock.patch.object(ProcessRanks, "persistent_gather", link),
+    ):
         result = sample(model)(**flux_inputs())
     return str(piflux.explain(model)), result
 
 
 @pytest.mark.parametrize(
-    ("rank_one_has", "sync", "sent"),
-    [("slow link", "recompute", "0 B"), ("slow kernels", "gather", "10.75 kB")],
+    ("rates", "slower", "sync", "sent"),
+    [
+        (MEDIUM, None, "gather", "10.75 kB"),
+        (MEDIUM, "link", "recompute", "0 B"),
+        (FAST, None, "recompute", "0 B"),
+        (FAST, "kernels", "gather", "10.75 kB"),
+    ],
 )
-def test_the_slowest_rank_decides_for_all(ranks, rank_one_has, sync, sent):
+def test_the_slowest_rank_decides_for_all(ranks, rates, slower, sync, sent):
+    """Without what is slow on one of them, all decide otherwise."""
     with torch.no_grad():
         want = sample(tiny_flux(single=0))(**flux_inputs())
-    told = ranks(2, called, rank_one_has)
+    told = ranks(2, called, rates, slower)
     assert told[0][0] == told[1][0]
     for text, result in told:
         assert f"  sync by '{sync}'".ljust(25) + "at " in text
@@ -79,10 +98,10 @@ def test_the_slowest_rank_decides_for_all(ranks, rank_one_has, sync, sent):
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_measured(ranks):
-    with mock.patch("piflux.compile.compiler.slowest_rates", side_effect=AssertionError):
+    with mock.patch("piflux.compile.program.slowest_rates", side_effect=AssertionError):
         for group in (piflux.virtual_ranks(1), piflux.virtual_ranks(2)):
-            called(0, group, None)
-    text, _ = ranks(2, called, "slow link", "gather")[0]
+            called(0, group, FAST, None)
+    text, _ = ranks(2, called, FAST, "link", "gather")[0]
     assert "sync by 'gather'       there is nothing to choose" in text
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 
@@ -24,13 +27,27 @@ def _identity(x: Any) -> Any:
     return x
 
 
+def standing_for(original: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` with the name, the documentation and the signature of `original`."""
+
+    @functools.wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return call
+
+
 def view_of(target: Any, mixin: type[View], **members: Any) -> Any:
     """A view of `target`, with `members` for attributes of its class.
 
     The class is the view's own, since whatever the instance holds, the target holds too. It goes by
-    the target's name, which diffusers writes into configs and looks up again.
+    the target's name, which diffusers writes into configs and looks up again. Methods that `mixin`
+    overrides have the signatures of the target's, by which diffusers chooses what to pass them.
     """
     cls = type(target)
+    for name, method in vars(mixin).items():
+        if isinstance(method, FunctionType) and hasattr(cls, name):
+            members.setdefault(name, standing_for(getattr(cls, name), method))
     members |= {
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,

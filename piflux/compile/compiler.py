@@ -1,71 +1,37 @@
-"""The Dynamo backend: from a captured graph to a callable that runs on one rank of many."""
+"""The Dynamo backend: each graph that it is given becomes a program of one model's runtime."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace as with_fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
 
-from piflux.compile.pieces import Inner, compile_piece, compile_pieces, replace
+from piflux.capture.captured import Captured
+from piflux.capture.dynamo import let_through
+from piflux.compile.choices import Choices
+from piflux.compile.pieces import Inner
+from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
-from piflux.cost.cost import SyncChoice, choose_sync, layers_of
-from piflux.cost.rates import slowest_rates
-from piflux.errors import CompileError, let_through
-from piflux.graph.plan import Context, example_size, tensors
-from piflux.graph.roles import roles_of
-from piflux.passes.runner import run_passes
-from piflux.passes.speed.enclose import HEAD, enclose
-from piflux.passes.speed.fuse_gelu import fuse_gelu
-from piflux.passes.speed.fuse_linears import fuse_linears
-from piflux.passes.speed.fuse_rotary import fuse_rotary
-from piflux.passes.speed.hoist import HOISTED, hoist
-from piflux.passes.speed.outline import outline
-from piflux.passes.speed.sigmoid_gelu import sigmoid_gelu
-from piflux.passes.split.layout import layout
-from piflux.passes.split.overlap import overlap
-from piflux.passes.split.propagate import propagate
-from piflux.passes.split.rewrite_attention import rewrite_attention
-from piflux.passes.split.shard import shard
+from piflux.errors import CompileError
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
     Compression,
-    Policy,
+    PolicyName,
     Schedule,
     Sync,
     read_settings,
 )
+from piflux.policies.step import apart
 from piflux.ranks.agreement import fingerprint
 from piflux.ranks.groups import resolve_group
-from piflux.ranks.ranks import Ranks, VirtualRanks
-from piflux.recording import recorded as replay
-from piflux.recording.recorded import Recorded
-from piflux.runtime.hoisted import Hoisted
+from piflux.ranks.protocol import Ranks
 from piflux.runtime.runtime import Runtime
-from piflux.runtime.streams import Roles
-
-PASSES = (
-    layout,  # decides; everything below carries out its plan
-    rewrite_attention,  # before propagate, which would run a part's attention on a part's keys
-    shard,  # sizes are read off the whole example values, so before they change
-    overlap,  # after shard: cuts take their places in the order, too
-    propagate,  # last: every example value becomes that of a part
-)
-# Once the report has been read off single nodes, and for inner compilers that gain by it:
-LATER = (
-    hoist,
-    fuse_linears,  # after overlap, whose order it keeps, and after hoist, for what is left
-    fuse_gelu,
-    sigmoid_gelu,  # what fuse_gelu left
-    fuse_rotary,
-    enclose,  # last, around all of them; outline works inside
-)
 
 
 class Compiler:
@@ -75,13 +41,22 @@ class Compiler:
         schedule: see `Runtime`.
         ranks: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
+        chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
+
+    Attributes:
+        programs: in the order in which they were made.
 
     Raises:
         ValueError: `inner` is no backend.
     """
 
     def __init__(
-        self, schedule: Schedule, ranks: Ranks | None, inner: str | Callable[..., Any]
+        self,
+        schedule: Schedule,
+        ranks: Ranks | None,
+        inner: str | Callable[..., Any],
+        *,
+        chooses: bool = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -94,30 +69,37 @@ class Compiler:
             raise ValueError(unknown) from error
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
-        self.reports: list[GraphReport] = []
-        self._why_sync = ""
+        self.programs: list[Program] = []
+        self._choices = Choices(chooses, ranks, self.runtime.notes)
+
+    @property
+    def reports(self) -> list[GraphReport]:
+        """Of all programs."""
+        return [program.report for program in self.programs]
 
     @let_through()
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        runtime, world_size = self.runtime, self.runtime.schedule.world_size
-        if runtime.ranks is not None and not self.reports:
+        return self.install(Captured.of(gm, example_inputs))
+
+    def install(self, captured: Captured) -> Callable[..., Any]:
+        """Make a program of a graph. Returns what Dynamo calls in its place."""
+        runtime = self.runtime
+        if runtime.ranks is not None and not self.programs:
             # Before ranks with other settings wait in other collectives.
-            runtime.ranks.agree(fingerprint({"schedule": runtime.schedule}, {}))
-        uncut = self._uncut(gm)
-        ctx = Context(world_size, runtime.name, runtime.schedule.policy == "rotate")
-        # On one rank too the layout is found, so that a model that can't be sharded says so on
-        # the machine it is developed on.
-        run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
-        if runtime.schedule.sync == "auto":
-            self._choose_sync(gm, ctx, uncut)
-        self.reports.append(GraphReport.of(gm, ctx, runtime.schedule, self._why_sync))
-        roles = roles_of(gm, ctx.plan)
-        alone = isinstance(runtime.ranks, VirtualRanks) or runtime.schedule.sync == "recompute"
-        with self._choices(1):
-            whole = self._compile(*uncut, example_inputs) if uncut and alone else None
-        with self._choices(world_size):
-            compiled = self._compile(gm, ctx, example_inputs)
-        return _PerCall(runtime, roles, compiled, whole)
+            settings = {"schedule": runtime.schedule, "policy is chosen": self._choices.policy}
+            runtime.ranks.agree(fingerprint(settings, {}))
+        program = make_program(captured, runtime.schedule, runtime.ranks, self.inner, self._settle)
+        runtime.settle(program.schedule)
+        runtime.streams.recycles |= program.records
+        self.programs.append(program)
+        return _PerCall(runtime, program)
+
+    def _settle(
+        self, schedule: Schedule, part: Counted, whole: Counted | None
+    ) -> tuple[Schedule, str]:
+        foreseen = self.runtime.foreseen
+        times = foreseen(torch.empty(1)) if foreseen is not None else []
+        return self._choices.settle(schedule, part, whole, len(times[0]) if times else None)
 
     def prepare(self) -> None:
         """Start inductor's workers, which take seconds, for them to be ready after the capture.
@@ -129,103 +111,23 @@ class Compiler:
 
             maybe_warm_pool()
 
-    def _uncut(self, gm: fx.GraphModule) -> tuple[fx.GraphModule, Context] | None:
-        """The graph that computes all tokens and fills the cache, where sync steps may want it."""
-        ranks, schedule = self.runtime.ranks, self.runtime.schedule
-        may = schedule.policy != "gather" and schedule.sync != "gather"
-        if ranks is None or not (may or isinstance(ranks, VirtualRanks)):
-            return None
-        uncut, ctx = copy.deepcopy(gm), Context(1, self.runtime.name)
-        run_passes(uncut, ctx, (layout, rewrite_attention))
-        return uncut, ctx
-
-    def _choose_sync(
-        self, gm: fx.GraphModule, ctx: Context, uncut: tuple[fx.GraphModule, Context] | None
-    ) -> None:
-        """Settle `sync='auto'` for this graph and all later ones, on all ranks alike."""
-        ranks = self.runtime.ranks
-        choice = SyncChoice("gather", "there is nothing to choose")
-        if ranks is not None and uncut and not isinstance(ranks, VirtualRanks):
-            layers = layers_of(gm, ctx)
-            (query,) = tensors(ctx.plan.attentions[0].node.all_input_nodes[0])
-            shape = [example_size(size, query) for size in query.shape]
-            sent = layers[0].kv_bytes // (ranks.size - 1)
-            rates = slowest_rates(ranks, shape, query.dtype, query.device, sent)
-            choice = choose_sync(layers, layers_of(*uncut), rates)
-        self.runtime.schedule = with_fields(self.runtime.schedule, sync=choice.sync)
-        self._why_sync = choice.reason
-
-    def _compile(
-        self, gm: fx.GraphModule, ctx: Context, example_inputs: Sequence[Any]
-    ) -> Callable[..., Any]:
-        """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
-        if self.inner is lookup_backend("eager"):
-            return self.inner(gm, list(example_inputs))
-        roles, records = roles_of(gm, ctx.plan), self._records(gm)
-        run_passes(gm, ctx, LATER)
-        calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
-        if HEAD not in calls:
-            run_passes(gm, ctx, (outline,))
-            pieces = any(gm.children())
-            return compile_pieces(gm, self.inner) if pieces else self.inner(gm, [*example_inputs])
-        run_passes(getattr(gm, HEAD), ctx, (outline,))
-        inputs = gm.graph.find_nodes(op="placeholder")
-        if HOISTED in calls:
-            clocks = _positions(calls[HOISTED], {inputs[i] for i in roles.clocks})
-            replace(gm, HOISTED, Hoisted(self.runtime, gm.get_submodule(HOISTED), clocks))
-        head = compile_piece(gm.get_submodule(HEAD), self.inner)
-        if records:
-            moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
-            head = Recorded(self.runtime, head, _positions(calls[HEAD], moving))
-            self.runtime.recycles = True
-        replace(gm, HEAD, head)
-        return gm.forward
-
-    def _choices(self, world_size: int) -> contextlib.AbstractContextManager[None]:
-        """While it lasts, inductor compiles as these graphs want it, in the order of `overlap`."""
-        if self.inner is lookup_backend("eager"):
-            return contextlib.nullcontext()
-        from piflux.compile.inductor import choices  # imports inductor, which takes seconds
-
-        return choices(sends=world_size > 1)
-
-    def _records(self, gm: fx.GraphModule) -> bool:
-        """Whether steps can be recorded."""
-        schedule = self.runtime.schedule
-        nodes = (n for n in gm.graph.nodes if n.op != "placeholder")
-        devices = {x.device.type for n in nodes for x in tensors(n)}
-        # What virtual ranks send to each other is never in the same place.
-        still = schedule.policy == "rotate" or not isinstance(self.runtime.ranks, VirtualRanks)
-        return schedule.world_size > 1 and still and devices == {replay.DEVICE}
-
 
 class _PerCall:
-    """A compiled graph; each call is one pass of one denoise step."""
+    """A program; each call is one pass of one denoise step."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        roles: Roles,
-        part: Callable[..., Any],
-        whole: Callable[..., Any] | None,
-    ) -> None:
+    def __init__(self, runtime: Runtime, program: Program) -> None:
         self.runtime = runtime
-        self.roles = roles
-        self.part = part
-        self.whole = whole
+        self.program = program
 
     def __call__(self, *args: Any) -> Any:
-        runtime = self.runtime
+        runtime, program = self.runtime, self.program
         if runtime.ranks is None and not runtime.foresees:
-            return self.part(*args)  # a model like any other
-        with runtime.call(self, self.roles, args) as step:
-            if runtime.ranks is None:
-                return self.part(*args)
-            return runtime.ranks.run(step.sync, self._part, self.whole, args)
-
-    def _part(self, *args: Any) -> Any:
-        self.runtime.turn()
-        return self.part(*args)
+            with apart():
+                return program.part(*args)  # a model like any other
+        with runtime.call(self, program.roles, args) as call:
+            whole = program.whole if call.step.sync else None
+            run = program.part if whole is None else whole
+            return call.run(lambda: run(*args))
 
 
 @let_through()
@@ -256,13 +158,33 @@ def backend(
             "piflux is for inference, but the call records gradients: call the model under "
             "torch.no_grad()"
         )
-    return make_compiler(**dict(options or {}))(gm, example_inputs)
+    compiler = make_compiler(**dict(options or {}))
+    compiled = compiler(gm, example_inputs)
+    held = [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
+    _COMPILED[compiler.runtime] = compiler.programs, held
+    return compiled
+
+
+_COMPILED: WeakKeyDictionary[Runtime, tuple[list[Program], list[weakref.ref[Any]]]]
+_COMPILED = WeakKeyDictionary()
+"""The programs that `torch.compile(backend="piflux")` made, with the parameters that they read."""
+
+
+def reports_of(module: torch.nn.Module) -> list[tuple[GraphReport, Sequence[str]]]:
+    """The backend's graphs that read a parameter of `module`, each with notes on its runs."""
+    own = {id(x) for x in module.parameters()}
+    return [
+        (program.report, runtime.notes)
+        for runtime, (programs, held) in _COMPILED.items()
+        if any(id(ref()) in own for ref in held)
+        for program in programs
+    ]
 
 
 def make_compiler(
     *,
     group: Any = None,
-    policy: Policy | str = "rotate",
+    policy: PolicyName | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
     sync: Sync = "gather",
@@ -288,13 +210,11 @@ def make_compiler(
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)
+    chooses = settings["policy"] == "auto"
+    if chooses:
+        settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)
-    return Compiler(schedule, ranks, inner)
-
-
-def _positions(call: fx.Node, nodes: set[fx.Node]) -> list[int]:
-    """Which arguments of a call are among `nodes`."""
-    return [i for i, node in enumerate(call.args) if node in nodes]
+    return Compiler(schedule, ranks, inner, chooses=chooses)

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 
 Inner = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, fx
-
-from piflux.graph.plan import Axis, Context, Plan, Value, example_size, plain_name, tensors
-from piflux.kernels.exchange import row_bytes
-from piflux.policies.parts import part_length
+from piflux.cost.cost import keys_and_values, token_bytes
+from piflux.graph.axes import Axis, Value
+from piflux.graph.nodes import plain_name
+from piflux.graph.plan import Context, Plan
+from piflux.graph.sizes import example_size
+from piflux.graph.values import tensors
+from piflux.parts import part_length
 from piflux.policies.schedule import Schedule
 
 
@@ -60,10 +62,9 @@ class GraphReport:
     why_sync: str = ""
 
     @classmethod
-    def of(
-        cls, gm: fx.GraphModule, ctx: Context, schedule: Schedule, why_sync: str = ""
-    ) -> GraphReport:
-        plan, world_size = ctx.plan, ctx.world_size
+    def of(cls, ctx: Context, schedule: Schedule, why_sync: str = "") -> GraphReport:
+        """Of a graph that the passes have run on."""
+        plan, world_size, policy = ctx.plan, ctx.world_size, schedule.kind
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
         for verb, edges in (("shard", plan.cuts), ("unshard", plan.joins)):
             for (_, value), dims in edges.items():
@@ -73,30 +74,20 @@ class GraphReport:
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = steadily = held = 0
-        for _, _, *axes in plan.attentions:
-            key, content = (tensors(axis.node)[axis.item] for axis in axes)
-            lengths = [example_size(length, key) for length in plan.lengths(axes[0])]
-            part = sum(part_length(length, world_size) for length in lengths)
-            per_token = sum(_bytes(x) // example_size(x.shape[-2], x) for x in (key, content))
-            sent += per_token * part * (world_size - 1)
-            change = sum(_rows(x) // example_size(x.shape[-2], x) for x in (key, content))
-            packet = change if schedule.compresses else per_token
-            steadily += packet * part * (world_size - 1)
-            held += per_token * sum(lengths)
-            if schedule.order:
-                held += packet * sum(lengths)
-            if schedule.policy == "displaced":  # what it sent, and what is arriving
-                held += packet * part * (world_size + 1)
-        if world_size == 1 or schedule.policy == "gather":
-            held = 0
-        steady = final + (0 if schedule.policy == "rotate" else steadily)
+        for found in plan.attentions:
+            kv = keys_and_values(plan, found, world_size)
+            token = kv.token_bytes(schedule)
+            sent += kv.sent_bytes
+            steadily += policy.sent_bytes(token, kv.part, world_size)
+            if world_size > 1:
+                held += policy.held_bytes(token, kv.whole, kv.part, world_size)
         return cls(
             schedule,
             len(plan.attentions),
             len(plan.local),
             tuple(boundaries.values()),
             0 if schedule.sync == "recompute" else final + sent,
-            steady,
+            final + steadily,
             held,
             why_sync,
         )
@@ -107,7 +98,7 @@ class GraphReport:
         syncs = ", ".join(str(step) for step in s.first_syncs)
         lines = [
             f"{s.policy} on {s.world_size} rank{'s' if s.world_size > 1 else ''}, "
-            + ("every step a sync step" if s.policy == "gather" else f"sync at {syncs}{refresh}")
+            + (f"sync at {syncs}{refresh}" if s.kind.remembers else "every step a sync step")
             + (", recomputed" if s.sync == "recompute" else "")
             + (", predicted between" if s.predicts else "")
             + (" by changes in 8 bits" if s.compresses else ""),
@@ -130,14 +121,21 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """All graphs of a model, in the order in which they were compiled."""
+    """All graphs of a model, in the order in which they were compiled.
+
+    Attributes:
+        graphs: the graphs.
+        notes: what was remarkable when they ran.
+    """
 
     graphs: tuple[GraphReport, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         if not self.graphs:
             return "nothing compiled yet: call the model once"
-        return "\n".join(f"graph {i}: {graph}" for i, graph in enumerate(self.graphs))
+        graphs = [f"graph {i}: {graph}" for i, graph in enumerate(self.graphs)]
+        return "\n".join([*graphs, *(f"note: {note}" for note in self.notes)])
 
 
 def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) -> BoundaryReport:
@@ -146,24 +144,9 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     lengths = tuple(example_size(length, x) for length in full)
     parts = tuple(part_length(length, world_size) for length in lengths)
     overlaps = tuple(p * world_size - n for p, n in zip(parts, lengths, strict=True))
-    per_token = _bytes(x) // example_size(x.shape[dim], x)
+    per_token = token_bytes(x, dim)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
     return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
-
-
-def _bytes(x: Tensor) -> int:
-    count = x.element_size()
-    for size in x.shape:
-        count *= example_size(size, x)
-    return count
-
-
-def _rows(x: Tensor) -> int:
-    """Bytes of the change of `x`."""
-    count = row_bytes(example_size(x.shape[-1], x))
-    for size in x.shape[:-1]:
-        count *= example_size(size, x)
-    return count
 
 
 def _human(count: int) -> str:

@@ -1,4 +1,4 @@
-"""What a step costs, by arithmetic or as measured, and the policy that follows. Runs nothing.
+"""What a step costs, by arithmetic, and the policy that follows. Runs nothing.
 
 Of a graph are counted linear layers, matrix products, the attentions that share their tokens over
 the ranks, bytes sent and the all-gathers that send them. Norms, pointwise ops and launching are
@@ -8,21 +8,23 @@ not: a lower bound.
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from piflux.compile.report import GraphReport
 from piflux.graph.nodes import PRODUCTS, op_name
-from piflux.graph.plan import Context, example_size, tensors
+from piflux.graph.plan import Attention, Context, Plan
+from piflux.graph.sizes import example_size
 from piflux.graph.targets import SEND
-from piflux.policies.schedule import Policy, Schedule, Sync
+from piflux.graph.values import tensors
+from piflux.parts import part_length
+from piflux.policies.policy import TokenBytes
+from piflux.policies.schedule import PolicyName, Schedule, Sync
 
 PRICE_OF_EXACT = 0.05
-"""Of a step's compute: what 'auto' waits for keys and values that are exact. A preference."""
+"""'auto' accepts waiting this share of a step's compute for exact keys and values. Chosen, not
+measured."""
 
 WORTH_A_GRAPH = 0.8
 """Of a gathered sync step's time: what a recomputed one may take to be chosen. It needs a second
@@ -123,7 +125,7 @@ class Choice:
         compute_s: seconds a step that a rank computes.
     """
 
-    policy: Policy
+    policy: PolicyName
     reason: str
     gather_s: float
     compute_s: float
@@ -144,7 +146,7 @@ def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
         f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
         f"for {wait * 1000:.3g} ms of them"
     )
-    policy: Policy
+    policy: PolicyName
     if wait <= PRICE_OF_EXACT * compute:
         policy, why = "gather", "little for exact ones"
     elif gather <= compute:
@@ -155,89 +157,46 @@ def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds of a schedule's steps, for one picture.
+class KeysAndValues:
+    """The keys and values of one attention.
 
     Attributes:
-        one_s: one rank's step.
-        sync_s: a sync step.
-        steady_s: any other step.
-        mean_s: a step, mean over an image.
+        pair: fake tensors, each (.., tokens, head dim).
+        part: tokens of a part.
+        whole: tokens of all parts together, each counted once.
+        sent_bytes: what a rank sends for all others to have its part's, uncompressed.
     """
 
-    one_s: float
-    sync_s: float
-    steady_s: float
-    mean_s: float
+    pair: Sequence[Tensor]
+    part: int
+    whole: int
+    sent_bytes: int
 
-    @classmethod
-    def of(
-        cls, schedule: Schedule, steps: int, one_s: float, sync_s: float, steady_s: float
-    ) -> Cost:
-        """Of an image of so many steps."""
-        syncs = sum(schedule.step(index).sync for index in range(steps))
-        mean_s = (syncs * sync_s + (steps - syncs) * steady_s) / steps
-        return cls(one_s, sync_s, steady_s, mean_s)
-
-
-def modelled_cost(
-    report: GraphReport, steps: int, step_s: float, link_gbs: float, batch: int = 1
-) -> Cost:
-    """From one rank's `step_s`, for an image of `steps`.
-
-    Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
-    a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
-    sync step takes one rank's time. The time of launching work is not modelled.
-
-    Args:
-        report: of the variant, compiled for `batch` pictures.
-        steps: denoise steps of an image.
-        step_s: seconds a step of one picture on one rank.
-        link_gbs: GB/s that a rank sends.
-        batch: pictures that the report's bytes are for.
-    """
-    schedule = report.schedule
-    lengths = [b for b in report.boundaries if b.verb == "shard"]
-    share = sum(sum(b.part_lengths) for b in lengths) / sum(sum(b.lengths) for b in lengths)
-    local, second = share * step_s, 1e9 * link_gbs * batch
-    sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
-    sent = report.steady_bytes / second
-    steady = max(local, sent) if schedule.policy == "displaced" else local + sent
-    return Cost.of(schedule, steps, step_s, sync, steady)
+    def token_bytes(self, schedule: Schedule) -> TokenBytes:
+        """Of one token."""
+        version = change = 0
+        for x in self.pair:
+            width = example_size(x.shape[-1], x)
+            token, head = token_bytes(x, -2), width * x.element_size()
+            version += token
+            change += token // head * schedule.slots.change_bytes(width, head)
+        return TokenBytes(version, change if schedule.order else 0, change)
 
 
-def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> Cost:
-    """From what `piflux bench` measured, with its model, size and machine, for an image of `steps`.
+def keys_and_values(plan: Plan, found: Attention, world_size: int) -> KeysAndValues:
+    """Count them in a captured graph. Cutting its tensors does not change the counts."""
+    axes = (found.keys, found.values)
+    pair = [tensors(axis.node)[axis.item] for axis in axes]
+    lengths = [example_size(length, pair[0]) for length in plan.lengths(found.keys)]
+    part = sum(part_length(length, world_size) for length in lengths)
+    sent = sum(token_bytes(x, -2) for x in pair) * part * (world_size - 1)
+    return KeysAndValues(pair, part, sum(lengths), sent)
 
-    One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
-    recomputed one is one rank's; any other step is the median of the row named like the policy,
-    with '-int8' after it where changes are compressed.
 
-    Args:
-        bench: the record, as `bench.json` has it.
-        schedule: the variant's, with its ranks.
-        steps: denoise steps of an image.
-
-    Raises:
-        ValueError: a row is missing or failed.
-    """
-    medians = {
-        (row["row"], row["ranks"]): statistics.median(row["step_ms"]) / 1000
-        for row in bench["rows"]
-        if row["error"] is None
-    }
-    alone = [median for (_, ranks), median in medians.items() if ranks == 1]
-    recompute = schedule.sync == "recompute"
-    row = schedule.policy + ("-int8" if schedule.compresses else "")
-    needed = {(row, schedule.world_size)}
-    needed |= set() if recompute else {("gather", schedule.world_size)}
-    missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]
-    if not alone:
-        missing.append("any row on one rank")
-    if missing:
-        raise ValueError(f"the benchmark did not measure {', '.join(missing)}")
-    sync = min(alone) if recompute else medians["gather", schedule.world_size]
-    return Cost.of(schedule, steps, min(alone), sync, medians[row, schedule.world_size])
+def token_bytes(x: Tensor, dim: int) -> int:
+    """Bytes of `x` that belong to one index along `dim`."""
+    sizes = [example_size(size, x) for size in x.shape]
+    return x.element_size() * math.prod(sizes) // sizes[dim]
 
 
 def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
@@ -255,15 +214,12 @@ def layers_of(gm: fx.GraphModule, ctx: Context) -> tuple[Layer, ...]:
     linear, attended, sent, beside, gathers = ([0] * depth for _ in range(5))
     under_way: set[int] = set()  # at these levels keys and values travel
     for node, found in attentions.items():
-        query, key, value = (x for x in node.args[:3] if isinstance(x, fx.Node))
+        query = node.all_input_nodes[0]
         lengths = [example_size(n, tensors(node)[0]) for n in ctx.plan.lengths(found.keys)]
         attended[level[node]] += 2 * sum(lengths) * (_numel(query) + _numel(node))
         if ctx.world_size > 1:
-            others = ctx.world_size - 1
             gathers[level[node]] += 1
-            sent[level[node]] += others * sum(
-                _numel(x) * tensors(x)[0].element_size() for x in (key, value)
-            )
+            sent[level[node]] += keys_and_values(ctx.plan, found, ctx.world_size).sent_bytes
     for node in gm.graph.nodes:
         if node.target is SEND:
             under_way.add(level[node])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from piflux.cost.clock import median_seconds
 from piflux.cost.cost import Rates
-from piflux.ranks.ranks import Ranks
+from piflux.ranks.protocol import Ranks
 
 FEW = 5
 """Runs of what is measured at a model's first call."""
@@ -40,10 +40,17 @@ def measure_rates(
     )
 
 
+def measure_link(ranks: Ranks, device: torch.device, count: int) -> float:
+    """GB/s that this rank sends while all gather `count` bytes of each, as a step's gathers do."""
+    gathering = ranks.persistent_gather(count, device)
+    seconds = median_seconds(lambda: gathering.start().wait(), device.type == "cuda", FEW)
+    return count * (ranks.size - 1) / seconds / 1e9
+
+
 def slowest_rates(
     ranks: Ranks, query: Sequence[int], dtype: torch.dtype, device: torch.device, count: int
 ) -> Rates:
-    """Of the slowest of `ranks`, the same on all of them, which call this together.
+    """Returns what the slowest of `ranks` reaches, alike on all of them. All call it together.
 
     Args:
         query: the shape of an attention's queries on a part, (.., heads, part tokens, head dim).
@@ -51,9 +58,6 @@ def slowest_rates(
         count: bytes of a layer's keys and values on one rank.
     """
     *heads, tokens, head_dim = query
-    on_gpu = device.type == "cuda"
-    gathering = ranks.persistent_gather(count, device)
-    seconds = median_seconds(lambda: gathering.start().wait(), on_gpu, FEW)
-    link_gbs = count * (ranks.size - 1) / seconds / 1e9
+    link_gbs = measure_link(ranks, device, count)
     kernels = measure_rates(tokens, heads[-1] if heads else 1, head_dim, dtype, device, FEW)
     return Rates(*ranks.least([*kernels, link_gbs], device))

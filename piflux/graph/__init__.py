@@ -1,1 +1,1 @@
-"""Words and tools for graphs: axes, sizes, values, nodes, roles."""
+"""Words and tools for graphs: axes, sizes, values, nodes, the plan, roles."""

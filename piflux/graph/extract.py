@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import SymInt, fx, nn
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 
 SOURCES = ("placeholder", "get_attr", "call_module")
 """Nodes that stay in the graph when others move: what it is given, and what was moved before."""
@@ -36,7 +37,7 @@ def extract(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
     read = [x for n in nodes for x in n.all_input_nodes if x not in inside]
     inputs = list(dict.fromkeys([*sizes, *read]))
     outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-    gm.add_submodule(name, _module(inputs, nodes, outputs))
+    gm.add_submodule(name, as_module(inputs, nodes, outputs))
     with gm.graph.inserting_before(next(n for n in gm.graph.nodes if not is_source(n))):
         call = gm.graph.call_module(name, tuple(inputs))
         call.meta["example_value"] = tuple(known(n) for n in outputs)
@@ -51,15 +52,31 @@ def extract(gm: fx.GraphModule, name: str, nodes: Sequence[fx.Node]) -> fx.Node:
     return call
 
 
-def _module(
-    inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]
+def as_module(
+    inputs: Sequence[fx.Node],
+    nodes: Sequence[fx.Node],
+    outputs: Sequence[fx.Node],
+    number: Callable[[fx.Node], int | float | None] = lambda node: None,
 ) -> fx.GraphModule:
+    """Returns a module that takes the inputs, computes the nodes and gives a tuple of the outputs.
+
+    Args:
+        inputs: what the nodes read and are not.
+        nodes: in the graph's order.
+        outputs: some of the nodes.
+        number: what stands in place of a node where others read it, if anything does.
+    """
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
+
+    def read(node: fx.Node) -> Any:
+        value = number(node)
+        return made[node] if value is None else value
+
     for node in inputs:
         made[node] = graph.placeholder(node.name)
         made[node].meta["example_value"] = known(node)
     for node in nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node] = graph.node_copy(node, read)
     graph.output(tuple(made[n] for n in outputs))
     return fx.GraphModule(nn.Module(), graph)

@@ -6,12 +6,13 @@ which spell the same op in three ways.
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from piflux.graph.plan import known
+from piflux.graph.values import known
 
 PRODUCTS = ("linear", "matmul", "mm", "bmm")
 """What multiplies matrices, by name."""
@@ -34,10 +35,32 @@ def op_name(node: fx.Node) -> str:
         return str(target)
     if node.op != "call_function":
         return ""
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1] if target.namespace == "aten" else ""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        library, name = qualified_name(target).split("::")
+        return name if library == "aten" else ""
+    if target is getattr:
+        return str(node.args[1])  # such as x.mT
+    return target.__name__ if _library(target) in ("torch", "_operator", "math") else ""
+
+
+def _library(target: Any) -> str:
     module = getattr(target, "__module__", None) or "torch"  # builtin methods of torch name none
-    return target.__name__ if module.split(".")[0] in ("torch", "_operator", "math") else ""
+    return str(module).split(".")[0]
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls an op of a library that is neither torch nor Python's own."""
+    own = op_name(node) or node.op != "call_function" or _library(node.target) == "builtins"
+    return not own
+
+
+def qualified_name(target: Any) -> str:
+    """`library::op` for an operator, `module.function` for a function."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return target._qualified_op_name
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
 
 # `x += y` and its kin.
@@ -69,6 +92,14 @@ def computes(graph: fx.Graph) -> bool:
     return all(only_computes(node) for node in graph.nodes if node.op.startswith("call_"))
 
 
+def run_node(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns what the call of a function or method gives for these arguments."""
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
 class SDPA(NamedTuple):
     """The arguments of scaled_dot_product_attention, by name."""
 
@@ -88,3 +119,8 @@ def is_attention(node: fx.Node) -> bool:
 
 def attention_arguments(node: fx.Node) -> SDPA:
     return SDPA(*node.args, **node.kwargs)  # type: ignore[arg-type]
+
+
+def plain_name(node: fx.Node) -> str:
+    """A node's name without what Dynamo puts around the name of an argument."""
+    return re.sub(r"^l_(kwargs_|args_)?", "", node.name).strip("_")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import fx
+from torch import Tensor, fx
 
-from piflux.graph.nodes import op_name
-from piflux.graph.plan import Axis, Plan, plain_name, tensors
+from piflux.graph.axes import Axis
+from piflux.graph.nodes import op_name, plain_name
+from piflux.graph.plan import Plan
+from piflux.graph.values import tensors
 from piflux.runtime.streams import Roles
 
 
@@ -19,7 +21,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         segment
         for _, value in plan.joins
         for dim in plan.joins[_, value]
-        for segment in plan.layout(Axis(value.node, dim, value.item))
+        for segment in plan.layouts[Axis(value.node, dim, value.item)]
     }
     births = {
         value.node
@@ -27,7 +29,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         if any(
             segment in output_segments
             for dim in dims
-            for segment in plan.layout(Axis(value.node, dim, value.item))
+            for segment in plan.layouts[Axis(value.node, dim, value.item)]
         )
     }
     upstream = set(births)
@@ -42,11 +44,16 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
         if not tensors(node) or _is_of_the_model(node):
             continue
         names[position] = plain_name(node)
-        if tensors(node)[0].dim() <= 1 and not _is_looked_up(node):
+        if _is_a_number_an_entry(tensors(node)[0]) and not _is_looked_up(node):
             clocks.append(position)
         else:
             (latents if node in upstream else conditions).append(position)
     return Roles(tuple(latents), tuple(clocks), tuple(conditions), names)
+
+
+def _is_a_number_an_entry(x: Tensor) -> bool:
+    """Of a batch: (), (B,), or (B, 1, ...), as LTX-Video and Cosmos have their times."""
+    return all(isinstance(size, int) and size == 1 for size in x.shape[1:])
 
 
 def _is_looked_up(node: fx.Node) -> bool:

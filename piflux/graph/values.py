@@ -1,70 +1,38 @@
-"""What example values have in common."""
+"""Example values of nodes: fake tensors, numbers, or tuples of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import sympy
-import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._sympy.functions import Max
-
-from piflux.graph.plan import expr
 
 
-def all_sizes(value: Any) -> list[int | torch.SymInt]:
-    """The sizes and strides of a tensor, or of a tuple's, and numbers that are symbols."""
-    values = value if isinstance(value, (tuple, list)) else [value]
-    shaped = [x for x in values if isinstance(x, Tensor)]
-    return [
-        *(size for x in shaped for size in (*x.shape, *x.stride())),
-        *(x for x in values if isinstance(x, torch.SymInt)),
-    ]
+def known(value: Any) -> Any:
+    """An argument's value at compile time: a node's example, or the argument itself."""
+    return value.meta.get("example_value") if isinstance(value, fx.Node) else value
 
 
-def described(value: Any) -> Any:
-    """What must be the same of two values for one module to serve both. It is hashable."""
-    if isinstance(value, (tuple, list)):
-        return tuple(map(described, value))
-    if not isinstance(value, Tensor):
-        return str(value)
-    outside = value.dtype, str(value.device), *map(_stated, (*value.shape, *value.stride()))
-    if not wraps(value):
-        return outside
-    wrapper: Any = value
-    names, context = wrapper.__tensor_flatten__()
-    inside = [getattr(wrapper, name) for name in names]
-    if any(isinstance(size, torch.SymInt) for x in (value, *inside) for size in all_sizes(x)):
-        return id(value)  # the context may hold sizes, too
-    return type(value), outside, _Context(context), *map(described, inside)
+def tensors(node: fx.Node) -> list[Tensor]:
+    """The fake tensors that a node gives: none, one, or a tuple's."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)) and all(isinstance(x, Tensor) for x in value):
+        return list(value)
+    return []
+
+
+def near(node: fx.Node) -> Tensor:
+    """A fake tensor of the node's value, or of an operand where it has none."""
+    return next(x for n in (node, *node.all_input_nodes) for x in tensors(n))
+
+
+def ndim(node: fx.Node, item: int = 0) -> int:
+    """How many dimensions a node's tensor has."""
+    return tensors(node)[item].dim()
 
 
 def wraps(value: object) -> bool:
     """Whether it is a tensor of a subclass that wraps others, as quantized weights are."""
     return is_traceable_wrapper_subclass(value)
-
-
-class _Context:
-    """What a tensor subclass is rebuilt from, beside the tensors that it wraps.
-
-    It can be compared, as Dynamo does before it calls a graph with another instance, but need not
-    be hashable.
-    """
-
-    def __init__(self, context: Any) -> None:
-        self.context = context
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Context) and bool(self.context == other.context)
-
-    def __hash__(self) -> int:
-        return hash(_Context)
-
-
-def _stated(size: int | torch.SymInt) -> int | sympy.Expr:
-    """A size or stride. Some strides say that a size is at least 1, as all sizes are."""
-    if isinstance(size, int):
-        return size
-    at_least_one = {m: Max(*(x for x in m.args if x != 1)) for m in expr(size).atoms(Max)}
-    return expr(size).xreplace(at_least_one)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from piflux.graph.nodes import is_pointwise
-from piflux.ranks.ranks import Ranks
+from piflux.ranks.protocol import Ranks
 
 # Beside pointwise ops: what keeps rows, or tokens in the order of rows, where they are.
 _KEEPS_ROWS = {

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from piflux.capture.views import View, view_of
 from piflux.errors import CannotCapture, StepsUnforeseen
+from piflux.integrations.alike import Edits, facts_of
 from piflux.integrations.bands import Bands, MixesRows
+from piflux.integrations.times import shown
+from piflux.policies.step import Foreseen
+from piflux.ranks.agreement import check_agreement
 from piflux.ranks.groups import serves
-from piflux.ranks.ranks import ProcessRanks
-from piflux.runtime.runtime import Foreseen, Runtime
+from piflux.ranks.processes import ProcessRanks
 
 log = logging.getLogger(__name__)
-
-# Pipelines with two experts (Wan) name the second so; everyone has the first.
-TRANSFORMERS = ("transformer", "transformer_2")
 
 
 def is_pipeline(target: Any) -> bool:
@@ -34,19 +34,43 @@ def is_pipeline(target: Any) -> bool:
 
 
 def transformers_of(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's transformers by component name.
+    """The transformers of the pipeline and of pipelines that it holds, by dotted attribute name.
+
+    They are what diffusers has among its transformers, and components that are named so: a second
+    expert (Wan), one for passes without a prompt (Ideogram 4), someone's own. One that several
+    pipelines share is named once.
 
     Raises:
         ValueError: it has none.
     """
-    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    modules = {name: m for name, m in found.items() if isinstance(m, nn.Module)}
+    modules: dict[str, nn.Module] = {}
+    for path, each in _pipelines_of(pipe):
+        for name, module in each.components.items():
+            known = any(module is other for other in modules.values())
+            if isinstance(module, nn.Module) and _is_transformer(name, module) and not known:
+                modules[f"{path}{name}"] = module
     if not modules:
         raise ValueError(
             f"{type(pipe).__name__} has no transformer: piflux splits diffusion transformers; for "
             "another denoiser call piflux.parallelize on the module itself"
         )
     return modules
+
+
+def _is_transformer(name: str, module: nn.Module) -> bool:
+    of_diffusers = any(
+        kind.__module__.startswith("diffusers.models.transformers.")
+        for kind in type(module).__mro__
+    )
+    return of_diffusers or "transformer" in name.split("_")
+
+
+def _pipelines_of(pipe: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The pipeline and those that it holds, with what stands before their components' names."""
+    yield path, pipe
+    for name, value in vars(pipe).items():
+        if is_pipeline(value):
+            yield from _pipelines_of(value, f"{path}{name}.")
 
 
 def has_step_cache(model: nn.Module) -> bool:
@@ -84,22 +108,37 @@ _TOGETHER = ContextVar("piflux_together", default=False)
 class ParallelPipeline(View):
     """The class that a parallelized pipeline's own class is mixed with."""
 
-    _piflux_runtimes: list[Runtime]
+    _piflux_modules: list[Any]
     _piflux_foresees = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
         call = super().__call__  # type: ignore[misc]
-        group = _process_group(self._piflux_runtimes)
+        group = _process_group(self._piflux_modules)
         signature = inspect.signature(call)
         bound = signature.bind_partial(*args, **kwargs)
-        together = False
+        together, edits = False, None
         if group is not None:
-            together = _meet(bound.arguments, "generator" in signature.parameters, group)
-        states = [(x, x.get_state()) for x in _generators(bound.arguments)]
+            together, edits = _meet(signature, bound.arguments, self._piflux_device(), group)
+        calls = sum(module._piflux_calls for module in self._piflux_modules)
+        images = self._piflux_images(bound, together)
+        if edits is not None:
+            assert group is not None, "callbacks are watched for other ranks"
+            check_agreement(edits.facts(), group)
+        if calls == sum(module._piflux_calls for module in self._piflux_modules):
+            log.warning(
+                "%s drew without calling what piflux parallelized: every rank computed all of it",
+                type(self).__name__,
+            )
+        return images
+
+    def _piflux_images(self, bound: inspect.BoundArguments, together: bool) -> Any:
+        """Draw, and once more if the steps' times were foreseen wrongly."""
+        randoms = [*_generators(bound.arguments), *_defaults(self._piflux_device())]
+        states = [(x, x.get_state()) for x in randoms]
         with _set(_TOGETHER, together):
             try:
-                return self._piflux_draw(self._piflux_timesteps, *bound.args, **bound.kwargs)
+                return self._piflux_draw(self._piflux_times, *bound.args, **bound.kwargs)
             except StepsUnforeseen:
                 log.warning(
                     "%s calls its transformer at other times than its scheduler's: drawn once "
@@ -113,14 +152,20 @@ class ParallelPipeline(View):
 
     def _piflux_draw(self, foreseen: Foreseen | None, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for runtime in self._piflux_runtimes:
-                stack.enter_context(runtime.generation(foreseen))
+            for module in self._piflux_modules:
+                stack.enter_context(module._piflux_compiler.runtime.generation(foreseen))
+                type(module)._piflux_unchecked = True
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def _piflux_timesteps(self) -> Any:
+    def _piflux_device(self) -> torch.device:
+        """Where the pipeline draws its noise."""
+        return torch.device(self._execution_device)  # type: ignore[attr-defined]
+
+    def _piflux_times(self, clock: Tensor) -> Sequence[Tensor]:
         """Of the image under way; its scheduler has them when the transformer is first called."""
         scheduler = getattr(self, "scheduler", None)
-        return getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
+        timesteps = getattr(scheduler, "timesteps", None) if self._piflux_foresees else None
+        return [] if timesteps is None else shown(timesteps, clock)
 
 
 class ParallelDecoder(View):
@@ -161,24 +206,51 @@ class ParallelDecoder(View):
 def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
     """A pipeline like `pipe` with `modules` for its transformers; `pipe` stays as it is.
 
-    Only the group's first rank shows a progress bar.
+    Pipelines that it holds are replaced likewise. Only the group's first rank shows a progress bar.
     """
-    runtimes = [module._piflux_compiler.runtime for module in modules.values()]
-    ranks = runtimes[0].ranks
-    view = view_of(pipe, ParallelPipeline, _piflux_runtimes=runtimes)
+    parallel = list(modules.values())
+    ranks = parallel[0]._piflux_compiler.runtime.ranks
+    view = view_of(pipe, ParallelPipeline, _piflux_modules=parallel)
     view.__dict__ = dict(pipe.__dict__)
-    for name, module in modules.items():
-        setattr(view, name, module)
+    for name, component in pipe.components.items():
+        for module in parallel:
+            if component is module._piflux_target:
+                setattr(view, name, module)
+    for name, value in vars(pipe).items():
+        if is_pipeline(value):
+            setattr(view, name, parallel_pipeline(value, modules))
     if isinstance(ranks, ProcessRanks):
         vae = getattr(pipe, "vae", None)
         if hasattr(vae, "decode"):
-            plain = getattr(vae, "_piflux_target", vae)
-            view.vae = view_of(plain, ParallelDecoder, _piflux_ranks=ranks)
+            view.vae = _parallel_decoder(vae, ranks)
         if ranks.rank != 0:
             view.set_progress_bar_config(
                 **{**getattr(pipe, "_progress_bar_config", {}), "disable": True}
             )
+        _offload_to_own_gpu(view)
     return view
+
+
+def _parallel_decoder(vae: Any, ranks: ProcessRanks) -> Any:
+    plain = getattr(vae, "_piflux_target", vae)
+    # What `torch.compile` makes of a module compiles its forward, which no pipeline calls, and
+    # passes `decode` on.
+    plain = getattr(plain, "_orig_mod", plain)
+    return view_of(plain, ParallelDecoder, _piflux_ranks=ranks)
+
+
+def _offload_to_own_gpu(view: Any) -> None:
+    """Model offload, where it is enabled or will be, brings weights to this rank's GPU.
+
+    By itself it takes the first GPU for every rank.
+    """
+    if not torch.cuda.is_available():
+        return
+    own, chosen = torch.cuda.current_device(), getattr(view, "_offload_device", None)
+    view._offload_gpu_id = own
+    elsewhere = chosen is not None and chosen.type == "cuda" and chosen.index != own
+    if elsewhere and getattr(view, "_all_hooks", None):
+        view.enable_model_cpu_offload(gpu_id=own)
 
 
 def _generators(arguments: Mapping[str, Any]) -> list[torch.Generator]:
@@ -188,34 +260,59 @@ def _generators(arguments: Mapping[str, Any]) -> list[torch.Generator]:
     return [x for x in several if isinstance(x, torch.Generator)]
 
 
-def _process_group(runtimes: list[Runtime]) -> dist.ProcessGroup | None:
-    ranks = runtimes[0].ranks
+def _defaults(device: torch.device) -> list[torch.Generator]:
+    """PyTorch's own, from which a call without a generator draws."""
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found.append(torch.cuda.default_generators[index])
+    return found
+
+
+def _process_group(modules: Sequence[Any]) -> dist.ProcessGroup | None:
+    ranks = modules[0]._piflux_compiler.runtime.ranks
     return ranks.group if isinstance(ranks, ProcessRanks) else None
 
 
-def _meet(arguments: dict[str, Any], draws: bool, group: dist.ProcessGroup) -> bool:
-    """Make a call's arguments fit for all ranks. Returns whether all will decode pictures.
+def _meet(
+    signature: inspect.Signature,
+    arguments: dict[str, Any],
+    device: torch.device,
+    group: dist.ProcessGroup,
+) -> tuple[bool, Edits | None]:
+    """Make a call's arguments fit for all ranks.
 
-    Where no generator is given they get one with one seed for all ranks: the first of them draws
-    it from its own default. In a callback a rank may be alone, for it alone may have one.
+    Where no generator is given all ranks draw from what the first one's default generators are at,
+    as it would alone. In a callback a rank may be alone, for it alone may have one.
+
+    Returns:
+        Whether all will decode pictures, and what callbacks edit, if any rank has one.
+
+    Raises:
+        RanksDisagree: on every rank, if they were called with different arguments.
     """
-    seed = None
-    if draws and arguments.get("generator") is None:
-        seed = int(torch.randint(2**62, ()))
-    mine = seed, arguments.get("output_type") != "latent"
+    defaults = {name: x.default for name, x in signature.parameters.items()}
+    check_agreement(facts_of(defaults | arguments), group)
+    callbacks = [
+        name for name in ("callback", "callback_on_step_end") if arguments.get(name) is not None
+    ]
+    shares = arguments.get("generator") is None
+    states = [x.get_state() for x in _defaults(device)] if shares and group.rank() == 0 else []
+    mine = arguments.get("output_type") != "latent", bool(callbacks), states
     everyones: list[Any] = [None] * group.size()
     dist.all_gather_object(everyones, mine, group=group)
-    if seed is not None:
-        shared = next(x for x, _ in everyones if x is not None)
-        arguments["generator"] = torch.Generator("cpu").manual_seed(shared)
-    for name in ("callback", "callback_on_step_end"):
-        callback = arguments.get(name)
-        if callback is None:
-            continue
+    if shares:
+        # A rank on the CPU has one generator less than one with a GPU.
+        for generator, state in zip(_defaults(device), everyones[0][2], strict=False):
+            generator.set_state(state)
+    edits = Edits()
+    for name in callbacks:
+        callback = arguments[name]
         if hasattr(callback, "tensor_inputs"):  # what pipelines read off diffusers' own callbacks
             arguments[f"{name}_tensor_inputs"] = callback.tensor_inputs
-        arguments[name] = _apart(callback)
-    return all(pictures for _, pictures in everyones)
+        arguments[name] = edits.watching(_apart(callback))
+    pictures, watched = (flags for flags in zip(*[(x, y) for x, y, _ in everyones], strict=True))
+    return all(pictures), edits if any(watched) else None
 
 
 def _apart(callback: Callable[..., Any]) -> Callable[..., Any]:

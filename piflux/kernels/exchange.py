@@ -8,16 +8,25 @@ its rounding error is half of a 127th of its own largest number at most.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from piflux.memory.memory import Places
-
 SCALE_BYTES = 4
 LARGEST = 127
+
+
+class Places(Protocol):
+    """Where the tokens of a part stand.
+
+    Attributes:
+        index: (part tokens,) in int64: the place of each in the whole.
+        sources: (all tokens,) in int32: where in the part a token stands; -1 if it is of another.
+    """
+
+    index: Tensor
+    sources: Tensor
 
 
 def place(whole: Tensor, fresh: Tensor, index: Tensor) -> None:

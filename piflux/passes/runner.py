@@ -10,6 +10,7 @@ from torch import fx
 from torch._logging._internal import trace_structured
 
 from piflux.graph.plan import Context
+from piflux.passes.refusals import refusing
 
 log = logging.getLogger(__name__)
 
@@ -21,11 +22,15 @@ def run_passes(gm: fx.GraphModule, ctx: Context, passes: Sequence[Pass]) -> None
 
     `TORCH_LOGS="+piflux"` prints a line a pass; with `TORCH_TRACE=dir` the graph before the first
     and after each pass becomes an artifact of the trace.
+
+    Raises:
+        CannotShard: what a pass raises, or in place of anything else that makes it fail.
     """
     _trace("piflux_0_captured", gm)
     for number, run in enumerate(passes, start=1):
         start = time.perf_counter()
-        count = run(gm, ctx)
+        with refusing(gm.graph.output_node):
+            count = run(gm, ctx)
         gm.graph.lint()
         gm.recompile()
         elapsed = time.perf_counter() - start

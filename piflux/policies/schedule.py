@@ -1,4 +1,4 @@
-"""Policies as data: which part a rank computes at a step, and whether the step is a sync step."""
+"""A policy unrolled over steps: what a user chooses, as data."""
 
 from __future__ import annotations
 
@@ -7,28 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Policy = Literal["gather", "rotate", "displaced"]
+from piflux.memory.changes import ChangeSlot
+from piflux.memory.slots import Slot
+from piflux.policies.displaced import Displaced
+from piflux.policies.gather import Gather
+from piflux.policies.policy import Policy
+from piflux.policies.rotate import Rotate
+from piflux.policies.step import Step
+
+POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Gather, Rotate, Displaced)}
+PolicyName = Literal["gather", "rotate", "displaced"]
 Sync = Literal["gather", "recompute", "auto"]
 Compression = Literal["none", "int8"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (README, Drift).
 BEST_SYNC_STEPS = (0, 2)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One denoise step of a generation.
-
-    Attributes:
-        index: 0 at the generation's first step.
-        sync: whether attention sees every part's keys and values of this very step.
-        parts: `parts[rank]` is the part that `rank` computes.
-    """
-
-    index: int
-    sync: bool
-    parts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Schedule:
         ValueError: a field is out of range.
     """
 
-    policy: Policy = "rotate"
+    policy: PolicyName = "rotate"
     sync_steps: int | tuple[int, ...] = BEST_SYNC_STEPS
     refresh_every: int | None = None
     world_size: int = 1
@@ -62,17 +56,17 @@ class Schedule:
     compression: Compression = "none"
 
     def __post_init__(self) -> None:
-        if self.policy not in get_args(Policy):
-            choices = ", ".join(repr(name) for name in get_args(Policy))
+        if self.policy not in POLICIES:
+            choices = ", ".join(map(repr, POLICIES))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
             raise ValueError(
                 f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for either"
             )
-        if self.policy == "gather" and self.sync == "recompute":
+        if not self.kind.remembers and self.sync == "recompute":
             raise ValueError(
-                "the policy 'gather' has sync steps only: recomputing them all is one rank's work "
-                "on every rank. Choose another policy, or sync='gather'"
+                f"the policy {self.policy!r} has sync steps only: recomputing them all is one "
+                "rank's work on every rank. Choose another policy, or sync='gather'"
             )
         steps = self.sync_steps
         if not all(
@@ -100,9 +94,23 @@ class Schedule:
             )
 
     @property
+    def kind(self) -> type[Policy]:
+        """The policy's class, which knows what needs no slots."""
+        return POLICIES[self.policy]
+
+    @property
+    def slots(self) -> type[Slot]:
+        """How keys and values are remembered."""
+        return ChangeSlot if self.compresses else Slot
+
+    def make_policy(self) -> Policy:
+        """The policy, of one model on its ranks."""
+        return self.kind(self.predicts, self.slots)
+
+    @property
     def predicts(self) -> bool:
         """Whether attention reads predicted keys and values in some steps."""
-        return self.order > 0 and self.policy != "gather" and self.world_size > 1
+        return self.order > 0 and self.kind.remembers and self.world_size > 1
 
     @property
     def compresses(self) -> bool:
@@ -119,10 +127,8 @@ class Schedule:
         """The generation's step `index`, counted from 0."""
         after = index - self.first_syncs[-1]
         refresh = self.refresh_every is not None and after > 0 and after % self.refresh_every == 0
-        sync = self.policy == "gather" or index in self.first_syncs or refresh
-        turn = index if self.policy == "rotate" else 0
-        parts = tuple((rank + turn) % self.world_size for rank in range(self.world_size))
-        return Step(index, sync, parts)
+        sync = not self.kind.remembers or index in self.first_syncs or refresh
+        return Step(index, sync, self.kind.parts(index, self.world_size))
 
 
 SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order", "compression")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,18 @@ PROJECTIONS = 8
 # projection by less than 0.4% of the norm; other noise moves one by about the norm itself.
 TOLERANCE = 0.02
 
+# What stands for minus infinity in masks is of any size up to the largest of its dtype. The squares
+# of what is smaller than this have a sum in float32.
+HUGE = 1e15
+
+
+@runtime_checkable
+class Approximate(Protocol):
+    """What ranks may know a little differently from each other, by rounding."""
+
+    def differs(self, other: Any) -> bool:
+        """From another of its kind by more than that."""
+
 
 @dataclass(frozen=True)
 class Sketch:
@@ -32,6 +44,7 @@ class Sketch:
     dtype: str
     norm: float
     projections: tuple[float, ...]
+    huge: tuple[float, ...]  # likewise, norm first, of the signs of huge and infinite elements
 
     @classmethod
     def of(cls, x: Tensor) -> Sketch:
@@ -39,27 +52,33 @@ class Sketch:
         device without a shared random generator. Synchronises host and device."""
         flat = x.detach().reshape(-1).float()
         index = torch.arange(flat.numel(), device=x.device, dtype=torch.float32)
-        numbers = [flat.norm()]
-        numbers += [flat @ torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)]
-        norm, *projections = torch.stack(numbers).tolist()
-        return cls(tuple(x.shape), str(x.dtype), norm, tuple(projections))
+        is_huge = flat.abs() > HUGE  # a NaN is not
+        both = torch.stack([flat.masked_fill(is_huge, 0), flat.sign().masked_fill(~is_huge, 0)])
+        numbers = [both.norm(dim=1)]
+        numbers += [both @ torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)]
+        (norm, *projections), huge = torch.stack(numbers, 1).tolist()
+        return cls(tuple(x.shape), str(x.dtype), norm, tuple(projections), tuple(huge))
 
     def differs(self, other: Sketch) -> bool:
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return True
-        scale = TOLERANCE * max(self.norm, other.norm)
         mine, theirs = (self.norm, *self.projections), (other.norm, *other.projections)
-        # A NaN on either side makes `close` False.
-        close = all(abs(a - b) <= scale for a, b in zip(mine, theirs, strict=True))
-        return not close
+        return not (_close(mine, theirs) and _close(self.huge, other.huge))
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
-        return f"{self.dtype.removeprefix('torch.')}[{shape}], norm {self.norm:.6g}"
+        huge = f", {self.huge[0] ** 2:.0f} huge or infinite" if self.huge[0] else ""
+        return f"{self.dtype.removeprefix('torch.')}[{shape}], norm {self.norm:.6g}{huge}"
+
+
+def _close(mine: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
+    """Of two norms and projections; a NaN on either side is close to nothing."""
+    scale = TOLERANCE * max(mine[0], theirs[0])
+    return all(abs(a - b) <= scale for a, b in zip(mine, theirs, strict=True))
 
 
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What all ranks must have in common; values are strings or sketches."""
+    """What all ranks must have in common; values are strings or `Approximate`."""
     common: dict[str, Any] = {"torch version": torch.__version__}
     common |= {name: str(value) for name, value in settings.items()}
     common |= {f"input {name}": Sketch.of(x) for name, x in inputs.items()}
@@ -90,6 +109,6 @@ def check_agreement(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
 
 def _differs(values: list[Any]) -> bool:
     first, *others = values
-    if isinstance(first, Sketch):
-        return any(not isinstance(x, Sketch) or first.differs(x) for x in others)
+    if isinstance(first, Approximate):
+        return any(type(x) is not type(first) or first.differs(x) for x in others)
     return any(x != first for x in others)

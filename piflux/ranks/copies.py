@@ -11,17 +11,14 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from piflux.ranks.ranks import ProcessRanks
 
 log = logging.getLogger(__name__)
 
@@ -120,18 +117,27 @@ class Copies:
         return self.pieces
 
 
-def reach(ranks: ProcessRanks, device: torch.device) -> Peers | None:
+def reach(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    vote: Callable[[bool, torch.device], bool],
+) -> Peers | None:
     """Where gathers by copy engines run; None where there can't be any. All ranks call it together.
 
     They need every rank's GPU to reach every other's memory. NCCL's own switch, NCCL_P2P_DISABLE=1,
     holds here too.
+
+    Args:
+        group: the ranks.
+        device: of this one.
+        vote: whether a flag is set on any rank; see `Ranks.any`.
     """
     if device.type != "cuda":
         return None
     here = {_uuid(index): index for index in range(torch.cuda.device_count())}
     mine = socket.gethostname(), _uuid(device.index)
-    told: list[Any] = [None] * ranks.size
-    dist.all_gather_object(told, mine, group=ranks.group)
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, mine, group=group)
     reaches = (
         os.environ.get("NCCL_P2P_DISABLE") != "1"
         and torch.cuda.current_device() == device.index  # whose streams are used
@@ -144,15 +150,15 @@ def reach(ranks: ProcessRanks, device: torch.device) -> Peers | None:
         )
     )
     # In two rounds, so that who finds out alone that it can't leaves nobody waiting in the second.
-    if len(set(told)) < ranks.size or ranks.any(not reaches, device):
+    if len(set(told)) < group.size() or vote(not reaches, device):
         return None
-    peers = Peers(ranks.group, device)
+    peers = Peers(group, device)
     try:
         Copies(1, peers)
     except RuntimeError as error:
         log.warning("no gathers by copy engines, GPUs can't share memory: %s", error)
         reaches = False
-    return None if ranks.any(not reaches, device) else peers
+    return None if vote(not reaches, device) else peers
 
 
 def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:

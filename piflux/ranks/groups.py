@@ -15,7 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from piflux.errors import RankFailed
-from piflux.ranks.ranks import ProcessRanks, Ranks, VirtualRanks
+from piflux.ranks.processes import ProcessRanks
+from piflux.ranks.protocol import Ranks
+from piflux.ranks.virtual import VirtualRanks
 
 log = logging.getLogger(__name__)
 

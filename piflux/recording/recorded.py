@@ -14,18 +14,17 @@ each other is the same, recorded or not.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-if TYPE_CHECKING:
-    from piflux.policies.schedule import Step
-    from piflux.runtime.runtime import Runtime
+from piflux.memory.slots import Recorder
+from piflux.policies.step import StepContext, current
+from piflux.recording.recorder import Site, record
 
 log = logging.getLogger(__name__)
 
@@ -33,81 +32,30 @@ DEVICE = "cuda"
 """Where work can be recorded."""
 
 Head = Callable[..., Sequence[Any]]
-Eagerly = Callable[[Callable[[], object]], None]
-"""Calls a function in its turn, between the kernels that were launched before it and after."""
+KeyOf = Callable[[StepContext], Hashable | None]
 
 
-def at_once(function: Callable[[], object]) -> None:
-    """The turn of what is not recorded."""
-    function()
+class RecordingKey(NamedTuple):
+    """What one recording serves: Python decides by nothing else in a step.
 
-
-class Site(NamedTuple):
-    """Where recordings are made. They share their memory: what one returns is read before another
-    runs.
+    Attributes:
+        rank: whose part is computed.
+        kind: of step, as the policy has it.
+        standing: of the rank's slots; see `Memory.standing`.
+        made: of the memory, so that no recording outlives the slots that it knows.
     """
 
-    stream: torch.cuda.Stream
-    pool: torch.cuda.MemPool
+    rank: int
+    kind: Hashable
+    standing: Hashable
+    made: int
 
 
-def record(
-    run: Callable[[Eagerly], Sequence[Any]], site: Site
-) -> tuple[Callable[[], None], Sequence[Any]]:
-    """Record what `run` launches on the GPU, without running it.
-
-    Args:
-        run: reads and writes tensors that stay where they are. What it is to call whenever the
-            recording is played, it hands to its argument, which does not call it.
-        site: see `Site`.
-
-    Returns:
-        What launches it again, and the tensors that `run` returned, which are then written over.
-
-    Raises:
-        RuntimeError: what was launched can't be recorded.
-    """
-    tape: list[Callable[[], object]] = []
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()  # a recording can't use the memory of steps that were not recorded
-
-    graph = torch.cuda.CUDAGraph()
-
-    def begin() -> None:
-        # Of this thread alone: NCCL's watchdog polls events from its own.
-        graph.capture_begin(cast(Any, site.pool.id), capture_error_mode="thread_local")
-        tape.append(graph.replay)
-
-    def eagerly(function: Callable[[], object]) -> None:
-        nonlocal graph
-        graph.capture_end()
-        tape.append(function)
-        graph = torch.cuda.CUDAGraph()
-        begin()
-
-    with torch.cuda.stream(site.stream):
-        begin()
-        try:
-            outputs = run(eagerly)
-        except BaseException:
-            # Ended all the same, that others may begin; but the error to tell of is the first.
-            with contextlib.suppress(RuntimeError):
-                graph.capture_end()
-            raise
-        graph.capture_end()
-
-    def play() -> None:
-        for entry in tape:
-            entry()
-
-    return play, outputs
-
-
-class Replay:
+class _Replay:
     """One recorded step of one rank.
 
     Args:
-        runtime: of the model.
+        context: of the step.
         head: what to record.
         args: its arguments.
         moving: which of them are other tensors at each call. They are copied to fixed places; the
@@ -116,7 +64,12 @@ class Replay:
     """
 
     def __init__(
-        self, runtime: Runtime, head: Head, args: Sequence[Any], moving: Sequence[int], site: Any
+        self,
+        context: StepContext,
+        head: Head,
+        args: Sequence[Any],
+        moving: Sequence[int],
+        site: Any,
     ) -> None:
         self._moving = moving
         self._copies = [_span(args[i]).clone() for i in moving]
@@ -124,8 +77,8 @@ class Replay:
         for i, copy in zip(moving, self._copies, strict=True):
             held[i] = copy.as_strided(args[i].shape, args[i].stride(), 0)
 
-        def run(eagerly: Eagerly) -> Sequence[Any]:
-            with runtime.recording(eagerly):
+        def run(recorder: Recorder) -> Sequence[Any]:
+            with context.recording(recorder):
                 return head(*held)
 
         self._launch, self._outputs = record(run, site)
@@ -139,75 +92,80 @@ class Replay:
         return self._outputs
 
 
-class Recorded:
-    """A graph's head, the work before its last collective, which is recorded.
+class _Recordings:
+    """What one memory keeps of a head.
 
-    Args:
-        runtime: of the model.
-        head: the compiled head.
-        moving: positions of its arguments that are other tensors at each call.
+    Attributes:
+        seen: by key, what was the same at the last step that was not recorded.
+        replays: by key.
     """
 
-    def __init__(self, runtime: Runtime, head: Head, moving: Sequence[int]) -> None:
-        self._runtime = runtime
+    def __init__(self) -> None:
+        self.seen: dict[RecordingKey, Any] = {}
+        self.replays: dict[RecordingKey, _Replay] = {}
+
+    def forget_older(self, made: int) -> None:
+        """What was recorded before the last slot was made has another one's address."""
+        for kept in (self.seen, self.replays):
+            for key in [key for key in kept if key.made != made]:
+                del kept[key]
+
+
+class Recorded:
+    """A program's head, the work before its last collective, which is recorded.
+
+    Args:
+        head: the compiled head.
+        moving: positions of its arguments that are other tensors at each call.
+        kind: the kind of the step under way, None if it can't be recorded.
+    """
+
+    def __init__(self, head: Head, moving: Sequence[int], kind: KeyOf) -> None:
         self._head = head
         self._moving = moving
+        self._kind = kind
         self._fixed: _Fixed | None = None
         self._site: Site | None = None
-        self._failed: set[Any] = set()  # kinds of steps
+        self._failed: set[Hashable] = set()  # kinds of steps
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        runtime = self._runtime
-        stream, step = runtime.now
-        kind = _kind(runtime, step)
+        context = current()
+        kind = self._kind(context)
         if kind is None or kind in self._failed:
             return self._head(*args)
         if self._fixed is None:
             self._fixed = _Fixed(args, self._moving)
-        memory, key = stream.memory, self._fixed.key(args)
-        which = runtime.rank, memory.standing(runtime.rank), kind
-        if memory.seen.get(which) != key:
+        memory, fixed = context.memory, self._fixed.key(args)
+        recordings = memory.kept(self, _Recordings)
+        recordings.forget_older(memory.made)
+        key = RecordingKey(context.rank, kind, memory.standing(context.rank), memory.made)
+        if recordings.seen.get(key) != fixed:
             # Only what is the same twice in a row, so that nothing is recorded at each call. The
             # first time also makes what kernels need at their first run, and what slots send in.
-            memory.replays.pop(which, None)
-            memory.seen[which] = key
+            recordings.replays.pop(key, None)
+            recordings.seen[key] = fixed
             return self._head(*args)
-        if which not in memory.replays:
+        if key not in recordings.replays:
             if not _can_be_recorded(args, self._moving):
                 return self._head(*args)
             try:
-                replay = Replay(runtime, self._head, args, self._moving, self._shared_site())
+                replay = _Replay(context, self._head, args, self._moving, self._shared_site())
             except RuntimeError as error:
                 self._failed.add(kind)
                 log.warning(
                     "%s steps are launched kernel by kernel, a recording failed: %s",
-                    "sync" if step.sync else "steady",
+                    "sync" if context.step.sync else "steady",
                     error,
                 )
                 return self._head(*args)
-            memory.replays[which] = replay
-        return memory.replays[which](args)
+            recordings.replays[key] = replay
+        return recordings.replays[key](args)
 
     def _shared_site(self) -> Site | None:
         if self._site is None and torch.cuda.is_available():
             # Not a mere handle, which can't be used again once its last recording is gone.
             self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
         return self._site
-
-
-def _kind(runtime: Runtime, step: Step) -> Any:
-    """What Python decides by in a step: one recording serves all of a kind. None: there is none.
-
-    In a sync step `displaced` has the two versions of its caches change places, and virtual ranks,
-    or ranks that compute it whole, run another graph.
-    """
-    schedule, ranks = runtime.schedule, runtime.ranks
-    assert ranks is not None, "one rank alone has no steps of a kind"
-    if not step.sync or schedule.policy == "gather":
-        return ()
-    if schedule.policy == "displaced" or schedule.sync != "gather" or len(ranks.here) > 1:
-        return None
-    return step.index == 0, step.parts
 
 
 class _Fixed:

@@ -9,76 +9,60 @@ ends.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from piflux.runtime.runtime import Runtime
+from piflux.policies.step import current, is_under_way
 
-# Rows of a table; FLUX's are 2 MB each. Who asks for more steps computes them one by one.
+# Rows of a table; FLUX's are 2 MB each. Above this many steps no table is built; each step computes
+# its own.
 MOST_STEPS = 256
 # Rows begin where inductor's kernels may read 16 bytes at once.
 ALIGNMENT = 64
-
-# What pipelines make of a scheduler's timestep before they hand it to the model, rounding included.
-FORMS: tuple[Callable[[Tensor, torch.dtype], Tensor], ...] = (
-    lambda t, dtype: t.to(dtype),  # Stable Diffusion 3, Wan
-    lambda t, dtype: t.to(dtype) / 1000,  # FLUX, Qwen-Image
-    lambda t, dtype: (t / 1000).to(dtype),
-    lambda t, dtype: ((1000 - t) / 1000).to(dtype),  # Z-Image
-)
 
 
 class Hoisted:
     """The module that `hoist` made of a graph's products of the time.
 
     Args:
-        runtime: of the model.
         module: computes them for one step.
         clocks: positions of its arguments that are clocks.
     """
 
-    def __init__(
-        self, runtime: Runtime, module: Callable[..., Sequence[Tensor]], clocks: Sequence[int]
-    ) -> None:
-        self._runtime = runtime
+    def __init__(self, module: Callable[..., Sequence[Tensor]], clocks: Sequence[int]) -> None:
         self._module = module
         self._clocks = clocks
 
     def __call__(self, *args: Any) -> Sequence[Tensor]:
         """What the module returns; in the calls of a stream at the same addresses each time."""
-        runtime = self._runtime
-        if not runtime.under_way:
-            return self._module(*args)
-        stream = runtime.now[0]
-        if self not in stream.tables:
-            stream.tables[self] = self._table(args)
-        table, held = stream.tables[self], stream.memory.hoisted.get(self)
+        if not is_under_way():
+            return self._module(*args)  # on one rank, in an image of which nothing is foreseen
+        context = current()
+        if self not in context.tables:
+            context.tables[self] = self._table(args)
+        table = context.tables[self]
         if table is None:
             products = self._module(*args)
-            if held is None:
-                held = stream.memory.hoisted[self] = Packed(products)
+            held = context.memory.kept(self, lambda: Packed(products))
             held.write(products)
         else:
-            if held is None:
-                held = stream.memory.hoisted[self] = Packed(table.products())
+            held = context.memory.kept(self, lambda: Packed(table.products()))
             table.read([args[i] for i in self._clocks], held)
         return held.views
 
     def _table(self, args: Sequence[Any]) -> Table | None:
         """The products of all steps; None if their times are not known, or this one's is not."""
-        times = self._runtime.foreseen()
-        if times is None or times.dim() != 1 or not 0 < len(times) <= MOST_STEPS:
-            return None
+        foreseen = current().foreseen
         clocks = [args[i] for i in self._clocks]
         forms = [
-            (number, form(times.to(clock.device), clock.dtype))
+            (number, times)
             for number, clock in enumerate(clocks)
-            for form in FORMS
-            if clock.is_floating_point()
+            if foreseen is not None and clock.is_floating_point()
+            for times in foreseen(clock)
+            if times.dim() == 1 and 0 < len(times) <= MOST_STEPS
         ]
         if not forms:
             return None

@@ -1,8 +1,9 @@
 """The ops that passes put into graphs, with their fakes.
 
 Shapes: a token dimension of segments `lengths` (L1, L2, ...) is L1 + L2 + ... long as a whole and
-ceil(L1 / N) + ceil(L2 / N) + ... long as a part, N being `world_size`. `runtime` names the
-`Runtime` that knows the step; outside a call of its model the ops raise RuntimeError.
+ceil(L1 / N) + ceil(L2 / N) + ... long as a part, N being `world_size`. The ops find the step that
+is under way by themselves, so that a model's graph is the same as that of every model like it;
+outside of a call of a model they raise RuntimeError.
 """
 
 from __future__ import annotations
@@ -13,22 +14,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from piflux.policies.parts import part_length
-from piflux.runtime.runtime import Runtime
+from piflux.parts import join, part_length
+from piflux.policies.step import current
 
 
 @torch.library.custom_op(
     "piflux::shard",
     mutates_args=(),
-    schema="(Tensor x, int dim, SymInt[] lengths, int world_size, str runtime) -> Tensor",
+    schema="(Tensor x, int dim, SymInt[] lengths, int world_size) -> Tensor",
 )
-def shard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+def shard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
     """This rank's part of `x` at this step: (.., sum(lengths), ..) -> (.., part tokens, ..)."""
-    return x.index_select(dim, Runtime.named(runtime).places(lengths, x.device).index)
+    return x.index_select(dim, current().places(lengths, x.device).index)
 
 
 @shard.register_fake
-def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = sum(part_length(length, world_size) for length in lengths)
     return x.new_empty(shape)
@@ -37,15 +38,17 @@ def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str
 @torch.library.custom_op(
     "piflux::unshard",
     mutates_args=(),
-    schema="(Tensor x, int dim, SymInt[] lengths, int world_size, str runtime) -> Tensor",
+    schema="(Tensor x, int dim, SymInt[] lengths, int world_size) -> Tensor",
 )
-def unshard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+def unshard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
     """The whole from the ranks' parts: (.., part tokens, ..) -> (.., sum(lengths), ..)."""
-    return Runtime.named(runtime).gather(x, dim, lengths)
+    context = current()
+    pieces = context.ranks.gather(x).start().wait()
+    return join(pieces, context.step.parts, dim, lengths)
 
 
 @unshard.register_fake
-def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str) -> Tensor:
+def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
     shape = list(x.shape)
     shape[dim] = sum(lengths)
     return x.new_empty(shape)
@@ -54,9 +57,9 @@ def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int, runtime: str
 @torch.library.custom_op(
     "piflux::send_kv",
     mutates_args=(),
-    schema="(Tensor key, Tensor value, int slot, int world_size, str runtime) -> Tensor",
+    schema="(Tensor key, Tensor value, int slot, int world_size) -> Tensor",
 )
-def send_kv(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> Tensor:
+def send_kv(key: Tensor, value: Tensor, slot: int, world_size: int) -> Tensor:
     """Start to send this rank's keys and values, where `cached_sdpa` awaits those of all ranks.
 
     Args: as for `cached_sdpa`.
@@ -64,12 +67,12 @@ def send_kv(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str
     Returns:
         (1,) of uint8: a token without content, for `cached_sdpa` to depend on.
     """
-    Runtime.named(runtime).send(slot, (key, value), world_size)
+    _send(slot, (key, value), world_size)
     return key.new_empty(1, dtype=torch.uint8)
 
 
 @send_kv.register_fake
-def _(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> Tensor:
+def _(key: Tensor, value: Tensor, slot: int, world_size: int) -> Tensor:
     return key.new_empty(1, dtype=torch.uint8)
 
 
@@ -78,7 +81,7 @@ def _(key: Tensor, value: Tensor, slot: int, world_size: int, runtime: str) -> T
     mutates_args=(),
     schema=(
         "(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, float? scale, "
-        "bool enable_gqa, SymInt[] lengths, int slot, int world_size, str runtime, "
+        "bool enable_gqa, SymInt[] lengths, int slot, int world_size, "
         "Tensor? sent=None) -> Tensor"
     ),
 )
@@ -92,7 +95,6 @@ def cached_sdpa(
     lengths: Sequence[int],
     slot: int,
     world_size: int,
-    runtime: str,
     sent: Tensor | None = None,
 ) -> Tensor:
     """Attention of this rank's queries to the whole sequence's keys and values.
@@ -105,20 +107,23 @@ def cached_sdpa(
         scale: as in `scaled_dot_product_attention`.
         enable_gqa: likewise.
         lengths: full length of each segment of the keys' sequence.
-        slot: which cache slot of the runtime this attention owns.
-        world_size: the number of parts.
-        runtime: the runtime's name.
+        slot: which cache slot of the memory this attention owns, from `slots_from` on.
+        world_size: into how many parts the graph was cut; 1 if `key` is of all tokens.
         sent: the token of the `send_kv` that sent `key` and `value`; None to send them here.
 
     Returns:
         (batch, heads, part tokens, value head dim).
     """
-    found = Runtime.named(runtime)
     if sent is None:
-        found.send(slot, (key, value), world_size)
+        _send(slot, (key, value), world_size)
+    context = current()
     # Attention adds up its keys in any order, but a mask says where each stands.
-    key, value = found.exchange(
-        slot, (key, value), lengths, world_size, ordered=attn_mask is not None
+    key, value = context.policy.attend(
+        context,
+        context.first_slot + slot,
+        (key, value),
+        tuple(lengths),
+        ordered=attn_mask is not None,
     )
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
@@ -137,7 +142,6 @@ def _(
     lengths: Sequence[int],
     slot: int,
     world_size: int,
-    runtime: str,
     sent: Tensor | None = None,
 ) -> Tensor:
     return _tokens_before_heads(query.new_empty((*query.shape[:-1], value.shape[-1])))
@@ -151,10 +155,16 @@ def _tokens_before_heads(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).contiguous().transpose(-3, -2)
 
 
-def slots_from(runtime: str, first: int) -> None:
+def _send(slot: int, fresh: Sequence[Tensor], world_size: int) -> None:
+    context = current()
+    if world_size > 1:  # else it is of all tokens, and nobody waits for it
+        context.policy.send(context, context.first_slot + slot, fresh)
+
+
+def slots_from(first: int) -> None:
     """From here on attentions number their cache slots from `first`.
 
     Attentions of repeated blocks are one piece of code, in which the slot is the block's first one
     and up; a call of the piece is preceded by this.
     """
-    Runtime.named(runtime).first_slot = first
+    current().first_slot = first

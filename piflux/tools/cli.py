@@ -1,35 +1,35 @@
-"""The commands of `piflux`."""
+"""The commands of `piflux`.
+
+What a user writes is checked before torch is imported, which takes seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import signal
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-import torch
 import typer
-from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
-from piflux.__main__ import INTERRUPTED
-from piflux.cost.cost import Rates, choose, modelled_cost
-from piflux.cost.rates import measure_rates
-from piflux.errors import PifluxError, RankFailed, plain
+import piflux
+from piflux.errors import INTERRUPTED, PifluxError, RankFailed, plain
 from piflux.policies.schedule import Schedule
 from piflux.tools import options
 from piflux.tools.bench.bench import bench
-from piflux.tools.bench.rows import FLUX_DEV
-from piflux.tools.doctor import Examined, devices, examine, memory_gib, versions
-from piflux.tools.generate import Request, numbered, show, text_tokens
-from piflux.tools.generate import generate as make_pictures
+from piflux.tools.interrupts import importing
 from piflux.tools.launch import cores, is_first, is_joined, launch
-from piflux.tools.options import SYNC_STEPS, ModelOption, RefreshOption, SyncStepsOption
 from piflux.tools.quality.quality import quality
+
+if TYPE_CHECKING:
+    from piflux.tools.doctor import Link
+
+WrongUsage: Any = typer.BadParameter.__base__
+"""Click's UsageError, or Typer's own of that name."""
 
 
 class Commands(TyperGroup):
@@ -43,6 +43,10 @@ class Commands(TyperGroup):
         before = None if is_joined() else signal.signal(signal.SIGTERM, interrupt)
         try:
             return super().invoke(ctx)
+        except WrongUsage as error:
+            if is_first():  # all ranks were called alike
+                print(f"Error: {error.format_message()}", file=sys.stderr)
+            raise typer.Exit(2) from None
         except PifluxError as error:
             if is_first() or isinstance(error, RankFailed):  # the rest fails on every rank alike
                 print(f"Error: {plain(str(error))}", file=sys.stderr)
@@ -60,10 +64,27 @@ app = typer.Typer(
     cls=Commands,
     name="piflux",
     help="Diffusion transformers split over ranks by rewriting their graphs.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # frames and colours cost a third of what --help takes
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"piflux {piflux.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
 app.command()(bench)
 app.command()(quality)
 
@@ -75,7 +96,7 @@ PolicyOption = Annotated[
 ]
 Size = Annotated[
     str | None,
-    typer.Option(help="Width x height: 1024x768. Default: demo 256x256, else 1024x1024."),
+    typer.Option(help="Width x height: 1024x768. Default: demo 256x256, else the pipeline's."),
 ]
 
 
@@ -83,57 +104,92 @@ Size = Annotated[
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file instead, one a line.")] = None,
-    model: ModelOption = "demo",
+    model: options.ModelOption = "demo",
     ranks: Ranks = None,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncStepsOption = SYNC_STEPS,
-    refresh_every: RefreshOption = None,
-    steps: Annotated[int, typer.Option(min=1)] = 28,
-    size: Size = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    guidance: float = 3.5,
-    inner: Annotated[
-        str | None, typer.Option(help="inductor or eager. Default: inductor on GPUs.")
+    sync_steps: options.SyncStepsOption = None,
+    refresh_every: options.RefreshOption = None,
+    sync: options.SyncOption = "gather",
+    order: options.OrderOption = 1,
+    compression: options.CompressionOption = "none",
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Default: the pipeline's own number.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="A PNG; more pictures get numbers.")] = Path(
-        "piflux.png"
-    ),
+    size: Size = None,
+    seed: options.SeedOption = 0,
+    guidance: options.GuidanceOption = None,
+    negative_prompt: options.NegativeOption = None,
+    image: options.ImageOption = None,
+    mask: options.MaskOption = None,
+    lora: options.LoraOption = None,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 1,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a video.")] = None,
+    fps: Annotated[int, typer.Option(min=1, help="Frames a second of a video.")] = 16,
+    inner: Annotated[
+        Literal["inductor", "eager"] | None, typer.Option(help="Default: inductor on GPUs.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A PNG, or an MP4 for videos; more of them get numbers.")
+    ] = None,
     show_: Annotated[bool, typer.Option("--show", help="Draw them in the terminal, too.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
 ) -> None:
-    """Draw pictures on several ranks, launched here or by torchrun."""
+    """Draw pictures or videos on several ranks, launched here or by torchrun."""
     if (prompt is None) == (prompts is None):
-        raise typer.BadParameter("give a prompt, or a file of them with --prompts")
-    texts = options.prompts(prompts) if prompts is not None else [str(prompt)]
-    count = options.ranks(ranks)
-    settings = options.settings(policy, sync_steps, refresh_every)
-    settings["inner"] = inner or ("inductor" if torch.cuda.is_available() else "eager")
-    if settings["inner"] not in ("inductor", "eager"):
-        raise typer.BadParameter(f"--inner {inner}: 'inductor' or 'eager'")
+        raise typer.BadParameter("give either a prompt, or a file of them with --prompts")
+    given = options.prompts(prompts) if prompts is not None else [options.prompt(str(prompt))]
+    texts = [text for text in given for _ in range(count)]
+    if seed + len(texts) - 1 > options.LARGEST_SEED:
+        raise typer.BadParameter(f"--seed {seed}: the last of {len(texts)} seeds is beyond 64 bits")
     options.check_model(model)
+    known_steps = steps or (28 if model == "demo" else None)
+    others = {"sync": sync, "order": order, "compression": compression}
+    settings = options.settings(policy, sync_steps, refresh_every, known_steps, **others)
     if policy == "auto":
         options.flux_config(model)  # known to be one whose steps can be counted
-    width, height = options.size(size, model)
-    options.check_tokens(count, width, height, text_tokens(model))
-    request = Request(
-        model=model,
+    pixels = options.size(size)
+    if mask is not None and image is None:
+        raise typer.BadParameter("--mask says where --image is painted anew: give both")
+    loras = options.loras(lora)
+    out = options.picture(out)
+
+    with importing():
+        import torch
+
+        from piflux.tools import generate as work
+    total = options.ranks(ranks)
+    if not options.is_hub_id(model):
+        _check_size(model, total, pixels, batch)
+    on_gpu = torch.cuda.is_available()
+    settings["inner"] = inner or ("inductor" if on_gpu else "eager")
+    request = work.Request(
+        model=str(options.folder_of(model)) if options.is_hub_id(model) else model,
         prompts=tuple(texts),
-        paths=numbered(options.picture(out), len(texts)),
+        out=out,
         settings=settings,
         steps=steps,
-        size=(width, height),
+        size=pixels,
         seed=seed,
         guidance=guidance,
+        negative=negative_prompt,
+        image=image,
+        mask=mask,
+        loras=loras,
+        batch=batch,
+        frames=frames,
+        fps=fps,
     )
     console = Console(stderr=json_)
-    if not torch.cuda.is_available() and is_first():
-        console.print(f"No CUDA device: {count} rank(s) on the CPU.")
-    if is_joined() or count == 1:
-        made = make_pictures(request)
+    if not on_gpu and is_first():
+        console.print(f"No CUDA device: {total} rank(s) on the CPU.")
+    if is_joined() or total == 1:
+        made = work.generate(request)
     else:
-        made = launch(make_pictures, count, request)
+        made = launch(work.generate, total, request)
     if made is None:  # another rank's to tell
         return
+    made = replace(made, model=model)
     if json_:
         print(json.dumps(asdict(made)))
     elif made.reason:
@@ -141,21 +197,48 @@ def generate(
     for picture in made.pictures:
         if not json_:
             pace = "" if picture.step_s is None else f", {picture.step_s:.3f} s a step (median)"
+            together = f", {picture.batch} at once" if picture.batch > 1 else ""
             console.print(
-                f"Saved {picture.path}: {picture.total_s:.1f} s{pace} on {made.ranks} rank(s)",
+                f"Saved {picture.path}: {picture.total_s:.1f} s{pace} on {made.ranks} rank(s)"
+                f"{together}",
                 soft_wrap=True,
             )
-        if show_:
-            show(Image.open(picture.path), console)
+        if show_ and Path(picture.path).suffix.lower() in options.PICTURES:
+            work.show_file(picture.path, console)
+
+
+def _check_size(model: str, ranks: int, pixels: tuple[int, int] | None, batch: int) -> None:
+    """Refuses what ranks can't share or hold, where that is known without a call."""
+    import torch
+
+    side = options.default_side(model)
+    width, height = pixels or (side, side)
+    if options.config_of(model, "").get("_class_name") == "FluxPipeline":
+        options.check_tokens(ranks, width, height, options.text_tokens(model))
+    if pixels is None:
+        return
+    if torch.cuda.is_available():
+        memory = float(ranks * torch.cuda.get_device_properties(0).total_memory)
+        options.check_memory(model, width, height, batch, 2, memory, f"{ranks} GPU(s) here")
+    else:
+        from piflux.tools.records import memory_gib
+
+        memory = memory_gib() * 2**30
+        options.check_memory(model, width, height, batch, 4, memory, "this host")
 
 
 @app.command()
 def explain(
-    model: ModelOption = "demo",
+    model: options.ModelOption = "demo",
     ranks: Annotated[int, typer.Option(min=1)] = 2,
     policy: PolicyOption = "rotate",
-    sync_steps: SyncStepsOption = SYNC_STEPS,
-    refresh_every: RefreshOption = None,
+    sync_steps: options.SyncStepsOption = None,
+    refresh_every: options.RefreshOption = None,
+    sync: Annotated[
+        Literal["gather", "recompute"], typer.Option(help="How a sync step gets them.")
+    ] = "gather",
+    order: options.OrderOption = 1,
+    compression: options.CompressionOption = "none",
     steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
     link: Annotated[
@@ -170,26 +253,37 @@ def explain(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """What the compiler does to a FLUX: no weights are read, and no step runs.
+    """What the compiler does to a FLUX.1: no weights are read, and no step runs.
 
     With --link it predicts the time of a step, and which policy 'auto' would choose: arithmetic at
     the rates, shared evenly; what is gathered within a step adds to it, what 'displaced' sends
     hides behind it. Norms, pointwise ops and launching are left out: a lower bound.
     """
-    if policy == "auto":
-        raise typer.BadParameter("--policy auto is chosen on the ranks: name one, or ask doctor")
-    width, height = options.size(size, model)
-    settings = options.settings(policy, sync_steps, refresh_every)
+    if policy == "auto" and (link is None or ranks == 1):
+        raise typer.BadParameter(
+            "--policy auto is chosen by what several ranks send each other: give --ranks 2 or "
+            "more, and with --link the GB/s that one sends, which piflux doctor measures"
+        )
+    others = {"sync": sync, "order": order, "compression": compression}
+    settings = options.settings(policy, sync_steps, refresh_every, steps, **others)
+    side = options.default_side(model)
+    width, height = options.size(size) or (side, side)
     config = options.flux_config(model)
-    options.check_tokens(ranks, width, height, text_tokens(model))
-    tokens, dtype = text_tokens(model), torch.float32 if model == "demo" else torch.bfloat16
-    from piflux.tools.preview import (
-        preview,  # imports the compiler: wrong usage need not wait for it
-    )
+    tokens = options.text_tokens(model)
+    options.check_tokens(ranks, width, height, tokens)
+    with importing():
+        import torch
 
+        from piflux.cost.cost import Rates, choose
+        from piflux.cost.rates import measure_rates
+        from piflux.tools.image_cost import modelled_cost
+        from piflux.tools.preview import preview
+
+    dtype = torch.float32 if model == "demo" else torch.bfloat16
+    first = settings | (options.chosen("gather") if policy == "auto" else {})
     foreseen = preview(
         config,
-        Schedule(**settings, world_size=ranks),
+        Schedule(**first, world_size=ranks),
         width=width,
         height=height,
         text_tokens=tokens,
@@ -208,9 +302,12 @@ def explain(
             linear_tflops = linear_tflops or measured[0]
             attention_tflops = attention_tflops or measured[1]
         rates = Rates(linear_tflops, attention_tflops, link)
+        choice = choose(foreseen.layers, rates) if ranks > 1 else None
+        if policy == "auto" and choice is not None:
+            settings |= options.chosen(choice.policy)
+            foreseen = foreseen.under(Schedule(**settings, world_size=ranks))
         alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
         cost = modelled_cost(foreseen.report, steps, alone, link)
-        choice = choose(foreseen.layers, rates) if ranks > 1 else None
     if json_:
         record: dict[str, Any] = {
             "model": model,
@@ -240,19 +337,40 @@ def doctor(
 
     The policy is for FLUX.1-dev at 1024 x 1024 where there are GPUs, else for the demo's model.
     """
-    gpus, count = devices(), options.ranks(ranks)
+    with importing():
+        import torch
+
+        from piflux.tools import doctor as work
+        from piflux.tools.bench.models import FLUX_DEV
+        from piflux.tools.records import memory_gib, versions
+    count = options.ranks(ranks)
+    gpus = work.devices()
     name = "FLUX.1-dev" if gpus else "demo"
-    width, height = options.size(None, name)
-    found: Examined | None = None
+    width = height = options.default_side(name)
+    if not gpus:
+        options.check_cores(count)
+    options.check_tokens(count, width, height, options.text_tokens(name))
+    shown = is_first() and not json_
+    if shown:
+        for index, gpu in enumerate(gpus):
+            free = f"{gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
+            _line(f"GPU {index}", f"{gpu.name}, {free}")
+        if not gpus:
+            _line("GPUs", "none: ranks run on the CPU, over gloo")
+        _line("host", f"{cores()} cores, {memory_gib():.1f} GiB")
+        for package, number in versions().items():
+            _line(package, number)
+    found: work.Examined | None = None
     if count > 1:
         asked = {
             "width": width,
             "height": height,
-            "text_tokens": text_tokens(name),
+            "text_tokens": options.text_tokens(name),
             "dtype": torch.bfloat16 if gpus else torch.float32,
         }
         config = FLUX_DEV if gpus else options.flux_config("demo")
-        found = examine(config, asked) if is_joined() else launch(examine, count, config, asked)
+        examine = config, asked, _tell_link if shown else None
+        found = work.examine(*examine) if is_joined() else launch(work.examine, count, *examine)
     if not is_first():
         return
     if json_:
@@ -266,30 +384,24 @@ def doctor(
         }
         print(json.dumps(record))
         return
-    console = Console()
-    table = Table("", "", show_header=False)
-    for index, gpu in enumerate(gpus):
-        table.add_row(
-            f"GPU {index}", f"{gpu.name}, {gpu.free_gib:.1f} of {gpu.memory_gib:.1f} GiB free"
-        )
-    if not gpus:
-        table.add_row("GPUs", "none: ranks run on the CPU, over gloo")
-    table.add_row("host", f"{cores()} cores, {memory_gib():.1f} GiB")
-    table.add_row("versions", ", ".join(f"{package} {x}" for package, x in versions().items()))
-    if found is not None:
-        for one in found.links:
-            peer = {None: "", True: ", peer access", False: ", no peer access"}[one.peer_access]
-            table.add_row(f"link {one.ranks[0]}-{one.ranks[1]}", f"{one.gbs:.3g} GB/s{peer}")
-        rates = found.rates
-        table.add_row("all-gather of all", f"{rates.link_gbs:.3g} GB/s a rank")
-        table.add_row("matrix products", f"{rates.linear_tflops:.3g} TFLOP/s")
-        table.add_row("attention", f"{rates.attention_tflops:.3g} TFLOP/s")
-    console.print(table)
     if found is None:
-        console.print("One rank: nothing to share, nothing to send.")
-    else:
-        console.print(
-            f"For {name} at {width} x {height} on {count} ranks, --policy auto is "
-            f"[bold]{found.choice.policy}[/bold]: {found.choice.reason}.",
-            soft_wrap=True,
-        )
+        print("One rank: nothing to share, nothing to send.")
+        return
+    rates = found.rates
+    _line("all-gather of all", f"{rates.link_gbs:.3g} GB/s a rank")
+    _line("matrix products", f"{rates.linear_tflops:.3g} TFLOP/s")
+    _line("attention", f"{rates.attention_tflops:.3g} TFLOP/s")
+    print(
+        f"For {name} at {width} x {height} on {count} ranks, --policy auto is "
+        f"{found.choice.policy}: {found.choice.reason}."
+    )
+
+
+def _tell_link(link: Link) -> None:
+    peer = {None: "", True: ", peer access", False: ", no peer access"}[link.peer_access]
+    _line(f"link {link.ranks[0]}-{link.ranks[1]}", f"{link.gbs:.3g} GB/s{peer}")
+
+
+def _line(what: str, found: str) -> None:
+    """At once, in a pipe too."""
+    print(f"{what:18} {found}", flush=True)

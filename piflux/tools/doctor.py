@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
-import os
-import platform
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from piflux.cost.clock import median_seconds
 from piflux.cost.cost import Choice, Rates, choose
-from piflux.cost.rates import measure_rates
+from piflux.cost.rates import measure_link, slowest_rates
 from piflux.policies.schedule import Schedule
-from piflux.ranks.ranks import all_gather
-from piflux.tools.launch import join
-
-PACKAGES = ("piflux", "torch", "diffusers", "transformers", "triton")
+from piflux.ranks.processes import ProcessRanks
+from piflux.tools.launch import is_first, join
 
 PROBE_BYTES = 16 * 2**20
 """What each rank of a probed link sends: the order of one layer's keys and values."""
@@ -79,33 +74,6 @@ def devices() -> list[Device]:
     return found
 
 
-def versions(*others: str) -> dict[str, str]:
-    """Of Python, CUDA, NCCL, what piflux stands on and `others`; 'none' for what isn't there."""
-    found = {"python": platform.python_version()}
-    for package in (*PACKAGES, *others):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    found["cuda"] = torch.version.cuda or "none"
-    on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
-    found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "none"
-    return found
-
-
-def memory_gib() -> float:
-    """Of the host."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def measure_link(group: dist.ProcessGroup, device: torch.device, count: int) -> float:
-    """GB/s that a rank of `group` sends while all gather `count` bytes from each of them."""
-    piece = torch.zeros(count, dtype=torch.uint8, device=device)
-    whole = torch.empty(count * group.size(), dtype=torch.uint8, device=device)
-    seconds = median_seconds(lambda: all_gather(whole, piece, group=group), device.type == "cuda")
-    return count * (group.size() - 1) / seconds / 1e9
-
-
 def decide(
     config: Mapping[str, Any],
     device: torch.device,
@@ -124,48 +92,59 @@ def decide(
     """
     from piflux.tools.preview import preview  # imports the compiler, a second
 
-    group = dist.group.WORLD
-    assert group is not None, "called on the ranks that `join` joined"
+    ranks = ProcessRanks(_joined())
     foreseen = preview(
         config,
-        Schedule(world_size=group.size()),
+        Schedule(world_size=ranks.size),
         width=width,
         height=height,
         text_tokens=text_tokens,
         dtype=dtype,
     )
-    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     # One rank's queries are a part, its products' rows too.
-    tokens = -(-(width * height // 256 + text_tokens) // group.size())
-    sent = foreseen.layers[0].kv_bytes // (group.size() - 1)
-    measured = torch.tensor(
-        [
-            *measure_rates(tokens, heads, head_dim, dtype, device),
-            measure_link(group, device, sent),
-        ],
-        device=device,
-    )
-    dist.all_reduce(measured, op=dist.ReduceOp.MIN, group=group)
-    rates = Rates(*measured.tolist())
+    tokens = -(-(width * height // 256 + text_tokens) // ranks.size)
+    query = config["num_attention_heads"], tokens, config["attention_head_dim"]
+    sent = foreseen.layers[0].kv_bytes // (ranks.size - 1)
+    rates = slowest_rates(ranks, query, dtype, device, sent)
     return rates, choose(foreseen.layers, rates)
 
 
-def examine(config: Mapping[str, Any], options: Mapping[str, Any]) -> Examined:
+def examine(
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    on_link: Callable[[Link], None] | None = None,
+) -> Examined:
     """As one of several ranks: measure each pair's link, the kernels, and choose.
 
     Args:
         config: see `decide`.
         options: its keyword arguments.
+        on_link: called on rank 0 with each link as soon as it is measured.
     """
     device = join()
     links = []
     for pair in itertools.combinations(range(dist.get_world_size()), 2):
-        group = dist.new_group(list(pair))
-        gbs = torch.zeros((), device=device)
-        if dist.get_rank() in pair:
-            gbs += measure_link(group, device, PROBE_BYTES)
-        dist.all_reduce(gbs, op=dist.ReduceOp.MAX)
-        reaches = torch.cuda.can_device_access_peer(*pair) if device.type == "cuda" else None
-        links.append(Link(pair, reaches, gbs.item()))
+        link = _link(pair, device)
+        if on_link is not None and is_first():
+            on_link(link)
+        links.append(link)
     rates, choice = decide(config, device, **options)
     return Examined(tuple(links), rates, choice)
+
+
+def _link(pair: tuple[int, int], device: torch.device) -> Link:
+    """Measured by the two, told to all."""
+    group = dist.new_group(list(pair))
+    gbs = 0.0
+    if dist.get_rank() in pair:
+        gbs = measure_link(ProcessRanks(group), device, PROBE_BYTES)
+    reaches = torch.cuda.can_device_access_peer(*pair) if device.type == "cuda" else None
+    # The two's own slower one, which the others' infinity leaves alone.
+    (least,) = ProcessRanks(_joined()).least([gbs or math.inf], device)
+    return Link(pair, reaches, least)
+
+
+def _joined() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None, "called on the ranks that `join` joined"
+    return group

@@ -1,18 +1,21 @@
-"""Pictures by a pipeline whose transformer is split over ranks, saved as they are made."""
+"""Pictures and videos by a pipeline whose transformer is split over ranks; saved as they come."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import inspect
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -24,9 +27,10 @@ import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave
-from piflux.policies.schedule import Policy
+from piflux.policies.schedule import PolicyName
 from piflux.tools.doctor import decide
 from piflux.tools.launch import is_first, join
+from piflux.tools.options import chosen, default_side, numbered, text_tokens
 
 
 @dataclass(frozen=True)
@@ -36,31 +40,46 @@ class Request:
     Attributes:
         model: 'demo', or a folder of a diffusers pipeline.
         prompts: one a picture; picture i starts from the noise of seed + i.
-        paths: where they go, PNG.
+        out: where they go, PNG or MP4; more than one get numbers. None: piflux.png or piflux.mp4.
         settings: of `parallelize`; with the policy 'auto' the ranks measure and choose one.
-        steps: denoise steps.
+        steps: denoise steps; None for the pipeline's own number, as in all that follows.
         size: width and height in pixels.
         seed: of the first picture.
         guidance: its scale.
+        negative: what not to draw.
+        image: a picture's file, to start from, edit or follow.
+        mask: a picture's file, white where `image` is painted anew.
+        loras: files or folders, with their scales.
+        batch: pictures drawn at once.
+        frames: of a video.
+        fps: frames a second of a video's file.
     """
 
     model: str
     prompts: tuple[str, ...]
-    paths: tuple[Path, ...]
+    out: Path | None
     settings: dict[str, Any]
-    steps: int
-    size: tuple[int, int]
-    seed: int
-    guidance: float
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    guidance: float | None = None
+    negative: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    batch: int = 1
+    frames: int | None = None
+    fps: int = 16
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One that was saved.
+    """One that was saved, or a video.
 
     Attributes:
         step_s: median seconds of its steps, without the first; None for one step.
         total_s: seconds of the whole call, with text encoders and VAE.
+        batch: how many were drawn in that call.
     """
 
     path: str
@@ -68,6 +87,7 @@ class Picture:
     seed: int
     step_s: float | None
     total_s: float
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,51 +112,221 @@ def generate(request: Request) -> Made | None:
     """As one rank of several, or alone: make the pictures. Rank 0 saves them, and says what it did.
 
     Raises:
-        CannotLoad: the model's folder.
+        CannotLoad: the model's folder, a LoRA or a picture; or the pipeline has no such option.
         CannotSave: on rank 0.
         PifluxError: see `parallelize`.
     """
     device = join()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     first = is_first()
-    pipe, call = load(request.model, device)
+    kind = pipeline_class(request.model)
+    target, call = arguments(kind, request)
+    out = _destination(target, request.out)
+    pipe, more = load(request.model, device)
+    add_loras(pipe, request.loras)
+    if target is not kind:
+        pipe = target.from_pipe(pipe)
     settings, reason = dict(request.settings), None
     if settings["policy"] == "auto":
-        settings["policy"], reason = _chosen(pipe.transformer, device, ranks, request)
+        policy, reason = _chosen(pipe.transformer, device, ranks, request)
+        settings |= chosen(policy)
     pipe = piflux.parallelize(pipe, **settings)
     pipe.set_progress_bar_config(disable=True)
     pictures = []
-    with _progress(request, shown=first) as advance:
-        for index, (prompt, path) in enumerate(zip(request.prompts, request.paths, strict=True)):
+    paths = numbered(out, len(request.prompts))
+    steps: int = call["num_inference_steps"]
+    calls = -(-len(request.prompts) // request.batch)
+    timed = _takes(target, "callback_on_step_end")
+    with _progress(calls * steps, shown=first) as advance:
+        for start in range(0, len(paths), request.batch):
+            prompts = list(request.prompts[start : start + request.batch])
+            seeds = [request.seed + start + i for i in range(len(prompts))]
             clock = StepClock(device.type == "cuda", advance)
-            start = time.perf_counter()
-            image = pipe(
-                prompt,
-                width=request.size[0],
-                height=request.size[1],
-                num_inference_steps=request.steps,
-                guidance_scale=request.guidance,
-                generator=torch.Generator().manual_seed(request.seed + index),
-                callback_on_step_end=clock,
-                **call,
-            ).images[0]
+            began = time.perf_counter()
+            watched = {"callback_on_step_end": clock} if timed else {}
+            drawn = pipe(**call, **more, **_batched(request, prompts, seeds), **watched)
             synchronize(device.type == "cuda")
-            total_s, times = time.perf_counter() - start, clock.step_ms()
+            total_s, times = time.perf_counter() - began, clock.step_ms()
             if not first:
                 continue
             step_s = statistics.median(times) / 1000 if times else None
-            picture = Picture(str(path), prompt, request.seed + index, step_s, total_s)
-            save(image, path, _told(request, picture, ranks, settings))
-            pictures.append(picture)
+            found = drawn.frames if hasattr(drawn, "frames") else drawn.images
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+                path = paths[start + i]
+                picture = Picture(str(path), prompt, seed, step_s, total_s, len(prompts))
+                if path.suffix.lower() == ".mp4":
+                    save_video(found[i], path, request.fps)
+                else:
+                    save(found[i], path, _told(request, picture, ranks, settings))
+                pictures.append(picture)
     if not first:
         return None
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return Made(request.model, name, ranks, settings, reason, tuple(pictures))
 
 
-def text_tokens(model: str) -> int:
-    """Of a prompt, padding included: what the pipelines of FLUX pass to its transformer."""
-    return TEXT_TOKENS if model == "demo" else 512
+def _batched(request: Request, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
+    """The arguments of which there is one a picture; alone it stands by itself."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    several = len(prompts) > 1
+    given: dict[str, Any] = {
+        "prompt": prompts if several else prompts[0],
+        "generator": generators if several else generators[0],
+    }
+    if request.negative is not None:
+        given["negative_prompt"] = (
+            [request.negative] * len(prompts) if several else request.negative
+        )
+    return given
+
+
+# --- what a pipeline takes -----------------------------------------------------------------------
+
+
+def pipeline_class(model: str) -> Any:
+    """The class of a folder's pipeline; no weights are read.
+
+    Raises:
+        CannotLoad: diffusers has none of that name.
+    """
+    import diffusers
+
+    _quiet()
+    if model == "demo":
+        return diffusers.FluxPipeline
+    try:
+        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        kind = getattr(diffusers, name)
+    except Exception as error:  # whatever diffusers trips over in a broken folder
+        raise CannotLoad(
+            f"{model} can't be loaded: its model_index.json names no pipeline of diffusers "
+            f"{diffusers.__version__}: {type(error).__name__}: {_line(error)}"
+        ) from error
+    return kind
+
+
+def arguments(kind: Any, request: Request) -> tuple[Any, dict[str, Any]]:
+    """The class that draws what is asked for, and what its call takes, but for prompt and noise.
+
+    A pipeline that draws from prompts alone has a sister for pictures to start from, and one for
+    masks, which share its parts.
+
+    Args:
+        kind: the folder's pipeline.
+        request: what is asked for.
+
+    Raises:
+        CannotLoad: it takes no such option, or a picture can't be read.
+    """
+    given: dict[str, Any] = {}
+    image = None if request.image is None else _picture(request.image)
+    mask = None if request.mask is None else _picture(request.mask)
+    if mask is not None and not _takes(kind, "mask_image"):
+        kind = _sister(kind, "AUTO_INPAINT_PIPELINES_MAPPING", "mask")
+    elif image is not None and not _takes(kind, "image", "control_image"):
+        kind = _sister(kind, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "image")
+    taken = inspect.signature(kind.__call__).parameters
+    if image is not None:
+        given["image" if "image" in taken else "control_image"] = image
+    if mask is not None:
+        given["mask_image"] = mask
+    size = request.size
+    if image is not None and size is None and not _edits(kind):
+        size = image.width // 16 * 16, image.height // 16 * 16
+    if size is not None:
+        given |= {"width": size[0], "height": size[1]}
+    steps = request.steps or taken["num_inference_steps"].default
+    given["num_inference_steps"] = steps
+    if request.frames is not None:
+        given["num_frames"] = request.frames
+    if request.guidance is not None:
+        given[_guidance(taken)] = request.guidance
+    if request.negative is not None:
+        given["negative_prompt"] = request.negative
+        if "true_cfg_scale" in taken:  # without which FLUX.1 leaves a negative prompt aside
+            default = taken[_guidance(taken)].default
+            given["true_cfg_scale"] = default if request.guidance is None else request.guidance
+    for name in given:
+        if name not in taken:
+            raise CannotLoad(
+                f"{kind.__name__} takes no {name!r}: leave {OPTIONS[name]} out, or take a pipeline "
+                "that does"
+            )
+    given.pop("negative_prompt", None)  # there is one a picture
+    return kind, given
+
+
+OPTIONS = {
+    "negative_prompt": "--negative-prompt",
+    "image": "--image",
+    "control_image": "--image",
+    "mask_image": "--mask",
+    "width": "--size",
+    "height": "--size",
+    "num_inference_steps": "--steps",
+    "num_frames": "--frames",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--guidance",
+}
+"""By the arguments of pipelines' calls."""
+
+
+def _takes(kind: Any, *names: str) -> bool:
+    return bool(inspect.signature(kind.__call__).parameters.keys() & set(names))
+
+
+def _edits(kind: Any) -> bool:
+    """Whether the picture is a reference, so that what is drawn has a size of its own."""
+    return not _takes(kind, "strength") and not _takes(kind, "control_image")
+
+
+def _guidance(taken: Mapping[str, inspect.Parameter]) -> str:
+    """The argument that scales guidance: Qwen-Image has the other one for models to come."""
+    distilled = taken.get("guidance_scale")
+    other = "true_cfg_scale" in taken and distilled is not None and distilled.default is None
+    return "true_cfg_scale" if other else "guidance_scale"
+
+
+def _sister(kind: Any, mapping: str, option: str) -> Any:
+    """The pipeline of the same family in one of diffusers' mappings of tasks."""
+    from diffusers.pipelines import auto_pipeline
+
+    tasks = ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
+    for task in tasks:
+        family = getattr(auto_pipeline, f"AUTO_{task}_PIPELINES_MAPPING")
+        for name, found in family.items():
+            if found is kind and name in getattr(auto_pipeline, mapping):
+                return getattr(auto_pipeline, mapping)[name]
+    raise CannotLoad(
+        f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that does: "
+        f"leave --{option} out"
+    )
+
+
+def _picture(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise CannotLoad(f"{path} can't be read as a picture: {error}") from error
+
+
+def _destination(kind: Any, out: Path | None) -> Path:
+    """Where to write.
+
+    Raises:
+        CannotSave: a video's file is no .mp4, or a picture's no .png.
+    """
+    suffix = ".mp4" if _takes(kind, "num_frames") else ".png"
+    out = out or Path("piflux").with_suffix(suffix)
+    if out.suffix.lower() != suffix:
+        what = "videos" if suffix == ".mp4" else "pictures"
+        raise CannotSave(f"{out}: {kind.__name__} makes {what}; name a file that ends in {suffix}")
+    if suffix == ".mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise CannotSave(
+            f"{out}: to write a video takes the package imageio-ffmpeg: pip install 'piflux[demo]'"
+        )
+    return out
 
 
 def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -162,9 +352,39 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
         pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
         return pipe.to(device), {}
     except Exception as error:  # whatever diffusers trips over in a broken folder
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = lines[-1] if lines else "it said nothing"
-        raise CannotLoad(f"{model} can't be loaded: {type(error).__name__}: {said}") from error
+        raise CannotLoad(
+            f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
+    """Load adapters into the pipeline and set their scales.
+
+    Raises:
+        CannotLoad: one of them, or what adapters need is not installed.
+    """
+    if not loras:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise CannotLoad("a LoRA takes the package peft: pip install 'piflux[demo]'")
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for (text, _), name in zip(loras, names, strict=True):
+        path = Path(text)
+        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        try:
+            pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
+        except Exception as error:  # whatever diffusers and peft trip over
+            raise CannotLoad(
+                f"the LoRA {text} can't be loaded into {type(pipe).__name__}: "
+                f"{type(error).__name__}: {_line(error)}"
+            ) from error
+    pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def _line(error: Exception) -> str:
+    """The last line of what an exception says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
 
 
 def _quiet() -> None:
@@ -179,15 +399,17 @@ def _quiet() -> None:
 
 def _chosen(
     transformer: Any, device: torch.device, ranks: int, request: Request
-) -> tuple[Policy, str]:
+) -> tuple[PolicyName, str]:
     """The policy that suits a FLUX on these ranks, and why; the same on all of them."""
     if ranks == 1:
         return "gather", "one rank has all keys and values"
+    side = default_side(request.model)
+    width, height = request.size or (side, side)
     _, choice = decide(
         transformer.config,
         device,
-        width=request.size[0],
-        height=request.size[1],
+        width=width,
+        height=height,
         text_tokens=text_tokens(request.model),
         dtype=transformer.dtype,
     )
@@ -195,14 +417,14 @@ def _chosen(
 
 
 @contextlib.contextmanager
-def _progress(request: Request, *, shown: bool) -> Iterator[Callable[[], None] | None]:
+def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
     """One bar for all steps of all pictures: gives what advances it by a step."""
     if not shown:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("compiling", total=len(request.prompts) * request.steps)
+        task = progress.add_task("compiling", total=steps)
         ends: list[float] = []
 
         def advance() -> None:
@@ -217,13 +439,14 @@ def _told(
     request: Request, picture: Picture, ranks: int, settings: dict[str, Any]
 ) -> dict[str, str]:
     """What the PNG says of itself."""
+    names = ("steps", "guidance", "negative", "image", "mask", "loras")
+    asked = {name: getattr(request, name) for name in names}
     told = {
         "prompt": picture.prompt,
         "model": request.model,
         "seed": picture.seed,
-        "steps": request.steps,
-        "guidance": request.guidance,
         "ranks": ranks,
+        **{name: value for name, value in asked.items() if value not in (None, ())},
         **settings,
         "torch": torch.__version__,
         "piflux": piflux.__version__,
@@ -253,12 +476,42 @@ def save(image: Image.Image, path: Path, told: dict[str, str]) -> None:
         raise CannotSave(f"{path} can't be saved: {error.strerror or error}") from error
 
 
-def numbered(path: Path, count: int) -> tuple[Path, ...]:
-    """`apple.png` for one picture; apple-01.png to apple-12.png for twelve."""
-    if count == 1:
-        return (path,)
-    digits = len(str(count))
-    return tuple(path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, count + 1))
+def save_video(frames: Any, path: Path, fps: int) -> None:
+    """Write all of the video or nothing: H.264 in an MP4.
+
+    Args:
+        frames: PIL's pictures, or one (frames, height, width, 3) array with values from 0 to 1.
+        path: likewise `fps`, frames a second.
+
+    Raises:
+        CannotSave: the disk, the folder or ffmpeg did not let it.
+    """
+    import imageio_ffmpeg
+
+    arrays = [
+        np.asarray(frame) if isinstance(frame, Image.Image) else (255 * frame).round()
+        for frame in frames
+    ]
+    height, width, _ = arrays[0].shape
+    unfinished = path.with_stem(f".{path.stem}-{os.getpid()}")
+    try:
+        # Sizes as they are: two pixels share a colour, and pictures are of even sides.
+        writer = imageio_ffmpeg.write_frames(
+            str(unfinished), (width, height), fps=fps, macro_block_size=2, quality=8
+        )
+        writer.send(None)
+        for array in arrays:
+            writer.send(np.ascontiguousarray(array, dtype=np.uint8))
+        writer.close()
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise CannotSave(f"{path} can't be saved: {error.strerror or error}") from error
+
+
+def show_file(path: str, console: Console) -> None:
+    with Image.open(path) as image:
+        show(image, console)
 
 
 def show(image: Image.Image, console: Console) -> None:
@@ -270,4 +523,6 @@ def show(image: Image.Image, console: Console) -> None:
     # Asks the terminal what it can draw as soon as it is imported.
     from textual_image.renderable import Image as TerminalImage
 
-    console.print(TerminalImage(image, width=min(console.width, 80)))
+    # Without a height it would be as many lines high as its own pixels fill, however wide it is.
+    width = min(console.width, 80)
+    console.print(TerminalImage(image, width=width, height="auto"))

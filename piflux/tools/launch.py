@@ -1,4 +1,7 @@
-"""Starting one process a rank on this host, and ending them all with the first that fails."""
+"""Starting one process a rank on this host, and ending them all with the first that fails.
+
+Imports torch only where ranks are started or joined: arguments are checked before.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ import uuid
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import piflux.errors
 from piflux.errors import RankFailed, plain
-from piflux.ranks.groups import own_device, resolve_group
+
+if TYPE_CHECKING:
+    import torch
 
 START_S = 2.0
 """How long an interrupt waits for ranks that are being started."""
@@ -162,6 +165,10 @@ def join() -> torch.device:
     Raises:
         RankFailed: the rank has no GPU of its own.
     """
+    import torch
+
+    from piflux.ranks.groups import own_device, resolve_group
+
     device = own_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

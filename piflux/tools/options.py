@@ -1,28 +1,78 @@
-"""What a user writes on a command line: read, or refused with what to write instead."""
+"""What a user writes on a command line: read, or refused with what to write instead.
+
+Imports torch only where GPUs are counted: all else is checked before it.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
 
-from piflux.demo import IMAGE_SIZE, demo_file
-from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
-from piflux.tools.launch import is_joined
+from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
+from piflux.policies.schedule import BEST_SYNC_STEPS, POLICIES, Schedule, read_settings
+from piflux.tools.launch import cores, is_joined
 
-ModelOption = Annotated[str, typer.Option(help="'demo', or a folder of a FLUX pipeline.")]
-SyncStepsOption = Annotated[
-    str, typer.Option(help="Steps that gather everything, '0,2', or how many first ones.")
+LARGEST_SEED = 2**64 - 1
+"""Of torch's generators."""
+
+
+def finite(value: float | None) -> float | None:
+    """Also refuses 'nan', which no range leaves out."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+ModelOption = Annotated[
+    str, typer.Option(help="'demo', a folder of a diffusers pipeline, or a Hub id.")
 ]
-SYNC_STEPS = ",".join(map(str, BEST_SYNC_STEPS))
+SyncStepsOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Steps that gather everything, as '0,2', or how many first ones. Default: "
+        + ",".join(map(str, BEST_SYNC_STEPS))
+    ),
+]
 RefreshOption = Annotated[
     int | None, typer.Option(min=1, help="Later on, one step in so many gathers everything.")
+]
+SyncOption = Annotated[
+    Literal["gather", "recompute", "auto"],
+    typer.Option(help="How a sync step comes by keys and values."),
+]
+OrderOption = Annotated[
+    int, typer.Option(min=0, max=1, help="1: predict remembered keys and values. 0: don't.")
+]
+CompressionOption = Annotated[
+    Literal["none", "int8"], typer.Option(help="Of the changes that prediction remembers.")
+]
+GuidanceOption = Annotated[
+    float | None, typer.Option(callback=finite, help="Its scale. Default: the pipeline's.")
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Of the first picture; the next has the next.")
+]
+NegativeOption = Annotated[
+    str | None, typer.Option(help="What not to draw: two passes a step, by --guidance.")
+]
+ImageOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="A picture to start from, edit or follow."),
+]
+MaskOption = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="White where --image is painted anew."),
+]
+LoraOption = Annotated[
+    list[str] | None, typer.Option(help="PATH[:scale], a file or folder. Repeatable.")
 ]
 
 
@@ -34,29 +84,65 @@ def setting(text: str) -> int | str | tuple[int | str, ...]:
     return values if "," in text else values[0] if values else text
 
 
-def settings(policy: str, sync_steps: str, refresh_every: int | None) -> dict[str, Any]:
-    """Of `parallelize`, known to be in range; a file's take the place of the others."""
+def settings(
+    policy: str,
+    sync_steps: str | None,
+    refresh_every: int | None,
+    steps: int | None = None,
+    **others: Any,
+) -> dict[str, Any]:
+    """Returns those of `parallelize`, known to be in range; a file's take the place of the others.
+
+    Args:
+        policy: its name, 'auto' or a file; the others as options give them.
+        sync_steps: None for the default.
+        refresh_every: likewise.
+        steps: of an image, where that is known.
+        others: `sync`, `order` and `compression`.
+    """
     given: dict[str, Any] = {
         "policy": policy,
-        "sync_steps": setting(sync_steps),
+        "sync_steps": BEST_SYNC_STEPS if sync_steps is None else setting(sync_steps),
         "refresh_every": refresh_every,
+        **others,
     }
     try:
         if policy.endswith(".json"):
             given |= read_settings(policy)
         Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
+        raise typer.BadParameter(f"{error}{also}") from None
+    if sync_steps is not None and steps is not None:
+        syncs = given["sync_steps"]
+        last = max(syncs, default=0) + 1 if isinstance(syncs, tuple) else syncs
+        if last > steps:
+            raise typer.BadParameter(
+                f"--sync-steps {sync_steps}: an image has {steps} steps, 0 to {steps - 1}"
+            )
     return given
 
 
-def check_model(model: str, *, hub: bool = False) -> None:
-    """Refuses what is neither 'demo' nor a pipeline's folder, nor a hub id where that will do."""
-    if model == "demo" or hub and re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+def chosen(policy: str) -> dict[str, Any]:
+    """What 'auto' settles: 'gather' has no sync steps that could be recomputed."""
+    return {"policy": policy} | ({} if POLICIES[policy].remembers else {"sync": "gather"})
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+def is_hub_id(model: str) -> bool:
+    return HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def check_model(model: str) -> None:
+    """Refuses what is neither 'demo', nor a pipeline's folder, nor a Hub id."""
+    if model == "demo" or is_hub_id(model):
         return
     if not Path(model).is_dir():
-        also = ", and no hub id like black-forest-labs/FLUX.1-dev" if hub else ""
-        raise typer.BadParameter(f"--model {model}: no such folder{also}")
+        raise typer.BadParameter(
+            f"--model {model}: no such folder, and no Hub id like black-forest-labs/FLUX.1-dev"
+        )
     if not (Path(model) / "model_index.json").is_file():
         raise typer.BadParameter(
             f"--model {model}: no pipeline there: it has no model_index.json, which "
@@ -64,10 +150,52 @@ def check_model(model: str, *, hub: bool = False) -> None:
         )
 
 
+def folder_of(model: str, *, configs: bool = False) -> Path:
+    """The folder of a pipeline, which is fetched if `model` is a Hub id; or only its configs."""
+    if model == "demo":
+        return demo_file("model")
+    if not is_hub_id(model):
+        return Path(model)
+    import huggingface_hub
+
+    try:
+        if not _is_cached(model):
+            huggingface_hub.model_info(model)  # says why it can't be had in fewer words
+        if configs:
+            return Path(huggingface_hub.snapshot_download(model, allow_patterns=["*.json"]))
+        from diffusers import DiffusionPipeline
+
+        return Path(DiffusionPipeline.download(model))
+    except Exception as error:  # whatever a network and its libraries trip over
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        said = lines[0] if lines else type(error).__name__
+        raise typer.BadParameter(
+            f"--model {model}: no such folder, and as a Hub id it can't be fetched: {said}. Fetch "
+            "it where the Hub can be reached, and give its folder"
+        ) from None
+
+
+def _is_cached(model: str) -> bool:
+    import huggingface_hub
+
+    return isinstance(huggingface_hub.try_to_load_from_cache(model, "model_index.json"), str)
+
+
+def config_of(model: str, part: str) -> dict[str, Any]:
+    """The config of a folder's part, or its model_index; empty where it has none."""
+    folder = demo_file("model") if model == "demo" else Path(model)
+    path = folder / "model_index.json" if part == "" else folder / part / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def flux_config(model: str) -> dict[str, Any]:
-    """Of the pipeline's transformer, which must be FLUX's."""
+    """Of the pipeline's transformer, which must be FLUX.1's."""
     check_model(model)
-    path = (demo_file("model") if model == "demo" else Path(model)) / "transformer" / "config.json"
+    path = folder_of(model, configs=True) / "transformer" / "config.json"
     try:
         config = json.loads(path.read_text())
         kind = config["_class_name"]
@@ -78,7 +206,7 @@ def flux_config(model: str) -> dict[str, Any]:
         ) from None
     if kind != "FluxTransformer2DModel":
         raise typer.BadParameter(
-            f"--model {model}: its transformer is a {kind}, and only FLUX's inputs are known "
+            f"--model {model}: its transformer is a {kind}, and only FLUX.1's inputs are known "
             "without a call. Name a --policy, and ask piflux.explain(pipe) after one"
         )
     return config
@@ -89,10 +217,10 @@ def default_side(model: str) -> int:
     return IMAGE_SIZE if model == "demo" else 1024
 
 
-def size(text: str | None, model: str) -> tuple[int, int]:
-    """Width and height: '1024x768', or the model's own."""
+def size(text: str | None) -> tuple[int, int] | None:
+    """Width and height: '1024x768'; None for the model's own."""
     if text is None:
-        return default_side(model), default_side(model)
+        return None
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found:
         raise typer.BadParameter(f"--size {text}: write width x height, as in 1024x768")
@@ -107,10 +235,32 @@ def check_side(option: str, pixels: int, least: int = 16) -> None:
         raise typer.BadParameter(f"{option} must be a multiple of 16 from {least} on, got {pixels}")
 
 
+def check_memory(
+    model: str, width: int, height: int, batch: int, itemsize: int, memory: float, where: str
+) -> None:
+    """Refuses pictures that can't be decoded in `memory` bytes.
+
+    Counted are input and output of the decoder's last convolution, in its channels; the tokens of
+    text and transformer, and what else is held, come on top.
+    """
+    vae = config_of(model, "vae")
+    channels = (vae.get("block_out_channels") or [vae.get("base_dim", 3)])[0]
+    need = 2 * channels * width * height * batch * itemsize
+    if need > memory:
+        raise typer.BadParameter(
+            f"--size {width}x{height}: to decode it takes {need / 2**30:,.0f} GiB at least, and "
+            f"{where} has {memory / 2**30:.1f}"
+        )
+
+
+def prompt(text: str) -> str:
+    if not text.strip():
+        raise typer.BadParameter("the prompt is empty: say what to draw")
+    return text
+
+
 def prompts(file: Path) -> list[str]:
     """One a line."""
-    if not file.is_file():
-        raise typer.BadParameter(f"--prompts {file}: no such file")
     try:
         texts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -120,14 +270,33 @@ def prompts(file: Path) -> list[str]:
     return texts
 
 
+def loras(texts: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
+    """'style.safetensors:0.8' -> ('style.safetensors', 0.8); without a scale, 1."""
+    found = []
+    for text in texts or ():
+        path, colon, scale = text.rpartition(":")
+        try:
+            pair = (path, float(scale)) if colon else (text, 1.0)
+        except ValueError:
+            pair = text, 1.0
+        if not Path(pair[0]).exists():
+            raise typer.BadParameter(f"--lora {text}: no such file or folder: {pair[0]}")
+        if not math.isfinite(pair[1]):
+            raise typer.BadParameter(f"--lora {text}: the scale is not a finite number")
+        found.append(pair)
+    return tuple(found)
+
+
 def ranks(asked: int | None) -> int:
     """How many: as asked for, as torchrun started, or as there are GPUs, else 2."""
-    gpus = torch.cuda.device_count()
     if is_joined():
         started = int(os.environ["WORLD_SIZE"])
         if asked not in (None, started):
             raise typer.BadParameter(f"--ranks {asked}: torchrun started {started}")
         return started
+    import torch
+
+    gpus = torch.cuda.device_count()
     count = asked or gpus or 2
     if gpus and count > gpus:
         raise typer.BadParameter(
@@ -135,6 +304,15 @@ def ranks(asked: int | None) -> int:
             "ranks run on CPUs"
         )
     return count
+
+
+def check_cores(ranks: int) -> None:
+    """Refuses to measure CPU ranks that would wait for a core. Two may: one host must do."""
+    if ranks > max(2, cores()):
+        raise typer.BadParameter(
+            f"--ranks {ranks}: there are {cores()} CPU cores here, and what ranks measure that "
+            "wait for one says nothing of links or kernels"
+        )
 
 
 def check_tokens(ranks: int, width: int, height: int, text: int) -> None:
@@ -147,13 +325,30 @@ def check_tokens(ranks: int, width: int, height: int, text: int) -> None:
         )
 
 
-def picture(path: Path) -> Path:
-    """Where a PNG can be written."""
-    if path.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--out {path}: pictures are written as .png")
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"--out {path}: there is no folder {path.parent}")
-    _try_to_write(path, path.parent)
+def text_tokens(model: str) -> int:
+    """Of a prompt, padding included: what the pipelines of FLUX.1 pass to its transformer."""
+    return TEXT_TOKENS if model == "demo" else 512
+
+
+def numbered(path: Path, count: int) -> tuple[Path, ...]:
+    """`apple.png` for one picture; apple-01.png to apple-12.png for twelve."""
+    if count == 1:
+        return (path,)
+    digits = len(str(count))
+    return tuple(path.with_stem(f"{path.stem}-{i:0{digits}}") for i in range(1, count + 1))
+
+
+PICTURES, VIDEOS = (".png",), (".mp4",)
+
+
+def picture(path: Path | None) -> Path | None:
+    """Where a picture or a video can be written; None for the current folder."""
+    if path is not None and path.suffix.lower() not in PICTURES + VIDEOS:
+        raise typer.BadParameter(f"--out {path}: pictures are written as .png, videos as .mp4")
+    parent = Path() if path is None else path.parent
+    if not parent.is_dir():
+        raise typer.BadParameter(f"--out {path}: there is no folder {parent}")
+    _try_to_write(path or parent, parent)
     return path
 
 
@@ -168,7 +363,7 @@ def folder(path: Path) -> Path:
 
 
 def _try_to_write(option: Path, folder: Path) -> None:
-    """To find out now, not when the work is done."""
+    """To find out now, not when the work is done; `os.access` calls all writable to root."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from piflux.compile.compiler import PASSES
+from piflux.capture.dynamo import let_through
+from piflux.compile.program import PASSES
 from piflux.compile.report import GraphReport
 from piflux.cost.cost import Layer, layers_of
-from piflux.errors import let_through
 from piflux.graph.plan import Context
 from piflux.passes.runner import run_passes
 from piflux.passes.split.layout import layout
@@ -27,6 +27,7 @@ class Preview:
 
     Attributes:
         report: what the compiler says.
+        ctx: what it found out, from which other schedules' reports follow.
         layers: what one of the ranks does, layer by layer.
         whole: likewise of one rank alone, which does everything.
     """
@@ -34,6 +35,12 @@ class Preview:
     report: GraphReport
     layers: tuple[Layer, ...]
     whole: tuple[Layer, ...]
+    ctx: Context
+
+    def under(self, schedule: Schedule) -> Preview:
+        """The same under another schedule, on as many ranks."""
+        assert schedule.world_size == self.ctx.world_size
+        return replace(self, report=GraphReport.of(self.ctx, schedule))
 
 
 def preview(
@@ -65,13 +72,13 @@ def preview(
     @let_through()
     def keep(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         whole, original = copy.deepcopy(gm), copy.deepcopy(gm)
-        alone, ctx = Context(1, "preview"), Context(ranks, "preview")
+        alone, ctx = Context(1), Context(ranks)
         run_passes(whole, alone, (layout, rewrite_attention))
         # As the compiler does: on one rank the layout is all there is to find.
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
-        report, everything = GraphReport.of(gm, ctx, schedule), layers_of(whole, alone)
+        report, everything = GraphReport.of(ctx, schedule), layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
-        found.append(Preview(report, mine, everything))
+        found.append(Preview(report, mine, everything, ctx))
         return original.forward
 
     with torch.device("meta"):

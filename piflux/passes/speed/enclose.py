@@ -20,16 +20,16 @@ def enclose(gm: fx.GraphModule, ctx: Context) -> int:
 
     Before, on 2 ranks:
 
-        x_part = piflux.shard(x, 1, [8], 2, 'piflux')
+        x_part = piflux.shard(x, 1, [8], 2)
         h = linear(x_part, w)
-        h_whole = piflux.unshard(h, 1, [8], 2, 'piflux')
+        h_whole = piflux.unshard(h, 1, [8], 2)
         return (h_whole,)
 
     After:
 
         head = head(x, w)
         h = head[0]
-        h_whole = piflux.unshard(h, 1, [8], 2, 'piflux')
+        h_whole = piflux.unshard(h, 1, [8], 2)
         return (h_whole,)
 
     Of a graph that gathers nothing that is all. One that does more than compute stays as it is:

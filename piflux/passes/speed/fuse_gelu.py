@@ -9,8 +9,9 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.graph.nodes import computes, op_name
-from piflux.graph.plan import Context, known, tensors
+from piflux.graph.plan import Context
 from piflux.graph.targets import LINEAR_GELU, LINEAR_OF_CAT
+from piflux.graph.values import known, tensors
 
 DEVICE = "cuda"
 """Whose library of products has one with GELU."""

@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, maybe_get_fake_mode
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from piflux.graph.described import described
 from piflux.graph.extract import extract
 from piflux.graph.nodes import computes, is_attention, op_name
-from piflux.graph.plan import Context, known
+from piflux.graph.plan import Context
 from piflux.graph.targets import CACHED, SEND
-from piflux.graph.values import described, wraps
+from piflux.graph.values import known, wraps
 from piflux.kernels.products import adjoining
 
 WEIGHTS = "weights"

@@ -9,8 +9,10 @@ import torch
 from torch import fx
 
 from piflux.graph.nodes import computes, op_name
-from piflux.graph.plan import Context, known, sizes
+from piflux.graph.plan import Context
+from piflux.graph.sizes import sizes
 from piflux.graph.targets import NORM_ROTARY
+from piflux.graph.values import known
 
 DEVICE = "cuda"
 """Where a kernel reads both numbers of a pair at once."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor, fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from piflux.graph.axes import axes
 from piflux.graph.extract import extract
 from piflux.graph.nodes import PRODUCTS, computes, op_name
-from piflux.graph.plan import Context, Plan, axes, known, tensors
+from piflux.graph.plan import Context, Plan
 from piflux.graph.roles import roles_of
+from piflux.graph.values import known, tensors
 
 HOISTED = "hoisted"
 """The module's name."""

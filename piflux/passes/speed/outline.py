@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from math import prod
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx, nn
+from torch import fx
 
-from piflux.graph.extract import is_source
-from piflux.graph.nodes import computes, is_attention, is_value
-from piflux.graph.plan import Context, example_size, expr, known, tensors
-from piflux.graph.targets import CACHED, SEND, SLOTS_FROM
-from piflux.graph.values import all_sizes, described
-
-# The most that is looked for; a block of a known model attends at most twice.
-ATTENTIONS_A_BLOCK = 4
-
-_SLOTS = {
-    op: [argument.name for argument in op._schema.arguments].index("slot") for op in (CACHED, SEND)
-}
+from piflux.graph.blocks import SLOTS, number, or_number, readers, slot_of, stretches, written
+from piflux.graph.described import described
+from piflux.graph.extract import as_module, is_source
+from piflux.graph.nodes import computes, is_value
+from piflux.graph.plan import Context
+from piflux.graph.sizes import all_sizes, expr
+from piflux.graph.targets import SLOTS_FROM
+from piflux.graph.values import known
 
 
 def outline(gm: fx.GraphModule, ctx: Context) -> int:
@@ -38,17 +32,17 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     Before, of two blocks:
 
         h = linear(x, w)
-        a = piflux.cached_sdpa(h, h, h, None, None, False, [8], 0, 2, 'piflux')
+        a = piflux.cached_sdpa(h, h, h, None, None, False, [8], 0, 2)
         h_1 = linear(a, w_1)
-        a_1 = piflux.cached_sdpa(h_1, h_1, h_1, None, None, False, [8], 1, 2, 'piflux')
+        a_1 = piflux.cached_sdpa(h_1, h_1, h_1, None, None, False, [8], 1, 2)
         return (a_1,)
 
     After:
 
-        slots_from('piflux', 0)
+        slots_from(0)
         piece_0 = piece_0(x, w)
         a = piece_0[0]
-        slots_from('piflux', 1)
+        slots_from(1)
         piece_0_1 = piece_0(a, w_1)
         a_1 = piece_0_1[0]
         return (a_1,)
@@ -61,16 +55,16 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
     nodes = [n for n in gm.graph.nodes if n.op != "output" and not is_source(n)]
     if not all(map(is_value, sources)) or not computes(gm.graph):
         return 0
-    nodes = [n for n in nodes if _number(n) is None]
+    nodes = [n for n in nodes if number(n) is None]
     symbols = {expr(known(n)): n for n in sources if isinstance(known(n), torch.SymInt)}
-    stretches = []
-    for part in _parts(nodes):
+    found = []
+    for part in stretches(nodes):
         inputs = _inputs(part, symbols)
         if inputs is None:
             return 0
-        stretches.append(_Stretch(part, inputs))
+        found.append(_Stretch(part, inputs))
     pieces: dict[Any, _Piece] = {}
-    for stretch in stretches:
+    for stretch in found:
         piece = pieces.setdefault(stretch.form, _Piece(f"piece_{len(pieces)}", stretch))
         piece.outputs |= stretch.outputs
         piece.calls += 1
@@ -79,10 +73,10 @@ def outline(gm: fx.GraphModule, ctx: Context) -> int:
         return 0
     graph = fx.Graph()
     made = {source: graph.node_copy(source) for source in sources}
-    for stretch in stretches:
-        _call(graph, made, ctx.runtime, pieces[stretch.form], stretch)
+    for stretch in found:
+        _call(graph, made, pieces[stretch.form], stretch)
     output = gm.graph.output_node()
-    graph.node_copy(output, lambda n: _or_number(n, made.__getitem__))
+    graph.node_copy(output, lambda n: or_number(n, made.__getitem__))
     for piece in pieces.values():
         gm.add_submodule(piece.name, _module(piece))
     # Another graph, since the plan speaks of the nodes of the one before.
@@ -105,14 +99,14 @@ class _Stretch:
         self.nodes = nodes
         self.inputs = inputs
         inside = {node: i for i, node in enumerate(nodes)}
-        self.outputs = {i for n, i in inside.items() if not _readers(n) <= inside.keys()}
-        self.slot = next((_slot(n) for n in nodes if n.target in _SLOTS), None)
+        self.outputs = {i for n, i in inside.items() if not readers(n) <= inside.keys()}
+        self.slot = next((slot_of(n) for n in nodes if n.target in SLOTS), None)
         names = {n: f"node {i}" for n, i in inside.items()}
         names |= {n: f"input {i}" for i, n in enumerate(inputs)}
         self.form = (
             tuple(described(known(n)) for n in inputs),
             tuple(described(known(n)) for n in nodes),
-            tuple(_written(n, self.slot, names.__getitem__) for n in nodes),
+            tuple(written(n, self.slot, names.__getitem__) for n in nodes),
         )
 
 
@@ -133,66 +127,11 @@ class _Piece:
     calls: int = 0
 
 
-def _number(node: fx.Node) -> int | float | None:
-    """A node's value where it is one number for all inputs."""
-    value = known(node)
-    if isinstance(value, (torch.SymInt, torch.SymFloat)):
-        value = value.node.expr
-        if not value.is_number:
-            return None
-        return int(value) if value.is_Integer else float(value)
-    return value if isinstance(value, (int, float)) else None
-
-
-def _readers(node: fx.Node) -> set[fx.Node]:
-    """The users that remain: numbers are written where they are used."""
-    return {user for user in node.users if _number(user) is None}
-
-
-def _or_number(node: fx.Node, otherwise: Callable[[fx.Node], Any]) -> Any:
-    number = _number(node)
-    return otherwise(node) if number is None else number
-
-
-def _parts(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
-    """The nodes in stretches: each repeated block, and what lies between."""
-    cuts = [0]
-    like = [(_written(n, _slot(n), lambda _: "node"), described(known(n))) for n in nodes]
-    order = {node: i for i, node in enumerate(nodes)}
-    last = [max((order.get(user, len(nodes)) for user in _readers(n)), default=-1) for n in nodes]
-    attentions = [i for i, n in enumerate(nodes) if is_attention(n) or n.target is CACHED]
-    for number, here in enumerate(attentions):
-        for there in attentions[number + 1 : number + 1 + ATTENTIONS_A_BLOCK]:
-            period = there - here
-            # Each node from start to stop is like the one a period later.
-            start = stop = here
-            while start > cuts[-1] and like[start - 1] == like[start - 1 + period]:
-                start -= 1
-            while stop + period < len(nodes) and like[stop] == like[stop + period]:
-                stop += 1
-            if here >= cuts[-1] and stop - start >= period:
-                phases = range(start, min(start + period, stop - period + 1))
-                first = min(phases, key=lambda i: _alive(nodes, last, start, i + period))
-                cuts += range(first, stop + period + 1, period)
-    cuts.append(len(nodes))
-    return [nodes[a:b] for a, b in pairwise(cuts) if a < b]
-
-
-def _alive(nodes: Sequence[fx.Node], last: Sequence[int], start: int, cut: int) -> tuple[int, int]:
-    """Bytes and number of the values made from `start` on that are read behind `cut`."""
-    alive = [x for i in range(start, cut) if last[i] >= cut for x in tensors(nodes[i])]
-    return sum(map(_bytes, alive)), len(alive)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.element_size() * prod(example_size(size, x) for size in x.shape)
-
-
 def _inputs(
     nodes: Sequence[fx.Node], symbols: Mapping[sympy.Symbol, fx.Node]
 ) -> list[fx.Node] | None:
     """What a stretch reads; None if it can't be handed to a module."""
-    read = [n for node in nodes for n in node.all_input_nodes if _number(n) is None]
+    read = [n for node in nodes for n in node.all_input_nodes if number(n) is None]
     outside = dict.fromkeys(n for n in read if n not in set(nodes))
     sizes = [size for n in (*outside, *nodes) for size in all_sizes(known(n))]
     free = {symbol for size in sizes for symbol in expr(size).free_symbols}
@@ -205,34 +144,20 @@ def _inputs(
     return list(dict.fromkeys([*(symbols[s] for s in sorted(free, key=str)), *outside]))
 
 
-def _slot(node: fx.Node) -> Any:
-    return node.args[_SLOTS[node.target]] if node.target in _SLOTS else None
-
-
-def _written(node: fx.Node, slot: Any, name: Callable[[fx.Node], str]) -> tuple[str, Any, str]:
-    """The op and its arguments, with other nodes by name and cache slots counted from `slot`."""
-    args = list(node.args)
-    if node.target in _SLOTS:
-        args[_SLOTS[node.target]] -= slot
-    arguments = fx.map_arg((args, node.kwargs), lambda n: _or_number(n, name))
-    return node.op, node.target, repr(arguments)
-
-
 def _call(
     graph: fx.Graph,
     made: dict[fx.Node, fx.Node],
-    runtime: str,
     piece: _Piece,
     stretch: _Stretch,
 ) -> None:
     """Append a call of `piece` for `stretch`, and note in `made` what it makes."""
     if stretch.slot is not None:
-        graph.call_function(SLOTS_FROM, (runtime, stretch.slot)).meta["example_value"] = None
+        graph.call_function(SLOTS_FROM, (stretch.slot,)).meta["example_value"] = None
     call = graph.call_module(piece.name, tuple(made[n] for n in stretch.inputs))
     results = [stretch.nodes[i] for i in sorted(piece.outputs)]
     call.meta["example_value"] = tuple(known(n) for n in results)
     for i, node in enumerate(results):
-        if _readers(node):
+        if readers(node):
             made[node] = graph.create_node(
                 "call_function", operator.getitem, (call, i), name=node.name
             )
@@ -240,15 +165,12 @@ def _call(
 
 
 def _module(piece: _Piece) -> fx.GraphModule:
-    """A module that takes the stretch's inputs and returns a tuple."""
-    graph, stretch = fx.Graph(), piece.stretch
-    made: dict[fx.Node, fx.Node] = {}
-    for node in stretch.inputs:
-        made[node] = graph.placeholder(node.name)
-        made[node].meta["example_value"] = known(node)
-    for node in stretch.nodes:
-        made[node] = graph.node_copy(node, lambda n: _or_number(n, made.__getitem__))
-        if node.target in _SLOTS:
-            made[node].update_arg(_SLOTS[node.target], _slot(node) - stretch.slot)
-    graph.output(tuple(made[stretch.nodes[i]] for i in sorted(piece.outputs)))
-    return fx.GraphModule(nn.Module(), graph)
+    """A module that takes the stretch's inputs, with cache slots counted from its first."""
+    stretch = piece.stretch
+    outputs = [stretch.nodes[i] for i in sorted(piece.outputs)]
+    module = as_module(stretch.inputs, stretch.nodes, outputs, number)
+    for node in module.graph.nodes:
+        if node.target in SLOTS:
+            node.update_arg(SLOTS[node.target], slot_of(node) - stretch.slot)
+    module.recompile()
+    return module

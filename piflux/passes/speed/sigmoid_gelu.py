@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from piflux.graph.nodes import op_name
-from piflux.graph.plan import Context, known, tensors
-from piflux.graph.values import wraps
+from piflux.graph.plan import Context
+from piflux.graph.values import known, tensors, wraps
 
 DEVICE = "cuda"
 """On which it is faster."""

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import combinations
 
 import sympy
 from torch import fx
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard, NoAttention
-from piflux.graph.nodes import attention_arguments, is_attention, mutates, op_name
-from piflux.graph.plan import (
-    Attention,
-    Axis,
-    Context,
-    Layout,
-    Plan,
-    Segment,
-    Value,
-    axes,
-    example_size,
-    known,
-    known_equal,
-    less,
-    ndim,
-    near,
-    operands,
-    same,
-    simplified,
-    sizes,
-    tensors,
-)
-from piflux.passes.split.rules import Flow, Link, flow
+from piflux.graph.axes import Axis, Value, axes, operands
+from piflux.graph.nodes import attention_arguments, is_attention, op_name
+from piflux.graph.plan import Attention, Context, Layout, Plan
+from piflux.graph.sizes import example_size, known_equal, less, same, sizes
+from piflux.graph.values import known, ndim, near
+from piflux.parts import part_length
+from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, why_refused
+from piflux.passes.split.segments import Segments, is_none
+from piflux.passes.split.writes import Writes
 
-# A run of tokens shorter than this is no segment of its own.
-FEWEST_TOKENS = 2
+MOST_FAMILIES = 4
+"""Of so many all choices are tried, of more each by itself. Two were seen. Chosen, not measured."""
+
+MOST_ALONE = 1 / 4
+"""Of the attentions so many may run as a whole on every rank. Chosen, not measured."""
+MOST_SHARES = 2
+"""A part must be less than so many times as long as its share. Chosen, not measured."""
 
 
 def layout(gm: fx.GraphModule, ctx: Context) -> int:
@@ -61,25 +53,59 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
             or a segment has fewer tokens than there are parts.
     """
     if not any(is_attention(node) for node in gm.graph.nodes):
+        for node in foreign_ops(gm.graph):
+            raise CannotShard(node, why_refused(node))
         raise NoAttention(
             "the graph has no scaled_dot_product_attention: piflux splits models at their "
             "attention. If the model has attention by other means, switch it to PyTorch's (in "
             "diffusers: model.set_attention_backend('native')); if the graph is a fragment, find "
             "the graph break with fullgraph=True"
         )
-    flows = {n: flow(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method")}
     _check_attention(gm.graph)
-    short = _begin_at_early_runs(gm.graph, flows, ctx.world_size)
-    marked = _mark(gm.graph, flows)
-    plan = Plan(layouts=_name(gm.graph, flows, marked))
-    # Cut off from the short run, some attention's keys, values or queries may be tokens, not all.
-    if short and (not _sharing(gm.graph, flows, plan) or _half_sharing(gm.graph, flows, plan)):
-        first = min(short, key=list(gm.graph.nodes).index)
-        raise _too_short(first, short[first], ctx.world_size)
-    _place(gm.graph, flows, plan)
+    graph, writes = gm.graph, Writes(gm.graph)
+    flows = {n: flow(n) for n in graph.nodes if n.op in ("call_function", "call_method")}
+    flows = _born_at_early_runs(graph, flows, writes)
+    plan = _decide(graph, flows, writes)
     _check_lengths(plan, ctx.world_size)
     ctx.plan = plan
-    return len(plan.local)
+    return len(ctx.plan.local)
+
+
+def _decide(graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes) -> Plan:
+    """The plan that cuts most families of tokens; for any number of ranks the same.
+
+    All of them, as a rule. Where that is refused, an attention may be over something else than the
+    tokens of the others (the frames at each place of a video, the layers of a text encoder). Where
+    the others' tokens are rows of its batch it then runs on a part; a few that come before all
+    others may run as a whole.
+    """
+    families = _families(graph, flows)
+    refusals: list[CannotShard] = []
+    for chosen in _choices(families):
+        try:
+            plan = _place(graph, flows, writes, _name(graph, flows, set().union(*chosen)))
+        except CannotShard as error:
+            refusals.append(error)
+            continue
+        if not refusals or _gains(graph, writes, plan):
+            return plan
+    raise refusals[0]
+
+
+def _gains(graph: fx.Graph, writes: Writes, plan: Plan) -> bool:
+    """Whether the attentions that run as a whole are few, and upstream of those that are split."""
+    attentions = {node for node in graph.nodes if is_attention(node)}
+    alone = attentions - plan.local
+    downstream = _reach(graph.nodes, attentions - alone, writes.sources)
+    return alone.isdisjoint(downstream) and len(alone) <= MOST_ALONE * len(attentions)
+
+
+def _choices(families: list[dict[Axis, None]]) -> Iterator[Sequence[dict[Axis, None]]]:
+    """All families, then fewer of them, the first ones rather than the last."""
+    yield families
+    fewer = range(len(families) - 1, 0, -1) if len(families) <= MOST_FAMILIES else (1,)
+    for count in fewer if len(families) > 1 else ():
+        yield from combinations(families, count)
 
 
 def _check_attention(graph: fx.Graph) -> None:
@@ -91,62 +117,73 @@ def _check_attention(graph: fx.Graph) -> None:
             raise CannotShard(node, "attention with dropout: call .eval() on the model")
 
 
-def _begin_at_early_runs(
-    graph: fx.Graph, flows: dict[fx.Node, Flow], world_size: int
-) -> dict[fx.Node, sympy.Expr]:
-    """Let tokens be born where a run of them is taken or added, upstream of all attentions.
+def _born_at_early_runs(
+    graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes
+) -> dict[fx.Node, Flow]:
+    """The flows, with tokens born where a run of them is taken, upstream of all attentions.
 
     What a run is taken out of there need not be tokens: a table of rotary frequencies is longer
-    than any sequence, and serves text, height and width by overlapping runs. And a run too short
-    to be cut is cut with those that it is added to: a token for the task, a little padding.
-
-    Returns:
-        The lengths of such short runs, by the node that adds them.
+    than any sequence, and serves text, height and width by overlapping runs.
     """
-    added: dict[fx.Node, sympy.Expr] = {}
-    downstream = _reach(graph.nodes, set(filter(is_attention, graph.nodes)), "all_input_nodes")
-    # In the graph's order: what is asked of sizes settles them, and with them what comes after.
-    for node in (n for n in graph.nodes if n in flows and n not in downstream):
-        found = flows[node]
-        found.links = [link for link in found.links if _is_all(link)]
-        short = {x.target: x.length for x in found.links if _is_short(node, x, world_size)}
-        found.links = [link for link in found.links if link.target not in short]
-        if short:
-            added[node] = min(short.values(), key=lambda length: _example(node, length))
-    return added
+    attentions = set(filter(is_attention, graph.nodes))
+    downstream = _reach(graph.nodes, attentions, writes.sources)
+    return {
+        node: found
+        if node in downstream
+        else replace(found, links=[link for link in found.links if _leads_all(link)])
+        for node, found in flows.items()
+    }
 
 
-def _is_short(node: fx.Node, link: Link, world_size: int) -> bool:
-    """Whether a link adds a run to others that can't be cut by itself."""
-    target = link.target
-    alone = known_equal(link.length, sizes(target.node, target.item)[target.dim])
-    return not alone and less(node, link.length, max(world_size, FEWEST_TOKENS))
-
-
-def _is_all(link: Link) -> bool:
+def _leads_all(link: Link) -> bool:
     """Whether a link leads all tokens of its source, not a run of them."""
     return known_equal(link.length, sizes(link.source.node, link.source.item)[link.source.dim])
 
 
-def _mark(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> set[Axis]:
-    """Every dimension that shares tokens with some attention's query."""
+def _families(graph: fx.Graph, flows: dict[fx.Node, Flow]) -> list[dict[Axis, None]]:
+    """The dimensions that share tokens with attentions' queries, by the tokens that they share.
+
+    Those that serve most attentions come first, then those of most tokens.
+    """
     neighbours: dict[Axis, list[Axis]] = defaultdict(list)
+
+    def are_neighbours(a: Axis, b: Axis) -> None:
+        neighbours[a].append(b)
+        neighbours[b].append(a)
+
     for found in flows.values():
         for link in found.links:
-            neighbours[link.source].append(link.target)
-            neighbours[link.target].append(link.source)
-    queries = [attention_arguments(n).query for n in graph.nodes if is_attention(n)]
-    todo = deque(Axis(query, ndim(query) - 2) for query in queries)
-    marked = set(todo)
-    while todo:
-        for axis in neighbours[todo.popleft()]:
-            if axis not in marked:
-                marked.add(axis)
-                todo.append(axis)
-    return marked
+            are_neighbours(link.source, link.target)
+        if found.attended:  # a key and its value are one token's, wherever they come from
+            are_neighbours(*found.attended)
+    queries = [_tokens_of_queries(node) for node in filter(is_attention, graph.nodes)]
+    families: list[dict[Axis, None]] = []
+    for query in queries:
+        if any(query in family for family in families):
+            continue
+        family = {query: None}
+        todo = deque(family)
+        while todo:
+            for axis in neighbours[todo.popleft()]:
+                if axis not in family:
+                    family[axis] = None
+                    todo.append(axis)
+        families.append(family)
+
+    def served(family: dict[Axis, None]) -> tuple[int, int]:
+        mine = [query for query in queries if query in family]
+        return len(mine), max(_example(q.node, sizes(q.node, q.item)[q.dim]) for q in mine)
+
+    return sorted(families, key=served, reverse=True)
+
+
+def _tokens_of_queries(attention: fx.Node) -> Axis:
+    query = attention_arguments(attention).query
+    return Axis(query, ndim(query) - 2)
 
 
 def _name(graph: fx.Graph, flows: dict[fx.Node, Flow], marked: set[Axis]) -> dict[Axis, Layout]:
+    segments = Segments()
     layouts: dict[Axis, Layout] = {}
     for node in graph.nodes:
         arriving: dict[Axis, list[Link]] = defaultdict(list)
@@ -155,27 +192,31 @@ def _name(graph: fx.Graph, flows: dict[fx.Node, Flow], marked: set[Axis]) -> dic
                 arriving[link.target].append(link)
         for axis in axes(node):
             if axis in arriving:
-                layouts[axis] = _arrive(node, arriving[axis], layouts)
+                layouts[axis] = _arrive(node, arriving[axis], layouts, segments)
             elif axis in marked:
-                layouts[axis] = (Segment(sizes(node, axis.item)[axis.dim]),)
+                layouts[axis] = segments.born(node, sizes(node, axis.item)[axis.dim])
         for axis in arriving:
-            if axis.node is not node:
-                arrived = _arrive(node, arriving[axis], layouts)
-                layouts[axis] = _unify(node, _resolved(layouts[axis]), arrived)
+            if axis.node is not node:  # an operand that the node writes into
+                for link in arriving[axis]:
+                    _land(node, link, layouts, segments)
         attended = [layouts[axis] for axis in _flow(node, flows).attended if axis in layouts]
-        if len(attended) == 2:  # a key and its value are one token's, wherever they come from
-            _unify(node, *(_resolved(segments) for segments in attended))
-    return layouts
+        if attended:
+            segments.unite(node, *attended)
+    return {axis: segments.refined(layout) for axis, layout in layouts.items()}
 
 
-def _arrive(node: fx.Node, links: list[Link], layouts: dict[Axis, Layout]) -> Layout:
+def _arrive(
+    node: fx.Node, links: list[Link], layouts: dict[Axis, Layout], segments: Segments
+) -> Layout:
     """The layout of a dimension from the runs of tokens that arrive in it, left to right."""
     runs: dict[sympy.Expr, Layout] = {}
     ends: dict[sympy.Expr, sympy.Expr] = {}
     for link in links:
-        run = _take(node, _resolved(layouts[link.source]), link.start, link.length)
+        if is_none(node, link.length):
+            continue
+        run = segments.take(node, layouts[link.source], link.start, link.length)
         at = next((other for other in runs if same(node, other, link.at)), link.at)
-        runs[at] = _unify(node, runs[at], run) if at in runs else run
+        runs[at] = segments.unite(node, runs[at], run) if at in runs else run
         ends[at] = sympy.expand(at + link.length)
     found: Layout = ()
     at = sympy.Integer(0)
@@ -187,87 +228,14 @@ def _arrive(node: fx.Node, links: list[Link], layouts: dict[Axis, Layout]) -> La
     return found
 
 
-def _resolved(segments: Iterable[Segment]) -> Layout:
-    return tuple(s for segment in segments for s in segment.resolve())
-
-
-def _split(node: fx.Node, segment: Segment, first: sympy.Expr) -> Layout:
-    """Refine a segment, at the request of `node`, into its first tokens and the others."""
-    rest = sympy.expand(segment.length - first)
-    for piece in (first, rest):
-        # Also what ends the refinement where an op shifts tokens by a few.
-        if less(node, piece, FEWEST_TOKENS):
-            raise CannotShard(
-                node,
-                f"takes a run of {_example(node, piece)} tokens out of "
-                f"{_example(node, segment.length)}: this mixes tokens or leaves too few "
-                "to cut (use fewer ranks or more tokens)",
-            )
-    segment.stands_for = (Segment(first), Segment(rest))
-    return segment.stands_for
+def _land(node: fx.Node, link: Link, layouts: dict[Axis, Layout], segments: Segments) -> None:
+    """A run of tokens is written over another, so both are the same tokens."""
+    run = segments.take(node, layouts[link.source], link.start, link.length)
+    segments.unite(node, segments.take(node, layouts[link.target], link.at, link.length), run)
 
 
 def _example(node: fx.Node, length: sympy.Expr) -> int:
     return example_size(length, near(node))
-
-
-def _take(node: fx.Node, layout: Layout, start: sympy.Expr, length: sympy.Expr) -> Layout:
-    """The segments of layout[start : start + length], refining those cut in two."""
-    if start == 0 and known_equal(length, sum((s.length for s in layout), sympy.Integer(0))):
-        return layout  # most links lead all tokens
-    for edge in (start, sympy.expand(start + length)):
-        at = sympy.Integer(0)
-        for segment in layout:
-            end = sympy.expand(at + segment.length)
-            if same(node, edge, at) or same(node, edge, end):
-                break
-            if less(node, edge, end):
-                _split(node, segment, sympy.expand(edge - at))
-                break
-            at = end
-        layout = _resolved(layout)
-    taken: list[Segment] = []
-    at = sympy.Integer(0)
-    inside = False
-    for segment in layout:
-        inside = inside or same(node, at, start)
-        if inside and same(node, at, start + length):
-            break
-        if inside:
-            taken.append(segment)
-        at = sympy.expand(at + segment.length)
-    return tuple(taken)
-
-
-def _unify(node: fx.Node, a: Layout, b: Layout) -> Layout:
-    """Two layouts of the same tokens become one."""
-    left, right = deque(a), deque(b)
-    merged: list[Segment] = []
-    while left and right:
-        x, y = _next(left), _next(right)
-        if x is not y and same(node, x.length, y.length):
-            y.stands_for = (x,)
-        elif x is not y and less(node, x.length, y.length):
-            right.appendleft(y)
-            _split(node, y, x.length)
-            left.appendleft(x)
-            continue
-        elif x is not y:
-            left.appendleft(x)
-            _split(node, x, y.length)
-            right.appendleft(y)
-            continue
-        merged.append(x)
-    if left or right:
-        raise CannotShard(node, "two operands have different numbers of tokens")
-    return tuple(merged)
-
-
-def _next(layout: deque[Segment]) -> Segment:
-    """The first segment, as far refined as it is by now."""
-    first, *others = layout.popleft().resolve()
-    layout.extendleft(reversed(others))
-    return first
 
 
 def _sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> set[fx.Node]:
@@ -279,71 +247,92 @@ def _sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> set[fx.
     }
 
 
-def _half_sharing(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> list[fx.Node]:
-    """The attentions of which either the keys or the values are of tokens that queries have."""
-    return [
-        node
-        for node in filter(is_attention, graph.nodes)
-        if len({axis in plan.layouts for axis in flows[node].attended}) == 2
-    ]
-
-
-def _place(graph: fx.Graph, flows: dict[fx.Node, Flow], plan: Plan) -> None:
+def _place(
+    graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes, layouts: dict[Axis, Layout]
+) -> Plan:
     """Choose the nodes that run on a part, the attentions to rewrite, and the boundary edges."""
+    plan = Plan(layouts=layouts)
     sharing = _sharing(graph, flows, plan)
     if not sharing:
+        for node in foreign_ops(graph):
+            raise CannotShard(node, why_refused(node))
         first = next(filter(is_attention, graph.nodes))
         raise CannotShard(
             first,
             "no attention reads keys and values of the tokens it serves: the model mixes them by "
             "other means, such as linear attention or convolutions, which piflux can't split",
         )
-    for node in _half_sharing(graph, flows, plan):
-        raise CannotShard(node, "only one of keys and values carries tokens that queries have")
-    downstream = _reach(graph.nodes, sharing, "all_input_nodes")
-    upstream = _reach(reversed(graph.nodes), sharing, "users")
-    mixed = {node: _mixed(node, _flow(node, flows), plan) for node in graph.nodes}
+    downstream = _reach(graph.nodes, sharing, writes.sources)
+    upstream = _reach(reversed(graph.nodes), sharing, writes.users)
+    whole = _run_whole(graph, flows, writes, plan, downstream)
+    plan.local = {n for n in graph.nodes if n not in whole and _touches(n, plan)}
+    for node in graph.nodes:
+        between = node in downstream and node in upstream
+        if node in whole and between and _touches(node, plan):
+            raise CannotShard(node, why_refused(node))
+        for operand in operands(node):
+            _edge(node, operand, _flow(node, flows), plan, whole)
+    writes.check(plan)
+    for slot, node in enumerate(n for n in graph.nodes if n in sharing):
+        keys, values = flows[node].attended
+        for axis in (axis for n in node.all_input_nodes for axis in axes(n)):
+            attended = axis in (keys, values) or axis.dim == ndim(axis.node) - 2
+            if axis in plan.layouts and not attended and axis not in flows[node].whole:
+                raise CannotShard(node, f"%{axis.node.name} carries tokens along two dimensions")
+        plan.attentions.append(Attention(node, slot, keys, values))
+    return plan
 
-    whole: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        # Upstream of attention a whole value is computed from whole ones, not gathered.
-        wanted = node not in downstream and any(
+
+def _run_whole(
+    graph: fx.Graph,
+    flows: dict[fx.Node, Flow],
+    writes: Writes,
+    plan: Plan,
+    downstream: set[fx.Node],
+) -> set[fx.Node]:
+    """The nodes that run on all tokens: those that must and, upstream, what leads to them."""
+
+    def must(node: fx.Node) -> bool:
+        ends = node.op in ("placeholder", "get_attr", "output")
+        found = _flow(node, flows)
+        return ends or _mixes(node, found, plan) or _born(node, found, plan)
+
+    def is_read_whole(node: fx.Node) -> bool:
+        return any(
             user in whole
             and user not in downstream
             or any(axis.node is node and axis in plan.layouts for axis in _flow(user, flows).whole)
             for user in node.users
         )
-        ends = node.op in ("placeholder", "get_attr", "output")
-        if ends or mixed[node] or _born(node, flows, plan) or wanted and _carries(node, plan):
-            whole.add(node)
+
+    def is_written_whole(node: fx.Node) -> bool:
+        return any(n in whole and n not in downstream for n in writes.written_with(node))
+
+    whole = set(filter(must, graph.nodes))
+    # Upstream of attention a whole value is computed from whole ones, not gathered.
+    upstream = [n for n in reversed(graph.nodes) if n not in downstream and _touches(n, plan)]
+    grows = True
+    while grows:
+        before = len(whole)
+        for node in upstream:
+            if _carries(node, plan) and is_read_whole(node) or is_written_whole(node):
+                whole.add(node)
+        grows = len(whole) > before
     for node in graph.nodes:
         # Only a tensor can be cut, not the tuple it comes in.
         if op_name(node) == "getitem" and node.args[0] in whole and _in_tuple(node):
             whole.add(node)
-
-    plan.local = {n for n in graph.nodes if n not in whole and _touches(n, plan)}
-    for node in graph.nodes:
-        between = node in downstream and node in upstream
-        if node in whole and between and _touches(node, plan):
-            raise CannotShard(
-                node,
-                "mixes tokens between two attentions, where no rank holds all of them, or is an "
-                "op that piflux has no rule for",
-            )
-        for operand in operands(node):
-            _edge(node, operand, _flow(node, flows), plan, whole)
-    _check_mutations(graph, plan, downstream)
-    for slot, node in enumerate(n for n in graph.nodes if n in sharing):
-        keys, values = flows[node].attended
-        plan.attentions.append(Attention(node, slot, keys, values))
+    return whole
 
 
 def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.Node]) -> None:
     """Decide whether `operand` is cut or joined on its way into `node`."""
     if operand in found.unread:
         return
-    rank = ndim(*operand)
-    dims = [d for d in range(rank) if Axis(operand.node, d, operand.item) in plan.layouts]
+    # A run of no tokens is as long on a part.
+    dims = [
+        d for d in range(ndim(*operand)) if plan.layouts.get(Axis(operand.node, d, operand.item))
+    ]
     needed = {axis.dim for axis in found.whole if Value(axis.node, axis.item) == operand}
     if node in plan.local and operand.node in whole:
         if cut := tuple(d for d in dims if d not in needed):
@@ -356,42 +345,13 @@ def _edge(node: fx.Node, operand: Value, found: Flow, plan: Plan, whole: set[fx.
         plan.joins[node, operand] = tuple(dims)
 
 
-def _check_mutations(graph: fx.Graph, plan: Plan, downstream: set[fx.Node]) -> None:
-    """Refuse what writes in place into a value of which there are copies: its parts, or its whole.
-
-    A value may be written before it is copied.
-    """
-    order = {node: number for number, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        written = next(iter(operands(node)), None)
-        if written is None or not mutates(node):
-            continue
-        storage = _storage(written)
-        cuts, joins = (
-            [(consumer, value) for consumer, value in edges if _storage(value) == storage]
-            for edges in (plan.cuts, plan.joins)
-        )
-        local = node in plan.local
-        if (
-            (cuts if local else joins)  # the copy would be written
-            or any(order[consumer] < order[node] for consumer, _ in cuts + joins)
-            or not local
-            and node in downstream
-            and _touches(node, plan)
-        ):
-            raise CannotShard(node, "writes in place into a value that is cut: write out of place")
-        plan.writers.update((value, node) for _, value in cuts + joins)
-
-
-def _storage(value: Value) -> StorageWeakRef:
-    return StorageWeakRef(tensors(value.node)[value.item].untyped_storage())
-
-
-def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:
+def _reach(
+    nodes: Iterable[fx.Node], seeds: set[fx.Node], along: dict[fx.Node, set[fx.Node]]
+) -> set[fx.Node]:
     """The seeds and every node that has one of those reached before it `along` its edges."""
     reached = set(seeds)
     for node in nodes:
-        if any(other in reached for other in getattr(node, along)):
+        if not reached.isdisjoint(along[node]):
             reached.add(node)
     return reached
 
@@ -412,33 +372,42 @@ def _touches(node: fx.Node, plan: Plan) -> bool:
     return _carries(node, plan) or any(_carries(n, plan) for n in node.all_input_nodes)
 
 
-def _born(node: fx.Node, flows: dict[fx.Node, Flow], plan: Plan) -> bool:
+def _born(node: fx.Node, found: Flow, plan: Plan) -> bool:
     """Whether some token dimension of the node's value comes from none of its inputs'."""
-    arriving = {link.target for link in _flow(node, flows).links if link.source in plan.layouts}
+    arriving = {link.target for link in found.links if link.source in plan.layouts}
     return any(axis in plan.layouts and axis not in arriving for axis in axes(node))
 
 
-def _mixed(node: fx.Node, found: Flow, plan: Plan) -> set[Value]:
-    """The node's operands with a token dimension that does not reappear in the node's value."""
+def _mixes(node: fx.Node, found: Flow, plan: Plan) -> bool:
+    """Whether an operand has a token dimension that does not reappear in the node's value."""
     allowed = {link.source for link in found.links} | {*found.attended, *found.whole}
-    return {
-        value
+    allowed -= {*found.mixed}
+    return any(
+        axis in plan.layouts
+        and axis not in allowed
+        # Every part has all of one token, and of none: it may be spread over others.
+        and not (_carries(node, plan) and sizes(*value)[axis.dim] in (0, 1))
         for value in operands(node)
         if value not in found.unread
-        for dim in range(ndim(*value))
-        if (axis := Axis(value.node, dim, value.item)) in plan.layouts and axis not in allowed
-    }
+        for axis in (Axis(value.node, dim, value.item) for dim in range(ndim(*value)))
+    )
 
 
 def _check_lengths(plan: Plan, world_size: int) -> None:
-    first: dict[Segment, Axis] = {}
-    for axis in plan.layouts:
-        for segment in plan.layout(axis):
-            first.setdefault(segment, axis)
-    for segment, axis in first.items():
-        length = simplified(segment.length, axis.node)
-        if less(axis.node, length, world_size):
-            raise _too_short(axis.node, length, world_size)
+    """Refuse to compute most tokens on several ranks, as happens to runs of few tokens."""
+    for attention in plan.attentions:
+        lengths = plan.lengths(attention.keys)
+        total = sympy.expand(sum(lengths, sympy.Integer(0)))
+        if less(attention.keys.node, total, world_size):
+            raise _too_short(attention.node, total, world_size)
+        part = sum(part_length(_example(attention.node, n), world_size) for n in lengths)
+        share = part_length(_example(attention.node, total), world_size)
+        if part >= MOST_SHARES * share:
+            raise CannotShard(
+                attention.node,
+                f"attends to {len(lengths)} runs of tokens, too short ones to be cut into "
+                f"{world_size} parts: a part would have {part} tokens where {share} are its share",
+            )
 
 
 def _too_short(node: fx.Node, length: sympy.Expr, world_size: int) -> CannotShard:

@@ -12,8 +12,8 @@ from torch import fx
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from piflux.graph.plan import known
-from piflux.policies.parts import part_length
+from piflux.graph.values import known
+from piflux.parts import part_length
 
 Length = int | fx.Node
 

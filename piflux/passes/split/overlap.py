@@ -9,10 +9,11 @@ import torch
 from torch import fx
 
 from piflux.graph.nodes import only_computes
-from piflux.graph.plan import Context, tensors
+from piflux.graph.plan import Context
 from piflux.graph.targets import CACHED, SEND
+from piflux.graph.values import tensors
 
-_SENT = ("slot", "world_size", "runtime")
+_SENT = ("slot", "world_size")
 _ARGUMENTS = [argument.name for argument in CACHED._schema.arguments]
 
 
@@ -28,16 +29,16 @@ def overlap(gm: fx.GraphModule, ctx: Context) -> int:
         m = linear(x, w)
         q = linear(x, w_q)
         k = linear(x, w_k)
-        a = piflux.cached_sdpa(q, k, k, None, None, False, [8], 0, 2, 'piflux')
+        a = piflux.cached_sdpa(q, k, k, None, None, False, [8], 0, 2)
         return (a, m)
 
     After:
 
         k = linear(x, w_k)
-        sent = piflux.send_kv(k, k, 0, 2, 'piflux')
+        sent = piflux.send_kv(k, k, 0, 2)
         m = linear(x, w)
         q = linear(x, w_q)
-        a = piflux.cached_sdpa(q, k, k, None, None, False, [8], 0, 2, 'piflux', sent)
+        a = piflux.cached_sdpa(q, k, k, None, None, False, [8], 0, 2, sent)
         return (a, m)
 
     Nothing is moved past a node that does more than compute: that writes in place, draws random

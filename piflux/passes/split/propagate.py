@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from contextlib import nullcontext
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from piflux.errors import CannotShard
-from piflux.graph.nodes import mutates
-from piflux.graph.plan import Context, axes, example_size, tensors
+from piflux.graph.axes import axes
+from piflux.graph.nodes import mutates, run_node
+from piflux.graph.plan import Context
+from piflux.graph.sizes import example_size
 from piflux.graph.targets import SHARD, UNSHARD
-from piflux.policies.parts import part_length
+from piflux.graph.values import known, tensors
+from piflux.parts import part_length
 
 
 def propagate(gm: fx.GraphModule, ctx: Context) -> int:
@@ -31,6 +36,9 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
     mode = next(
         x.fake_mode for n in gm.graph.nodes for x in tensors(n) if isinstance(x, FakeTensor)
     )
+    # Where sizes are symbols, torch takes longer to look up what an op on fakes gave before than to
+    # run it: half of the time of all passes.
+    symbolic = any(isinstance(known(node), torch.SymInt) for node in gm.graph.nodes)
     aliases = _aliases(gm.graph)
     changed: set[fx.Node] = set()
     for node in gm.graph.nodes:
@@ -42,11 +50,13 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
             and changed.isdisjoint(node.all_input_nodes)
         ):
             continue
+        cache = disable_fake_tensor_cache(mode) if symbolic else nullcontext()
         args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
         want = _part_shapes(node, ctx)
         try:
-            with mode, torch.no_grad():
-                node.meta["example_value"] = _run(node, *args)
+            # Of symbolic sizes some ops have no kernel for fakes, but a decomposition in Python.
+            with cache, mode, enable_python_dispatcher(), torch.no_grad():
+                node.meta["example_value"] = run_node(node, *args)
         except Exception as error:
             raise CannotShard(node, f"a part does not fit this op: {error}") from error
         got = [tuple(example_size(size, x) for size in x.shape) for x in tensors(node)]
@@ -82,12 +92,19 @@ def _aliases(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     owners: dict[StorageWeakRef, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
         for x in tensors(node):
-            owners[StorageWeakRef(x.untyped_storage())].add(_original(node))
+            owners[_storage(x)].add(_original(node))
     return {
-        node: {n for x in tensors(written) for n in owners[StorageWeakRef(x.untyped_storage())]}
+        node: {n for x in tensors(written) for n in owners[_storage(x)]}
         for node in graph.nodes
         if mutates(node) and (written := next(iter(node.all_input_nodes), None)) is not None
     }
+
+
+def _storage(x: Tensor) -> StorageWeakRef:
+    """The memory of a tensor, or of what `vmap` maps over."""
+    while is_batchedtensor(x):
+        x = get_unwrapped(x)
+    return StorageWeakRef(x.untyped_storage())
 
 
 def _original(node: fx.Node) -> fx.Node:
@@ -98,10 +115,3 @@ def _original(node: fx.Node) -> fx.Node:
 
 def _is_ours(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "piflux"
-
-
-def _run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)

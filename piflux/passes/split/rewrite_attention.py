@@ -19,7 +19,7 @@ def rewrite_attention(gm: fx.GraphModule, ctx: Context) -> int:
 
     After, on 2 ranks:
 
-        out = piflux.cached_sdpa(q, k, v, None, None, False, [12, 48], 0, 2, 'piflux')
+        out = piflux.cached_sdpa(q, k, v, None, None, False, [12, 48], 0, 2)
     """
     lengths = Lengths(gm.graph, ctx.world_size)
     for node, slot, keys, _ in ctx.plan.attentions:
@@ -28,7 +28,7 @@ def rewrite_attention(gm: fx.GraphModule, ctx: Context) -> int:
         node.op, node.target = "call_function", CACHED
         node.args = (
             *(call.query, call.key, call.value, call.attn_mask, call.scale, call.enable_gqa),
-            *(full, slot, ctx.world_size, ctx.runtime),
+            *(full, slot, ctx.world_size),
         )
         node.kwargs = {}
     return len(ctx.plan.attentions)

@@ -13,25 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import fx
 
-from piflux.graph.nodes import SDPA, is_pointwise, op_name
-from piflux.graph.plan import (
-    Axis,
-    Value,
-    example_size,
-    expr,
-    known,
-    known_equal,
-    ndim,
-    same,
-    sizes,
-    tensors,
-)
+from piflux.graph.axes import Axis, Value
+from piflux.graph.nodes import SDPA, is_foreign, is_pointwise, mutates, op_name
+from piflux.graph.sizes import example_size, expr, known_equal, less, same, sizes
+from piflux.graph.values import known, ndim, tensors
+from piflux.passes.refusals import refusing
 
 
 class Link(NamedTuple):
@@ -55,6 +48,8 @@ class Flow:
         links: how tokens move.
         whole: input dimensions that the op needs whole even where it runs on a part.
         attended: dimensions of keys and values: read across tokens, as only attention may.
+        mixed: dimensions that the op sums or searches along, though they be linked: the same value
+            may be another operand, too, of which they remain.
         unread: tensors of which the op takes the dtype or device only.
         resize: the node's arguments when it runs on parts, given the local size of each of its
             axes, and the local start of each link; None where no argument holds a size.
@@ -63,6 +58,7 @@ class Flow:
     links: list[Link] = field(default_factory=list)
     whole: list[Axis] = field(default_factory=list)
     attended: list[Axis] = field(default_factory=list)
+    mixed: list[Axis] = field(default_factory=list)
     unread: list[Value] = field(default_factory=list)
     resize: Callable[[Resizer], tuple[tuple[Any, ...], dict[str, Any]]] | None = None
 
@@ -92,14 +88,47 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def flow(node: fx.Node) -> Flow:
-    """How tokens flow through `node`."""
+    """How tokens flow through `node`.
+
+    Raises:
+        CannotShard: the rule for the op fails at these arguments.
+    """
     found = _find(node)
-    return Flow() if found is None else found(node, *node.args, **node.kwargs)
+    if found is None:
+        return Flow()
+    args, kwargs = node.args, dict(node.kwargs)
+    for name in ("input", "self"):  # what torch calls an op's first argument
+        if name in kwargs:
+            args = (kwargs.pop(name), *args)
+    with refusing(lambda: node):
+        return found(node, *args, **kwargs)
+
+
+def why_refused(node: fx.Node) -> str:
+    """Why no part of a node's value can be told from parts of its operands."""
+    if _find(node) is not None:
+        return "mixes tokens between two attentions, where no rank holds all of them"
+    if not is_foreign(node):
+        return (
+            "is an op that piflux has no rule for, so that nothing is known of where it takes "
+            "tokens: write it in terms of others, or add a rule (CONTRIBUTING.md says how)"
+        )
+    return (
+        "is another library's op, so that nothing is known of where it takes tokens: if it is "
+        "attention, let the model call scaled_dot_product_attention (in diffusers: "
+        "model.set_attention_backend('native'))"
+    )
+
+
+def foreign_ops(graph: fx.Graph) -> list[fx.Node]:
+    """The calls that give tensors by an op of another library, such as another attention."""
+    return [n for n in graph.nodes if is_foreign(n) and tensors(n)]
 
 
 def _find(node: fx.Node) -> Rule | None:
     name = op_name(node)
-    return RULES.get(name) or (pointwise if is_pointwise(name) else None)
+    in_place = mutates(node) and RULES.get(name.removesuffix("_")) is pointwise
+    return RULES.get(name) or (pointwise if in_place or is_pointwise(name) else None)
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -113,6 +142,10 @@ def _dims(dims: int | Sequence[int] | None, rank: int) -> set[int]:
     if dims is None:
         return set(range(rank))
     return {_dim(d, rank) for d in ([dims] if isinstance(dims, int) else dims)}
+
+
+def _is_dim(dim: Any) -> TypeGuard[int]:
+    return isinstance(dim, int) and not isinstance(dim, bool)
 
 
 def _same(
@@ -157,7 +190,7 @@ def _flatten(sizes: tuple[Any, ...]) -> list[Any]:
     "contiguous", "detach", "alias", "copy", "truediv", "floordiv", "and_", "or_", "invert", "not_",
     "rsub", "polar", "complex", "real", "imag", "conj", "zeros_like", "ones_like", "full_like",
     "empty_like", "where", "masked_fill", "hardswish", "iadd", "isub", "imul", "itruediv",
-    "positive", "pos", "_to_copy",
+    "positive", "pos", "_to_copy", "copy_", "fill_", "zero_", "masked_fill_",
 )  # fmt: skip
 def pointwise(node: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     inputs = [n for n in node.all_input_nodes if _is_tensor(n)]
@@ -171,9 +204,10 @@ def converted(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
 
 
 @rule("max", "min")
-def extremum(node: fx.Node, x: fx.Node, other: Any = None, *args: Any, **kwargs: Any) -> Flow:
-    # Of two tensors; otherwise over one, of which dimensions only amax and amin say.
-    return pointwise(node) if _is_tensor(kwargs.get("other", other)) else Flow()
+def extremum(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
+    if _is_tensor(kwargs.get("other", args[0] if args else None)):
+        return pointwise(node)
+    return extremum_along(node, x, *args, **kwargs)
 
 
 @rule("dropout", "dropout1d", "dropout2d", "alpha_dropout")
@@ -187,7 +221,8 @@ def dropout(
 @rule("linear")
 def linear(node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None = None) -> Flow:
     rank = ndim(x)
-    return Flow(_same(x, node, [(d, d) for d in range(rank - 1)]))
+    mixed = [Axis(weight, d) for d in range(ndim(weight))]
+    return Flow(_same(x, node, [(d, d) for d in range(rank - 1)]), mixed=mixed)
 
 
 @rule("layer_norm", "rms_norm")
@@ -198,15 +233,70 @@ def layer_norm(
     return Flow(_same(input, node, [(d, d) for d in range(kept)]))
 
 
-@rule("softmax", "log_softmax", "normalize", "cumsum", "glu")
+_DIM = {"normalize": (1, 1), "glu": (0, -1), "topk": (1, -1), "sort": (0, -1), "argsort": (0, -1)}
+"""Which argument after the first names the dimension, and its default; else the next, and none."""
+
+
+@rule(
+    "softmax", "log_softmax", "softmin", "normalize", "glu", "cumsum", "cumprod", "logcumsumexp",
+    "cummax", "cummin", "topk", "sort", "argsort",
+)  # fmt: skip
 def along_one_dim(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
-    position = 1 if op_name(node) == "normalize" else 0
-    default = {"normalize": 1, "glu": -1}.get(op_name(node))  # without a dim softmax picks one
+    position, default = _DIM.get(op_name(node), (0, None))  # without a dim softmax picks one
     dim = kwargs.get("dim", args[position] if len(args) > position else default)
     rank = ndim(x)
-    if dim is None:
+    if not _is_dim(dim):
         return Flow()
-    return Flow(_same(x, node, [(d, d) for d in range(rank) if d != _dim(dim, rank)]))
+    pairs = [(d, d) for d in range(rank) if d != _dim(dim, rank)]
+    return Flow([k for i in range(len(tensors(node))) for k in _same(x, node, pairs, i)])
+
+
+@rule("argmax", "argmin", "median", "nanmedian", "mode")
+def extremum_along(
+    node: fx.Node, x: fx.Node, dim: Any = None, keepdim: Any = False, **kwargs: Any
+) -> Flow:
+    if not _is_dim(dim) and op_name(node) != "mode":
+        return Flow()  # over everything
+    rank = ndim(x)
+    kept = [d for d in range(rank) if d != _dim(dim if _is_dim(dim) else -1, rank)]
+    pairs = [(d, d if keepdim else i) for i, d in enumerate(kept)]
+    return Flow([k for i in range(len(tensors(node))) for k in _same(x, node, pairs, i)])
+
+
+@rule("gather", "take_along_dim")
+def gather(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
+    along = "gather" in op_name(node)
+    named = dict(zip(("dim", "index") if along else ("indices", "dim"), args, strict=False))
+    named |= kwargs
+    dim, index = named.get("dim"), named["index" if along else "indices"]
+    rank = ndim(x)
+    if not _is_dim(dim) or ndim(index) != rank:
+        return Flow()
+    taken, shape, out = _dim(dim, rank), sizes(x), sizes(node)
+    # Of dimensions that `gather` cuts short or `take_along_dim` spreads nothing is said.
+    kept = [(d, d) for d in range(rank) if d != taken and known_equal(shape[d], out[d])]
+    alike = [(d, d) for d in range(rank) if known_equal(sizes(index)[d], out[d])]
+    links = _same(x, node, kept) + _same(index, node, alike)
+    return Flow(links, mixed=[Axis(x, taken)])
+
+
+@rule("flip", "roll")
+def turned(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
+    rank, shifted = ndim(x), op_name(node) == "roll"
+    dims = kwargs.get("dims", (args[1:] if shifted else _flatten(args)) or None)
+    if shifted and isinstance(dims, tuple) and len(dims) == 1:
+        (dims,) = dims
+    if dims in (None, ()):
+        return Flow()  # `roll` takes all numbers in one row
+    return Flow(_same(x, node, [(d, d) for d in range(rank) if d not in _dims(dims, rank)]))
+
+
+@rule("one_hot")
+def one_hot(node: fx.Node, x: fx.Node, num_classes: Any = -1) -> Flow:
+    # Without a number there are as many classes as the tokens at hand have.
+    if known(num_classes) == -1:
+        return Flow()
+    return Flow(_same(x, node, [(d, d) for d in range(ndim(x))]))
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "norm", "prod", "all", "any", "logsumexp")
@@ -232,36 +322,68 @@ def convolution(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
 
 @rule("embedding")
 def embedding(node: fx.Node, input: fx.Node, weight: fx.Node, *args: Any, **kwargs: Any) -> Flow:
-    if "renorm" in str(kwargs.get("max_norm")):
-        return Flow()
+    if node.target is not F.embedding:
+        input = weight  # torch.embedding has the table first, and no limit for its rows
+    elif kwargs.get("max_norm", args[1] if len(args) > 1 else None) is not None:
+        return Flow()  # it shortens the rows that are looked up, in the table itself
     return Flow(_same(input, node, [(d, d) for d in range(ndim(input))]))
 
 
-@rule("matmul", "bmm", "mm", "__matmul__")
+@rule("matmul", "bmm", "mm", "mv", "__matmul__")
 def matmul(node: fx.Node, a: fx.Node, b: fx.Node) -> Flow:
     rank_a, rank_b = ndim(a), ndim(b)
-    if min(rank_a, rank_b) < 2:
-        return Flow()
-    return Flow(_broadcast(a, node, skip=[-1]) + _broadcast(b, node, skip=[-2]))
+    mixed = [Axis(a, rank_a - 1), Axis(b, max(rank_b - 2, 0))]
+    if rank_b == 1:
+        return Flow(_same(a, node, [(d, d) for d in range(rank_a - 1)]), mixed=mixed)
+    if rank_a == 1:
+        pairs = [(d, d) for d in range(rank_b - 2)]
+        return Flow(_same(b, node, [*pairs, (rank_b - 1, rank_b - 2)]), mixed=mixed)
+    return Flow(_broadcast(a, node, skip=[-1]) + _broadcast(b, node, skip=[-2]), mixed=mixed)
 
 
 @rule("addmm")
 def addmm(node: fx.Node, bias: fx.Node, a: fx.Node, b: fx.Node, **kwargs: Any) -> Flow:
-    return Flow(_same(a, node, [(0, 0)]) + _same(b, node, [(1, 1)]) + _broadcast(bias, node))
+    links = _same(a, node, [(0, 0)]) + _same(b, node, [(1, 1)]) + _broadcast(bias, node)
+    return Flow(links, mixed=[Axis(a, 1), Axis(b, 0)])
+
+
+@rule("baddbmm")
+def baddbmm(node: fx.Node, bias: fx.Node, a: fx.Node, b: fx.Node, **kwargs: Any) -> Flow:
+    links = _same(a, node, [(0, 0), (1, 1)]) + _same(b, node, [(0, 0), (2, 2)])
+    return Flow(links + _broadcast(bias, node), mixed=[Axis(a, 2), Axis(b, 1)])
 
 
 @rule("einsum")
-def einsum(node: fx.Node, equation: str, *inputs: Any) -> Flow:
+def einsum(node: fx.Node, equation: Any, *inputs: Any) -> Flow:
+    if not isinstance(equation, str):
+        return Flow()  # dimensions by numbers
     nodes = _flatten(inputs)
     left, arrow, right = equation.replace(" ", "").partition("->")
-    if not arrow or "." in equation or len(set(right)) != len(right):
-        return Flow()
-    links = []
-    for x, letters in zip(nodes, left.split(","), strict=True):
-        if len(set(letters)) == len(letters):
-            pairs = [(d, right.index(c)) for d, c in enumerate(letters) if c in right]
-            links += _same(x, node, pairs)
-    return Flow(links)
+    operands = [_labels(x, ndim(n)) for x, n in zip(left.split(","), nodes, strict=True)]
+    if arrow:
+        output = _labels(right, ndim(node))
+    else:
+        every = [label for labels in operands for label in labels]
+        spread = sorted({x for x in every if isinstance(x, int)})
+        output = [*spread, *sorted(x for x in every if isinstance(x, str) and every.count(x) == 1)]
+    out = sizes(node)
+    links: list[Link] = []
+    mixed: list[Axis] = []
+    for x, labels in zip(nodes, operands, strict=True):
+        # Of what is repeated a diagonal is taken.
+        gone = [d for d, k in enumerate(labels) if labels.count(k) > 1 or k not in output]
+        mixed += [Axis(x, d) for d in gone]
+        shape = sizes(x)
+        pairs = [(d, output.index(label)) for d, label in enumerate(labels) if d not in gone]
+        links += _same(x, node, [(s, t) for s, t in pairs if shape[s] != 1 or out[t] == 1])
+    return Flow(links, mixed=mixed)
+
+
+def _labels(letters: str, rank: int) -> list[str | int]:
+    """What each dimension is called; those that '...' stands for by their distance to its end."""
+    before, dots, after = letters.partition("...")
+    spread = rank - len(before) - len(after)
+    return [*before, *(range(-spread, 0) if dots else ()), *after]
 
 
 @rule("outer")
@@ -278,16 +400,21 @@ def _moved(node: fx.Node, x: fx.Node, order: Sequence[int]) -> Flow:
 
 
 @rule("transpose", "swapaxes", "swapdims")
-def transpose(node: fx.Node, x: fx.Node, dim0: int, dim1: int) -> Flow:
+def transpose(node: fx.Node, x: fx.Node, *dims: int, **kwargs: int) -> Flow:
     order = list(range(ndim(x)))
-    a, b = _dim(dim0, len(order)), _dim(dim1, len(order))
+    a, b = (_dim(d, len(order)) for d in (*dims, *kwargs.values()))  # dim0 or axis0
     order[a], order[b] = order[b], order[a]
     return _moved(node, x, order)
 
 
-@rule("t")
-def t(node: fx.Node, x: fx.Node) -> Flow:
+@rule("t", "T", "H")
+def t(node: fx.Node, x: fx.Node, *args: Any) -> Flow:
     return _moved(node, x, list(reversed(range(ndim(x)))))
+
+
+@rule("mT", "mH", "adjoint")
+def matrix_transpose(node: fx.Node, x: fx.Node, *args: Any) -> Flow:
+    return transpose(node, x, -1, -2)
 
 
 @rule("permute")
@@ -298,9 +425,11 @@ def permute(node: fx.Node, x: fx.Node, *dims: Any) -> Flow:
 @rule("movedim", "moveaxis")
 def movedim(node: fx.Node, x: fx.Node, source: Any, destination: Any) -> Flow:
     rank = ndim(x)
-    # The sizes 0, 1, 2, .. name the dimensions of a tensor that holds nothing.
-    moved = torch.empty(range(rank)).movedim(source, destination).shape
-    return _moved(node, x, list(moved))
+    single = isinstance(source, int)
+    pairs = [(source, destination)] if single else zip(source, destination, strict=True)
+    moved = {_dim(t, rank): _dim(s, rank) for s, t in pairs}
+    others = (d for d in range(rank) if d not in moved.values())
+    return _moved(node, x, [moved[t] if t in moved else next(others) for t in range(rank)])
 
 
 @rule("unsqueeze")
@@ -317,7 +446,11 @@ def squeeze(node: fx.Node, x: fx.Node, dim: Any = None) -> Flow:
     kept = [
         d for d in range(len(shape)) if not (d in asked and known_equal(shape[d], sympy.Integer(1)))
     ]
-    return Flow(_same(x, node, [(d, i) for i, d in enumerate(kept)]))
+    gone = tuple(d for d in range(len(shape)) if d not in kept)
+    # A part may have one token where the whole has more.
+    return Flow(
+        _same(x, node, [(d, i) for i, d in enumerate(kept)]), resize=lambda _: ((x, gone), {})
+    )
 
 
 # --- shapes with sizes in their arguments --------------------------------------------------------
@@ -355,16 +488,16 @@ def _regrouped(x: fx.Node, node: fx.Node) -> list[tuple[int, int]]:
 
 
 def _resized(
-    node: fx.Node, position: int | str, shape: Sequence[Any], lead: tuple[Any, ...]
+    node: fx.Node, shape: Sequence[Any], *lead: Any, **kwargs: Any
 ) -> Callable[[Resizer], tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Rewrites a full list of output sizes; -1 stays -1."""
+    """Rewrites a full list of output sizes, which stands behind `lead`; -1 stays -1."""
 
     def resize(local: Resizer) -> tuple[tuple[Any, ...], dict[str, Any]]:
         new = []
         for dim, size in enumerate(shape):
             cut = local.size(Axis(node, dim))
             new.append(size if cut is None or size == -1 else cut)
-        return (*lead, tuple(new)), {}
+        return (*lead, tuple(new)), kwargs
 
     return resize
 
@@ -375,7 +508,7 @@ def reshape(node: fx.Node, x: fx.Node, *args: Any, **kwargs: Any) -> Flow:
     if not shape or isinstance(shape[0], torch.dtype):
         return Flow()
     links = _same(x, node, _regrouped(x, node))
-    return Flow(links, resize=_resized(node, 1, shape, (x,)))
+    return Flow(links, resize=_resized(node, shape, x))
 
 
 @rule("flatten", "ravel")
@@ -400,7 +533,7 @@ def unflatten(node: fx.Node, x: fx.Node, dim: int, sizes: Sequence[Any]) -> Flow
 @rule("expand", "broadcast_to")
 def expand(node: fx.Node, x: fx.Node, *shape: Any, **kwargs: Any) -> Flow:
     asked = _flatten(shape) if shape else list(kwargs["size"])
-    return Flow(_broadcast(x, node), resize=_resized(node, 1, asked, (x,)))
+    return Flow(_broadcast(x, node), resize=_resized(node, asked, x))
 
 
 @rule("expand_as", "view_as", "reshape_as")
@@ -476,11 +609,10 @@ def pad_sequence(
     rank = ndim(node)
     length = 1 if batch_first else 0
     order = [length, *range(2, rank)]  # the dimensions of a sequence, as the batch has them
-    links: list[Link] = []
-    for x in tensors:
-        padded = not same(node, sizes(x)[0], sizes(node)[length])
-        links += _same(x, node, [(s, t) for s, t in enumerate(order) if not (padded and s == 0)])
-    return Flow(links)
+    # A part would be padded to the length of another's part, or of another as a whole.
+    padded = any(not same(node, sizes(x)[0], sizes(node)[length]) for x in tensors)
+    pairs = [(s, t) for s, t in enumerate(order) if not (padded and s == 0)]
+    return Flow([link for x in tensors for link in _same(x, node, pairs)])
 
 
 def _pieces(node: fx.Node, x: fx.Node, dim: int) -> list[Link]:
@@ -527,7 +659,7 @@ def unbind(node: fx.Node, x: fx.Node, dim: int = 0) -> Flow:
 def narrow(node: fx.Node, x: fx.Node, dim: int, start: Any, length: Any) -> Flow:
     rank = ndim(x)
     along = _dim(dim, rank)
-    link = _run(node, x, along, along, known(start), known(start) + known(length))
+    link = _run(node, x, along, along, known(start))
     kept = _same(x, node, [(d, d) for d in range(rank) if d != along])
 
     def resize(local: Resizer) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -551,8 +683,8 @@ def index_select(node: fx.Node, x: fx.Node, dim: int, index: fx.Node) -> Flow:
     return Flow(_same(x, node, [(d, d) for d in range(rank) if d != _dim(dim, rank)]))
 
 
-def _run(node: fx.Node, x: fx.Node, s: int, t: int, start: Any, stop: Any) -> Link:
-    """x[start:stop] along dimension s, which is dimension t of the output."""
+def _run(node: fx.Node, x: fx.Node, s: int, t: int, start: Any) -> Link:
+    """The run of x from `start` on along dimension s, which is dimension t of the output."""
     length = sizes(x)[s]
     first = sympy.Integer(0) if start is None else expr(start)
     if first.is_negative:
@@ -575,7 +707,11 @@ def _entries(index: Any, rank: int) -> list[Any] | None:
 
 @rule("getitem")
 def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
+    if not tensors(x):
+        return Flow()  # an item of a tuple that holds more than tensors
     if isinstance(known(x), (tuple, list)):
+        if not tensors(x):
+            return Flow()  # with None among them, as multi_head_attention_forward has it
         rank = ndim(node) if tensors(node) else 0
         shape = sizes(node) if rank else []
         item = index if index >= 0 else index + len(tensors(x))
@@ -592,8 +728,7 @@ def getitem(node: fx.Node, x: fx.Node, index: Any) -> Flow:
             t += 1
         elif isinstance(entry, slice):
             if entry.step in (None, 1):
-                start, stop = known(entry.start), known(entry.stop)
-                link = _run(node, x, s, t, start, stop)
+                link = _run(node, x, s, t, known(entry.start))
                 links.append(link)
                 if entry != slice(None):
                     runs[position] = link
@@ -625,16 +760,51 @@ def setitem(node: fx.Node, x: fx.Node, index: Any, value: Any) -> Flow:
         return Flow()
     entries += [slice(None)] * (len(shape) - sum(e is not None for e in entries))
     kept = [e for e in entries if e is None or isinstance(e, slice)]  # dimensions of x[index]
-    taken = [e for e in entries if e is not None]  # dimensions of x
+    positions = [i for i, e in enumerate(entries) if e is not None]  # of x's dimensions
+    taken = [entries[i] for i in positions]
     written = [d for d, e in enumerate(taken) if isinstance(e, slice)]
-    links = _same(x, x, [(d, d) for d, e in enumerate(taken) if e == slice(None)])
+    runs = {d: _taken(node, shape[d], e) for d, e in enumerate(taken)}
+    links = [k for k in _same(x, x, [(d, d) for d in runs]) if runs[k.source.dim] is not None]
+    # What is written over is a run of its own, whatever is written.
+    links += [
+        Link(Axis(x, d), Axis(x, d), length, start=start, at=start)
+        for d, (start, length) in ((d, run) for d, run in runs.items() if run is not None)
+        if not known_equal(length, shape[d])
+    ]
     if _is_tensor(value) and None not in entries:
         shift = len(kept) - ndim(value)
         for t, size in enumerate(sizes(value)):
-            s = written[t + shift]
-            if taken[s] == slice(None) and (size != 1 or shape[s] == 1):
-                links.append(Link(Axis(value, t), Axis(x, s), size))
-    return Flow(links)
+            run = runs[d := written[t + shift]]
+            if run is not None and (size != 1 or run[1] == 1):
+                links.append(Link(Axis(value, t), Axis(x, d), size, at=run[0]))
+
+    def resize(local: Resizer) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        new = list(entries)
+        for d, run in runs.items():
+            entry, axis = new[positions[d]], Axis(x, d)
+            if run is None or entry == slice(None) or local.size(axis) is None:
+                continue
+            start, stop = local.position(axis, run[0]), local.position(axis, run[0] + run[1])
+            new[positions[d]] = slice(start, stop) if isinstance(entry, slice) else start
+        return (x, tuple(new), value), {}
+
+    return Flow(links, resize=resize)
+
+
+def _taken(node: fx.Node, size: sympy.Expr, entry: Any) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """Where the run begins that an index takes, and its length; None for no run."""
+    if not isinstance(entry, slice):
+        at = expr(known(entry))
+        return (size + at if at.is_negative else at), sympy.Integer(1)
+    if entry.step not in (None, 1):
+        return None
+    edges = []
+    for edge, default in ((entry.start, sympy.Integer(0)), (entry.stop, size)):
+        at = default if edge is None else expr(known(edge))
+        at = sympy.expand(size + at) if at.is_negative else at
+        edges.append(size if less(node, size, at) else at)
+    start, stop = edges
+    return start, sympy.Integer(0) if less(node, stop, start) else sympy.expand(stop - start)
 
 
 # --- attention -----------------------------------------------------------------------------------

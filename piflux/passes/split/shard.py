@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import sympy
+import torch
 from torch import fx
 
-from piflux.graph.plan import Axis, Context, Value, plain_name, same
+from piflux.graph.axes import Axis, Value
+from piflux.graph.nodes import plain_name
+from piflux.graph.plan import Context
+from piflux.graph.sizes import same
 from piflux.graph.targets import SHARD, UNSHARD
 from piflux.passes.split.lengths import Length, Lengths
 from piflux.passes.split.rules import Resizer, flow
@@ -24,35 +28,44 @@ def shard(gm: fx.GraphModule, ctx: Context) -> int:
 
     After, on 2 ranks:
 
-        x_part = piflux.shard(x, 1, [48], 2, 'piflux')           # (1, 24, 64)
+        x_part = piflux.shard(x, 1, [48], 2)           # (1, 24, 64)
         h = linear(x_part, w)
         r = h.reshape((1, 24, 4, 24))
-        r_whole = piflux.unshard(r, 1, [48], 2, 'piflux')        # (1, 48, 4, 24)
+        r_whole = piflux.unshard(r, 1, [48], 2)        # (1, 48, 4, 24)
         return (r_whole,)
     """
     plan = ctx.plan
     lengths = Lengths(gm.graph, ctx.world_size)
-    edges = [
-        *(("shard", edge, dims) for edge, dims in plan.cuts.items()),
-        *(("unshard", edge, dims) for edge, dims in plan.joins.items()),
-    ]
     for node in [n for n in gm.graph.nodes if n in plan.local]:
         _resize(node, ctx, lengths)
-    made: dict[tuple[Value, str, tuple[int, ...]], fx.Node] = {}
-    for verb, (consumer, value), dims in edges:
-        key = value, verb, dims
-        if key not in made:
-            made[key] = _boundary(gm.graph, ctx, lengths, *key)
-        consumer.replace_input_with(value.node, made[key])
-    return len(made)
+    cuts = {
+        (value, dims): _boundary(gm.graph, ctx, lengths, SHARD, value, dims, value.node)
+        for value, dims in dict.fromkeys((value, dims) for (_, value), dims in plan.cuts.items())
+    }
+    joins = {
+        (value, dims): _boundary(
+            gm.graph, ctx, lengths, UNSHARD, value, dims, cuts.get((value, dims), value.node)
+        )
+        for value, dims in dict.fromkeys((value, dims) for (_, value), dims in plan.joins.items())
+    }
+    for edges, made in (plan.cuts, cuts), (plan.joins, joins):
+        for (consumer, value), dims in edges.items():
+            consumer.replace_input_with(value.node, made[value, dims])
+    return len(cuts) + len(joins)
 
 
 def _boundary(
-    graph: fx.Graph, ctx: Context, lengths: Lengths, value: Value, verb: str, dims: tuple[int, ...]
+    graph: fx.Graph,
+    ctx: Context,
+    lengths: Lengths,
+    op: torch._ops.OpOverload,
+    value: Value,
+    dims: tuple[int, ...],
+    made: fx.Node,
 ) -> fx.Node:
-    """Cut or join `value` along each of `dims`, as early as possible."""
-    made = value.node
-    after = ctx.plan.writers.get(value, made)
+    """Cut or join `value`, which `made` holds, along each of `dims`, as early as possible."""
+    places = ctx.plan.cut_after if op is SHARD else ctx.plan.join_after
+    after = places.get(value, made)
     for dim in dims:
         axis = Axis(value.node, dim, value.item)
         full = [lengths.full(length) for length in ctx.plan.lengths(axis)]
@@ -60,9 +73,9 @@ def _boundary(
         with graph.inserting_before(lengths.anchor) if at_head else graph.inserting_after(after):
             made = graph.create_node(
                 "call_function",
-                SHARD if verb == "shard" else UNSHARD,
-                (made, dim, full, ctx.world_size, ctx.runtime),
-                name=f"{plain_name(value.node)}_{'part' if verb == 'shard' else 'whole'}",
+                op,
+                (made, dim, full, ctx.world_size),
+                name=f"{plain_name(value.node)}_{'part' if op is SHARD else 'whole'}",
             )
         made.meta = dict(value.node.meta)
         after = made

@@ -6,36 +6,31 @@ a call share weights, inputs and link, so their ratios mean something where abso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shlex
-import subprocess
-import sys
-import tempfile
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from piflux.cost.rates import measure_rates
+from piflux.errors import RankFailed
 from piflux.tools import options
-from piflux.tools.bench.rows import FLUX_DEV, ROWS, SMALL, Result, Settings
-from piflux.tools.doctor import versions
+from piflux.tools.bench.ways import EARLY, MODELS, WAYS, Result, Settings
+from piflux.tools.launch import launch
 
-LINKS = {
+LINKS: dict[str, dict[str, str]] = {
     "nvlink": {},
     "no-p2p": {"NCCL_P2P_DISABLE": "1"},
     "sockets": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
 }
 """NCCL's environment for each link: as it is, as without peer access, as between hosts."""
-
-ROW_TIMEOUT_S = 1800
 
 PACKAGES = ("torchao", "xfuser", "para-attn")
 """What single rows need, whose versions are written down with the others'."""
@@ -65,28 +60,20 @@ class Floor:
         return (linear + attention) / ranks / 1e9
 
 
-def measure_floor(height: int, width: int) -> Floor:
+def measure_floor(height: int, width: int, model: str = "flux.1") -> Floor:
     """Count the FLOPs of a step and time the two kernels that do most of them."""
+    import torch
+
+    from piflux.cost.rates import measure_rates
+    from piflux.tools.bench.models import attention_shape, count_flops
+
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    config = FLUX_DEV if on_gpu else SMALL
-    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-    layers = config["num_layers"] + config["num_single_layers"]
-    tokens = height * width // 256 + (512 if on_gpu else 64)
-    width_ = heads * head_dim
     if not on_gpu:
         torch.set_num_threads(1)  # as a rank has
-    linear, attention = flops(layers, width_, tokens)
-    return Floor(linear, attention, *measure_rates(tokens, heads, head_dim, dtype, device))
-
-
-def flops(layers: int, width: int, tokens: int) -> tuple[int, int]:
-    """Of one step, outside of attentions and in them.
-
-    A layer multiplies each token by 12 width^2 weights: a double block so for each stream, with 4
-    projections and an MLP of 4 widths; a single block with 3, the same MLP and 5 widths out.
-    """
-    return 2 * 12 * width**2 * tokens * layers, 4 * tokens**2 * width * layers
+    shape = attention_shape(model, on_gpu, height, width)
+    rates = measure_rates(*shape, dtype, device)
+    return Floor(*count_flops(model, on_gpu, height, width), *rates)
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -96,45 +83,39 @@ console = Console()
 
 def run_row(settings: Settings, link: str, log: Path) -> Result:
     """Run one row in processes of its own; what goes wrong becomes its `error`, all of it `log`."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "result.json"
-        row = ["-m", "piflux.tools.bench.rows", json.dumps(asdict(settings)), str(out)]
-        command = [sys.executable, *row]
-        environment = os.environ | LINKS[link] | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        try:
-            printed, errors = process.communicate(timeout=ROW_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            return Result(settings.row, settings.ranks, error=f"no end after {ROW_TIMEOUT_S} s")
-        finally:
-            # Killed, it would leave its ranks behind; asked to end, it ends them.
-            process.terminate()
-            process.communicate()
-        if process.returncode != 0 or not out.exists():
-            log.write_text(printed + errors)
-            return Result(settings.row, settings.ranks, error=f"{_error(errors)} ({log})")
-        return Result(**json.loads(out.read_text()))
+    from piflux.tools.bench.rows import worker
+
+    log.unlink(missing_ok=True)
+    try:
+        with _environment(LINKS[link] | {"OMP_NUM_THREADS": "1"}):
+            result: Result = launch(worker, settings.ranks, settings, str(log.absolute()))
+    except RankFailed as error:
+        return Result(settings.row, settings.ranks, error=f"{error} ({log})")
+    log.unlink(missing_ok=True)
+    return result
 
 
-def _error(stderr: str) -> str:
-    """The last exception of a rank, or what the row's last line says."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    named = [line for line in lines if "Error: " in line]
-    return next(reversed(named or lines), "the ranks ended without a result")
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def markdown(results: list[Result], floor: Floor) -> str:
-    """The table, as README shows it."""
+    """The table, as README shows it. The first image compiles; the second is a user's next one."""
     lines = [
-        "| row | ranks | ms a step | spread | of the floor | first call | peak memory |"
-        " sent, sync / steady |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | ranks | ms a step | spread | of the floor | first image | second | warm "
+        "| peak memory | sent, sync / steady |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
         if r.error is not None:
-            lines.append(f"| {r.row} | {r.ranks} | {r.error} | | | | | |")
+            lines.append(f"| {r.row} | {r.ranks} | {r.error} | | | | | | | |")
             continue
         memory = "" if r.peak_memory_gib is None else f"{r.peak_memory_gib:.1f} GiB"
         sent = ""
@@ -142,10 +123,17 @@ def markdown(results: list[Result], floor: Floor) -> str:
             sent = f"{r.sync_bytes / 1e6:.1f} / {r.steady_bytes / 1e6:.2f} MB"
         lines.append(
             f"| {r.row} | {r.ranks} | {r.median_ms:.1f} | {r.spread_ms:.1f} "
-            f"| {r.median_ms / floor.ms(r.ranks):.2f}x | {r.first_call_s:.1f} s "
+            f"| {r.median_ms / floor.ms(r.ranks):.2f}x | {' | '.join(_images(r))} "
             f"| {memory} | {sent} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _images(result: Result) -> list[str]:
+    """The first image, the second, and the timed ones' median."""
+    first, second, *_ = result.image_s
+    warm = statistics.median(result.image_s[EARLY:])
+    return [f"{seconds:.2f} s" for seconds in (first, second, warm)]
 
 
 def chart(results: list[Result], floor: Floor, title: str, path: Path) -> None:
@@ -168,42 +156,54 @@ def chart(results: list[Result], floor: Floor, title: str, path: Path) -> None:
 
 
 def bench(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(MODELS)}: at full size, with random weights.")
+    ] = "flux.1",
     row: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all.")] = None,
     ranks: Annotated[int | None, typer.Option(min=2, help="Default: the GPUs here, or 2.")] = None,
-    height: Annotated[int, typer.Option()] = 1024,
-    width: Annotated[int, typer.Option()] = 1024,
+    height: Annotated[int | None, typer.Option(help="Default: the model's usual, 1024.")] = None,
+    width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
     steps: Annotated[int, typer.Option(min=2)] = 28,
     images: Annotated[int, typer.Option(min=1, help="Timed images a row.")] = 3,
     link: Annotated[Literal["nvlink", "no-p2p", "sockets"], typer.Option()] = "nvlink",
-    out: Annotated[Path, typer.Option(help="A folder for JSON, table and chart.")] = Path(
-        "out/bench"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="A folder for JSON, table and chart.", file_okay=False)
+    ] = Path("out/bench"),
 ) -> None:
-    """Time the denoise loop of FLUX.1-dev's architecture with random weights, row by row."""
+    """Time the denoise loop of an architecture with random weights, row by row."""
+    if model not in MODELS:
+        raise typer.BadParameter(f"--model {model}: choose from {', '.join(MODELS)}")
+    for side, pixels in (("--height", height), ("--width", width)):
+        if pixels is not None:
+            options.check_side(side, pixels)
+    able = [name for name, way in WAYS.items() if model in way.models]
+    for name in row or ():
+        if name not in able:
+            raise typer.BadParameter(f"--row {name}: choose from {', '.join(able)}")
+    options.folder(out)
+
+    import torch
+
+    from piflux.tools.bench.models import ARCHITECTURES
+    from piflux.tools.records import hardware, header
+
     on_gpu = torch.cuda.is_available()
     ranks = options.ranks(ranks)
-    options.check_side("--height", height)
-    options.check_side("--width", width)
-    names = row or [name for name in ROWS if on_gpu or not ROWS[name].needs_gpu]
-    for name in names:
-        if name not in ROWS:
-            raise typer.BadParameter(f"--row {name}: choose from {', '.join(ROWS)}")
-        if ROWS[name].needs_gpu and not on_gpu:
+    for name in row or ():
+        if WAYS[name].needs_gpu and not on_gpu:
             raise typer.BadParameter(f"--row {name} needs a GPU, and there is no CUDA device")
-    options.folder(out)
-    where = f"{ranks} x {torch.cuda.get_device_name()}" if on_gpu else "CPU, one thread a rank"
+    names = row or [name for name in able if on_gpu or not WAYS[name].needs_gpu]
+    usual = ARCHITECTURES[model].size
+    width, height = width or usual[0], height or usual[1]
+    where = hardware(ranks)
     if not on_gpu:
-        console.print("No CUDA device: a small model in float32 on CPU ranks, not FLUX.1-dev.")
-    floor = measure_floor(height, width)
+        console.print("No CUDA device: a small model in float32 on CPU ranks, not the full one.")
+    floor = measure_floor(height, width, model)
     over = link if on_gpu else "gloo"
-    title = f"{'FLUX.1-dev' if on_gpu else 'small model'}, {width} x {height}, {where}, {over}"
-    arguments = sys.argv[2:] if sys.argv[1:2] == ["bench"] else sys.argv[1:]  # python -m
-    record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["piflux", "bench", *arguments]),
-        "hardware": where,
+    title = f"{'' if on_gpu else 'small '}{model}, {width} x {height}, {where}, {over}"
+    record: dict[str, Any] = header(*PACKAGES, ranks=ranks) | {
         "link": over,
-        "versions": versions(*PACKAGES),
+        "model": model,
         "height": height,
         "width": width,
         "steps": steps,
@@ -214,8 +214,8 @@ def bench(
         task = progress.add_task("rows", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            one = 1 if ROWS[name].alone else ranks
-            settings = Settings(name, one, height, width, steps, images)
+            one = 1 if WAYS[name].alone else ranks
+            settings = Settings(name, one, height, width, steps, images, model)
             results.append(run_row(settings, link, out / f"{name}.log"))
             # After each row, for one who loses patience with a later one.
             rows = {"rows": [asdict(r) for r in results]}
@@ -231,15 +231,12 @@ def bench(
 
 
 def _print(results: list[Result], floor: Floor, title: str) -> None:
-    table = Table("row", "ranks", "ms a step", "of the floor", title=title)
+    columns = ("row", "ranks", "ms a step", "of the floor", "first image", "second", "warm")
+    table = Table(*columns, title=title)
     for r in results:
         if r.error is not None:
-            table.add_row(r.row, str(r.ranks), r.error, "")
+            table.add_row(r.row, str(r.ranks), r.error)
         else:
-            ratio = r.median_ms / floor.ms(r.ranks)
-            table.add_row(r.row, str(r.ranks), f"{r.median_ms:.1f}", f"{ratio:.2f}x")
+            ratio = f"{r.median_ms / floor.ms(r.ranks):.2f}x"
+            table.add_row(r.row, str(r.ranks), f"{r.median_ms:.1f}", ratio, *_images(r))
     console.print(table)
-
-
-if __name__ == "__main__":
-    typer.run(bench)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-
 from piflux.tools.quality.drift import Drawn, Row, summary
+
+CELL = 1.8
+"""Inches that a picture of a contact sheet and its margins are wide."""
+
+FONT, LETTERS = 7, 30
+"""Points of a contact sheet's letters, and how many of them a cell is wide enough for."""
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -32,51 +36,54 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def contact_sheet(
-    prompts: Sequence[str], one: Drawn, rows: Sequence[Row], drawn: Sequence[Drawn]
-) -> Image.Image:
-    """A row a prompt, a column a variant, the first one rank's; under each picture its PSNR."""
-    side, margin = 160, 2
-    inner = side - 2 * margin
-    font = ImageFont.load_default(size=11)
-    columns = [("one rank", one, None)]
-    columns += [(f"{r.variant}\n{r.ranks} ranks", d, r) for r, d in zip(rows, drawn, strict=True)]  # type: ignore[misc]
-    titles = [_wrapped(name, inner, font) for name, _, _ in columns]
-    captions = [_wrapped(prompt.replace(", ", "\n", 1), inner, font) for prompt in prompts]
-    head = _height(titles, font) + 4 * margin
-    pitch = inner + _height(captions, font) + 4 * margin
-    sheet = Image.new("RGB", (side * len(columns), head + pitch * len(prompts)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (title, (_, pictures, row)) in enumerate(zip(titles, columns, strict=True)):
-        left = column * side + margin
-        pen.text((left, margin), title, "black", font)
-        for index, caption in enumerate(captions):
-            top = head + index * pitch
-            array = (pictures.images[index] * 255).round().byte().permute(1, 2, 0).numpy()
-            sheet.paste(Image.fromarray(array).resize((inner, inner)), (left, top))
-            text = caption if row is None else f"{row.psnr[index]:.1f} dB"
-            pen.text((left, top + inner + margin), text, "black", font)
-    return sheet
+    pictures: Sequence[Sequence[Any]],
+    below: Sequence[Sequence[str]],
+    path: Path,
+    titles: Sequence[str] = (),
+) -> None:
+    """Write a sheet of pictures in rows and columns.
+
+    Args:
+        pictures: by row and column, whatever matplotlib shows: PIL's, or (H, W, 3) arrays.
+        below: likewise, what stands below each.
+        path: a PNG.
+        titles: what stands above each column.
+    """
+    plt = _pyplot()
+    size = CELL * len(pictures[0]), 1.2 * CELL * len(pictures)
+    figure, grid = plt.subplots(
+        len(pictures), len(pictures[0]), figsize=size, layout="constrained", squeeze=False
+    )
+    for index, (row, texts) in enumerate(zip(pictures, below, strict=True)):
+        for axes, picture, text in zip(grid[index], row, texts, strict=True):
+            axes.imshow(picture)
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(_wrapped(text), fontsize=FONT)
+    for axes, title in zip(grid[0], titles, strict=False):
+        axes.set_title(_wrapped(title), fontsize=FONT)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
-def _wrapped(text: str, width: int, font: Any) -> str:
-    """`text` in lines of at most so many pixels, broken after spaces and commas where there are."""
-    lines = []
-    for rest in text.split("\n"):
-        while font.getlength(rest) > width:
-            fits = max(
-                n for n in range(1, len(rest)) if n == 1 or font.getlength(rest[:n]) <= width
-            )
-            cut = max(rest.rfind(mark, 0, fits) for mark in " ,") + 1 or fits
-            lines.append(rest[:cut].rstrip())
-            rest = rest[cut:].lstrip()
-        lines.append(rest)
-    return "\n".join(lines)
+def sheet_of(
+    prompts: Sequence[str], one: Drawn, rows: Sequence[Row], drawn: Sequence[Drawn], path: Path
+) -> None:
+    """A row a prompt, a column a variant, the first one rank's; below each picture its PSNR."""
+    titles = ["one rank", *(f"{row.variant}, {row.ranks} ranks" for row in rows)]
+    below = [
+        [prompt, *(f"{row.psnr[index]:.1f} dB" for row in rows)]
+        for index, prompt in enumerate(prompts)
+    ]
+    pictures = [
+        [one_of.images[index].permute(1, 2, 0).numpy() for one_of in (one, *drawn)]
+        for index in range(len(prompts))
+    ]
+    contact_sheet(pictures, below, path, titles)
 
 
-def _height(texts: Sequence[str], font: Any) -> int:
-    """Pixels of the tallest."""
-    pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    return math.ceil(max(pen.multiline_textbbox((0, 0), text, font)[3] for text in texts))
+def _wrapped(text: str) -> str:
+    """`text` in lines that a cell is wide enough for; only words that are longer are broken."""
+    return textwrap.fill(text, LETTERS)
 
 
 def plot_drift(rows: Sequence[Row], path: Path) -> None:

@@ -7,7 +7,6 @@ picture.
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -19,57 +18,12 @@ from torch import Tensor
 
 import piflux
 from piflux.cost.clock import between, mark
-from piflux.cost.cost import Cost, measured_cost, modelled_cost
-from piflux.policies.schedule import Schedule
-from piflux.tools.options import setting
+from piflux.tools.image_cost import Cost, measured_cost, modelled_cost
 from piflux.tools.quality.lpips import LPIPS
-
-CANDIDATES = tuple(
-    f"{policy} sync_steps={steps}"
-    for policy in ("rotate", "displaced", "displaced compression=int8")
-    for steps in ("1", "0,2", "0,3", "0,2,5", "3", "0,1,3,7", "6")
-)
-"""What tuning chooses from."""
+from piflux.tools.quality.variants import CANDIDATES, Variant
 
 BEST_DB = 100.0
 """PSNR of equal pictures, which has no finite value."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Settings of `parallelize` by the words that name them: 'rotate sync_steps=0,2 order=0'."""
-
-    name: str
-    options: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Variant:
-        """A policy, then `setting=value`; several values are separated by commas.
-
-        Raises:
-            ValueError: an unknown policy or setting, or a value out of range.
-        """
-        policy, *words = text.split() or [""]
-        options: dict[str, Any] = {"policy": policy}
-        known = set(inspect.signature(piflux.parallelize).parameters) - {
-            "target",
-            "group",
-            "policy",
-            "inner",
-        }
-        for word in words:
-            name, equals, value = word.partition("=")
-            if not equals or name not in known:
-                raise ValueError(
-                    f"{text!r}: {word!r} is no setting; write setting=value with one of "
-                    f"{', '.join(sorted(known))}"
-                )
-            options[name] = setting(value)
-        try:
-            Schedule(**options)
-        except ValueError as error:
-            raise ValueError(f"{text!r}: {error}") from None
-        return cls(" ".join([policy, *words]), options)
 
 
 @dataclass(frozen=True)
@@ -222,13 +176,17 @@ def measure(
     return one, rows, drawn
 
 
+def psnr(first: Tensor, second: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, at most BEST_DB: (B, 3, H, W), from 0 to 1 -> (B,)."""
+    error = (first - second).square().flatten(1).mean(dim=1)
+    return (-10 * error.log10()).clamp(max=BEST_DB)
+
+
 def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost: Cost) -> Row:
     """`other`'s pictures against `one`'s, each against its own."""
     # Brings parts of SciPy, which every other command would wait for.
     from skimage.metrics import structural_similarity
 
-    error = (one.images - other.images).square().flatten(1).mean(dim=1)
-    psnr = (-10 * error.log10()).clamp(max=BEST_DB)
     ssim = [
         float(structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0))
         for a, b in zip(one.images, other.images, strict=True)
@@ -240,7 +198,9 @@ def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost:
         ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
         for a, b in zip(one.latents, other.latents, strict=True)
     ]
-    return Row(name, ranks, psnr.tolist(), ssim, lpips.tolist(), drift, cost)
+    return Row(
+        name, ranks, psnr(one.images, other.images).tolist(), ssim, lpips.tolist(), drift, cost
+    )
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from piflux.cost.cost import measured_cost
 from piflux.demo import PROMPTS
 from piflux.policies.schedule import Schedule
-from piflux.tools.generate import load
-from piflux.tools.options import ModelOption, check_model, check_side, default_side, folder
+from piflux.tools.image_cost import measured_cost
+from piflux.tools.interrupts import importing
+from piflux.tools.options import (
+    ModelOption,
+    check_model,
+    check_side,
+    default_side,
+    finite,
+    folder,
+    folder_of,
+    is_hub_id,
+)
 from piflux.tools.options import prompts as prompts_of
-from piflux.tools.quality.charts import contact_sheet, markdown, plot_drift, plot_frontier
-from piflux.tools.quality.drift import CANDIDATES, Variant, measure, summary, tune
+from piflux.tools.quality.variants import CANDIDATES, Variant
 
 VARIANTS = (
     "rotate sync_steps=1 order=0",
@@ -50,18 +53,23 @@ def quality(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the first prompt; the next has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63, help="Of the first prompt; the next has the next.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     size: Annotated[
         int | None, typer.Option(help="Pixels a side. Default: 1024; demo: as trained.")
     ] = None,
-    guidance: Annotated[float, typer.Option()] = 3.5,
-    link: Annotated[float, typer.Option(help="GB/s a rank sends, for the modelled cost.")] = 25.0,
+    guidance: Annotated[float, typer.Option(callback=finite)] = 3.5,
+    link: Annotated[
+        float, typer.Option(min=1e-6, help="GB/s a rank sends, for the modelled cost.")
+    ] = 25.0,
     bench: Annotated[
-        Path | None, typer.Option(help="A bench.json, for measured cost instead.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="A bench.json, for measured cost instead."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 8,
-    out: Annotated[Path, typer.Option(help="A folder for what is written.")] = Path("out/quality"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="A folder.")] = Path("out/quality"),
     json_: Annotated[bool, typer.Option("--json", help="Print the record, nothing else.")] = False,
     tune_: Annotated[
         bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
@@ -86,10 +94,17 @@ def quality(
     check_side("--size", side, least=64)  # LPIPS sees nothing smaller
     texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
     folder(out)
+    with importing():
+        import torch
+
+        from piflux.tools.generate import load
+        from piflux.tools.quality.charts import markdown, plot_drift, plot_frontier, sheet_of
+        from piflux.tools.quality.drift import measure, summary
+        from piflux.tools.records import header
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
-    pipe, call = load(model, torch.device(device))
+    pipe, call = load(str(folder_of(model)) if is_hub_id(model) else model, torch.device(device))
     pipe.set_progress_bar_config(disable=True)
     call |= {"num_inference_steps": steps, "height": side, "width": side}
     call["guidance_scale"] = guidance
@@ -118,14 +133,7 @@ def quality(
             **call,
         )
     record = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["piflux", *sys.argv[1:]]),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else "CPU, one thread",
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "diffusers": version("diffusers"),
-        },
+        **header(),
         "model": model,
         "steps": steps,
         "size": side,
@@ -140,7 +148,7 @@ def quality(
     }
     (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
     (out / "quality.md").write_text(markdown(rows))
-    contact_sheet(texts[:8], one, rows, drawn).save(out / "sheet.png")
+    sheet_of(texts[:8], one, rows, drawn, out / "sheet.png")
     plot_drift(rows, out / "drift.png")
     plot_frontier(rows, out / "frontier.png")
     if json_:
@@ -170,6 +178,9 @@ def _tune(
     options: dict[str, Any],
 ) -> None:
     """A file of settings for each number of ranks."""
+    from piflux.tools.quality.charts import markdown
+    from piflux.tools.quality.drift import tune
+
     for n in rank_counts:
         halves = -(-(len(prompts) // 2) // options["batch"])
         with Progress(console=console) as progress:
@@ -198,8 +209,6 @@ def _timed(
     bench: Path, variants: Sequence[Variant], rank_counts: Sequence[int], steps: int
 ) -> dict[str, Any]:
     """The record in `bench`, known to have what every variant's cost needs."""
-    if not bench.is_file():
-        raise typer.BadParameter(f"--bench {bench}: no such file")
     try:
         record = json.loads(bench.read_text())
         for n, variant in itertools.product(rank_counts, variants):

@@ -1,0 +1,37 @@
+"""A graph as Dynamo captured it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """One graph of a model, from which programs are made: for any number of ranks, any schedule.
+
+    Attributes:
+        module: the graph, which stays as it is.
+        example_inputs: what it was captured with: fake tensors, and symbols of sizes.
+    """
+
+    module: fx.GraphModule
+    example_inputs: Sequence[Any]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
+        """Keep what Dynamo gives to a backend; it clears its own graph when the backend is done."""
+        return cls(_copy(gm), tuple(example_inputs))
+
+    def copy(self) -> fx.GraphModule:
+        """The graph, to be changed."""
+        return _copy(self.module)
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module with a graph of its own. Modules and what nodes know of values are shared."""
+    return fx.GraphModule(gm, copy.deepcopy(gm.graph))

@@ -1,0 +1,160 @@
+"""What all ranks must have in common beyond a graph's inputs: a call's arguments, and weights."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from piflux.ranks.agreement import Sketch
+from piflux.ranks.processes import ProcessRanks
+from piflux.runtime.streams import Seen
+
+EACH_FOR_ITSELF = ("output_type", "return_dict", "callback", "callback_steps")
+"""Arguments of pipelines in which ranks may differ, beside those of callbacks on steps."""
+
+ACCURACY = 1e-5
+"""Of a norm in float32, as kernels of different machines sum it up."""
+
+
+def facts_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline is called with, by argument, as strings and sketches to be compared."""
+    facts: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if name not in EACH_FOR_ITSELF and not name.startswith("callback_on_step"):
+            _state(f"argument {name}", value, facts)
+    return facts
+
+
+def _state(name: str, value: Any, facts: dict[str, Any]) -> None:
+    if isinstance(value, Tensor):
+        facts[name] = Sketch.of(value)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _state(f"{name}[{key!r}]", item, facts)
+    elif isinstance(value, (list, tuple)):
+        facts[name] = f"{len(value)} items"
+        for i, item in enumerate(value):
+            _state(f"{name}[{i}]", item, facts)
+    elif isinstance(value, torch.Generator):
+        facts[name] = f"a generator in state {_digest(value.get_state().numpy().tobytes())}"
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        facts[name] = repr(value)
+    elif hasattr(value, "tobytes"):  # pictures of PIL, arrays of numpy
+        shape = getattr(value, "size", None), getattr(value, "shape", None)
+        facts[name] = f"{type(value).__name__} {shape} {_digest(value.tobytes())}"
+    else:
+        facts[name] = type(value).__qualname__
+
+
+def _digest(content: bytes) -> str:
+    return f"{zlib.crc32(content):08x}"
+
+
+class Edits:
+    """What callbacks of one pipeline's call did to tensors that they were handed.
+
+    Ranks may have different callbacks, or one rank alone may have one, as long as none edits what
+    the ranks share.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._last: dict[str, Tensor] = {}
+
+    def watching(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """`callback`, with what it edits noted."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            handed = _tensors(args) | _tensors(kwargs.values())
+            before = {name: Seen(x) for name, x in handed.items()}
+            result = callback(*args, **kwargs)
+            after = handed | _tensors([result])
+            for name, x in after.items():
+                if name not in before or not before[name].again(x):
+                    self._count += 1
+                    self._last[name] = x
+            return result
+
+        return call
+
+    def facts(self) -> dict[str, Any]:
+        """How many edits there were, and what the last ones left."""
+        facts: dict[str, Any] = {"edits by callbacks": str(self._count)}
+        return facts | {f"{name} after them": Sketch.of(x) for name, x in self._last.items()}
+
+
+def _tensors(values: Any) -> dict[str, Tensor]:
+    """Those that a callback gets or gives: in a dictionary, or the latents by themselves."""
+    found: dict[str, Tensor] = {}
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 1:
+            found["latents"] = value
+        elif isinstance(value, dict):
+            found |= {name: x for name, x in value.items() if isinstance(x, Tensor)}
+    return found
+
+
+class SameWeights:
+    """Compares a model's weights over the ranks, where they may have changed."""
+
+    def __init__(self) -> None:
+        self._known: Any = None
+
+    def check(self, model: nn.Module, ranks: ProcessRanks, device: torch.device) -> None:
+        """All ranks call this together. Synchronises host and device.
+
+        Args:
+            model: with its weights where they compute.
+            ranks: who shares it.
+            device: one whose tensors ranks can send.
+
+        Raises:
+            RanksDisagree: on every rank, if a weight differs; it names each that does.
+        """
+        weights = dict(model.named_parameters())
+        known = [(name, id(x), _version(x)) for name, x in weights.items()]
+        if ranks.any(known != self._known, device):
+            ranks.agree({f"weight {name}": norm for name, norm in _norms(weights).items()})
+            self._known = known
+
+
+class Norm(float):
+    """A weight's norm, which may differ by rounding."""
+
+    def differs(self, other: Norm) -> bool:
+        """By more; also where one is not a number."""
+        return not abs(self - other) <= ACCURACY * max(self, other)
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
+def _norms(weights: Mapping[str, Tensor]) -> dict[str, Norm]:
+    named = [(name, part.detach()) for name, x in weights.items() for part in _plain_parts(x)]
+    if not named:
+        return {}
+    found = torch.stack([_norm(x).to(named[0][1].device) for _, x in named])
+    norms: dict[str, Norm] = {}
+    for (name, _), norm in zip(named, found.tolist(), strict=True):
+        norms[name if name not in norms else f"{name} ({len(norms)})"] = Norm(norm)
+    return norms
+
+
+def _norm(x: Tensor) -> Tensor:
+    native = x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(x if native else x.float(), dtype=torch.float32)
+
+
+def _plain_parts(x: Tensor) -> list[Tensor]:
+    """The tensors that a quantized weight is made of; none of one that is itself spread out."""
+    if hasattr(x, "device_mesh"):
+        return []
+    if not hasattr(x, "__tensor_flatten__"):
+        return [x]
+    names, _ = x.__tensor_flatten__()
+    return [part for name in names for part in _plain_parts(getattr(x, name))]
