@@ -7,6 +7,8 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._sympy.functions import Max
 
@@ -43,6 +45,13 @@ def described(value: Any) -> Any:
 def wraps(value: object) -> bool:
     """Whether it is a tensor of a subclass that wraps others, as quantized weights are."""
     return is_traceable_wrapper_subclass(value)
+
+
+def memory_of(x: Tensor) -> StorageWeakRef:
+    """Where a tensor's numbers are; inside of a `vmap`, those of what is mapped over."""
+    while is_batchedtensor(x):
+        x = get_unwrapped(x)
+    return StorageWeakRef(x.untyped_storage())
 
 
 class _Context:

@@ -32,6 +32,7 @@ from piflux.graph.plan import (
     sizes,
     tensors,
 )
+from piflux.graph.values import memory_of
 from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, why_refused
 
 # A run of tokens shorter than this is no segment of its own.
@@ -384,7 +385,7 @@ def _check_mutations(graph: fx.Graph, plan: Plan, downstream: set[fx.Node]) -> N
 
 
 def _storage(value: Value) -> StorageWeakRef:
-    return StorageWeakRef(tensors(value.node)[value.item].untyped_storage())
+    return memory_of(tensors(value.node)[value.item])
 
 
 def _reach(nodes: Iterable[fx.Node], seeds: set[fx.Node], along: str) -> set[fx.Node]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from torch import Tensor, fx
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,6 +14,7 @@ from piflux.errors import CannotShard
 from piflux.graph.nodes import mutates, run_node
 from piflux.graph.plan import Context, axes, example_size, tensors
 from piflux.graph.targets import SHARD, UNSHARD
+from piflux.graph.values import memory_of
 from piflux.policies.parts import part_length
 
 
@@ -84,19 +84,12 @@ def _aliases(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     owners: dict[StorageWeakRef, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
         for x in tensors(node):
-            owners[_storage(x)].add(_original(node))
+            owners[memory_of(x)].add(_original(node))
     return {
-        node: {n for x in tensors(written) for n in owners[_storage(x)]}
+        node: {n for x in tensors(written) for n in owners[memory_of(x)]}
         for node in graph.nodes
         if mutates(node) and (written := next(iter(node.all_input_nodes), None)) is not None
     }
-
-
-def _storage(x: Tensor) -> StorageWeakRef:
-    """The memory of a tensor, or of what `vmap` maps over."""
-    while is_batchedtensor(x):
-        x = get_unwrapped(x)
-    return StorageWeakRef(x.untyped_storage())
 
 
 def _original(node: fx.Node) -> fx.Node:
