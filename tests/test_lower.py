@@ -138,6 +138,21 @@ def test_multi_head_attention():
         assert_exact(model, torch.randn(2, 7, 8), torch.randn(2, 5, 8), n=n)
 
 
+def test_attention_that_pools_runs_whole():
+    """As HunyuanDiT pools its text: one query, and nobody reads the second item, which is None."""
+
+    def model(x, text):
+        tokens = text.transpose(0, 1)
+        pooled = F.multi_head_attention_forward(
+            tokens.mean(0, keepdim=True), tokens, tokens, 8, 2, heads.in_proj_weight,
+            heads.in_proj_bias, None, None, False, 0.0, heads.out_proj.weight,
+            heads.out_proj.bias, training=False, need_weights=False,
+        )[0]  # fmt: skip
+        return attend(x + pooled.transpose(0, 1))
+
+    assert_exact(model, torch.randn(1, 7, 8), torch.randn(1, 5, 8))
+
+
 def test_encoder_layers():
     for n in (2, 3):
         assert_exact(lambda x: attend(early_norm(layer(attend(x)))), torch.randn(2, 7, 8), n=n)
