@@ -100,6 +100,8 @@ def in_another_order(block, x):
         plain,
         behind_heads,
         in_another_order,
+        # Tables of a narrower type, which the kernel reads as they are.
+        lambda b, x: turn(norm(x, b.weight), b.cos.bfloat16().float(), b.sin.bfloat16().float()),
         lambda b, x: pieces(b, x, [lambda y: norm(y, b.weight), lambda y: norm(y, b.other)]),
     ],
 )

@@ -337,6 +337,12 @@ def refusal(function, *args, n=2):
 
 TABLE = torch.ones(8, 8)
 
+
+def taken_by_itself(numbers):
+    numbers = numbers.clamp(max=6)
+    return numbers.take_along_dim(numbers, 0)
+
+
 ALONG_TOKENS = {
     "topk": lambda y: y.topk(7, 1)[0],
     "argmax": lambda y: y + y.argmax(1, keepdim=True),
@@ -353,7 +359,7 @@ ALONG_TOKENS = {
     # Of the same value once the tokens stay, and once they are summed up.
     "torch.functional.einsum": lambda y: y + torch.einsum("bld,bmd->bl", y, y)[..., None],
     "torch.bmm": lambda y: torch.bmm(y[..., :7], y[..., :7]).repeat(1, 1, 8)[..., :8],
-    "take_along_dim": lambda y: y + y.argmax(-1)[0].take_along_dim(y.argmax(-1)[0], 0)[:, None],
+    "take_along_dim": lambda y: y + taken_by_itself(y.argmax(-1)[0])[:, None],
     # It writes into the table, whose rows on another rank are looked up by other tokens.
     "embedding": lambda y: y + F.embedding(y.argmax(-1), TABLE.clone(), max_norm=1.0),
 }

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, fx
+from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -36,3 +38,10 @@ def ndim(node: fx.Node, item: int = 0) -> int:
 def wraps(value: object) -> bool:
     """Whether it is a tensor of a subclass that wraps others, as quantized weights are."""
     return is_traceable_wrapper_subclass(value)
+
+
+def memory_of(x: Tensor) -> StorageWeakRef:
+    """Where a tensor's numbers are; inside of a `vmap`, those of what is mapped over."""
+    while is_batchedtensor(x):
+        x = get_unwrapped(x)
+    return StorageWeakRef(x.untyped_storage())

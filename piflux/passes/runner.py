@@ -31,7 +31,7 @@ def run_passes(gm: fx.GraphModule, ctx: Context, passes: Sequence[Pass]) -> None
         start = time.perf_counter()
         with refusing(gm.graph.output_node):
             count = run(gm, ctx)
-        gm.graph.lint()
+            gm.graph.lint()
         gm.recompile()
         elapsed = time.perf_counter() - start
         log.info("%-18s %5d nodes %7.3f s", run.__name__, count, elapsed)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from piflux.graph.nodes import computes, op_name
+from piflux.graph.patterns import CASTS, Pattern
 from piflux.graph.plan import Context
 from piflux.graph.sizes import sizes
 from piflux.graph.targets import NORM_ROTARY
@@ -19,11 +19,6 @@ DEVICE = "cuda"
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which that kernel, which computes in float32, is as exact as PyTorch's."""
-
-
-_CASTS = ("to", "float", "type_as")
-_VIEWS = ("reshape", "view", "flatten", "unflatten")
-"""What keeps the order of all numbers, so that shapes say all."""
 
 
 class _Norm(NamedTuple):
@@ -90,69 +85,24 @@ def _fuse(graph: fx.Graph, out: fx.Node) -> bool:
     return True
 
 
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of neighbours: (a, b) becomes (a cos - b sin, b cos + a sin)."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-b, a], -1).flatten(-2) * sin
+
+
+_TURN = Pattern(_turn, (1, 3, 2, 8), (3, 1, 8), (3, 1, 8))
+
+
 def _turned_by(out: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """The queries or keys that `out` is, turned, and the two tables."""
-    total = out.args[0] if op_name(out) in _CASTS else None
-    for a, b in _either_way(total, "add"):
-        for plain, cos in _either_way(a, "mul"):
-            for turned, sin in _either_way(b, "mul"):
-                x = _source_of_pairs(_uncast(turned))
-                if x is not None and x is _uncast(plain) and _is_alike(out, x):
-                    return x, cos, sin
+    if op_name(out) not in CASTS:
+        return None
+    total: Any = out.args[0]
+    for found in _TURN.find(total):
+        if _is_alike(out, found["x"]):
+            return found["x"], found["cos"], found["sin"]
     return None
-
-
-def _either_way(node: Any, name: str) -> list[tuple[fx.Node, fx.Node]]:
-    """The two operands of a sum or a product, in both orders."""
-    if not isinstance(node, fx.Node) or op_name(node) != name or node.kwargs:
-        return []
-    a, b = node.args
-    return [(a, b), (b, a)] if isinstance(a, fx.Node) and isinstance(b, fx.Node) else []
-
-
-def _source_of_pairs(node: fx.Node) -> fx.Node | None:
-    """What `node` is of, if each pair of neighbours (a, b) has become (-b, a)."""
-    stack: Any = node.args[0] if op_name(node) in _VIEWS else None
-    if not _works_on_the_last(stack, "stack") or len(stack.args[0]) != 2:
-        return None
-    minus, a = stack.args[0]
-    b: Any = minus.args[0] if op_name(minus) == "neg" else None
-    unbind: Any = _item_of(a, 0)
-    if not _works_on_the_last(unbind, "unbind") or _item_of(b, 1) is not unbind:
-        return None
-    pairs: Any = unbind.args[0]
-    if op_name(pairs) not in _VIEWS:
-        return None
-    x: fx.Node = pairs.args[0]
-    *outer, head_dim = sizes(x)
-    fits = sizes(pairs) == [*outer, head_dim / 2, 2] and sizes(node) == sizes(x)
-    return x if fits else None
-
-
-def _item_of(node: Any, index: int) -> Any:
-    """Of which node `node` is the item `index`."""
-    item = isinstance(node, fx.Node) and node.target is operator.getitem and node.args[1] == index
-    return node.args[0] if item else None
-
-
-def _works_on_the_last(node: Any, name: str) -> bool:
-    """Whether a node is this op, and unbinds the last dimension or stacks along a new last one."""
-    if not isinstance(node, fx.Node) or op_name(node) != name:
-        return False
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    whole = node if name == "stack" else node.args[0]
-    return dim in (-1, known(whole).dim() - 1)
-
-
-def _uncast(node: fx.Node) -> fx.Node:
-    """What was given a wider type, if any was."""
-    while op_name(node) in _CASTS:
-        narrow: Any = node.args[0]
-        x, y = known(narrow), known(node)
-        if x.device != y.device or torch.promote_types(x.dtype, y.dtype) != y.dtype:
-            break
-        node = narrow
-    return node
 
 
 def _is_alike(out: fx.Node, x: fx.Node) -> bool:

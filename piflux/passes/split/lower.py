@@ -289,6 +289,8 @@ def _is_plain_multi_head(node: fx.Node) -> bool:
     return (
         _only_first_is_read(node)
         and known(given["query"]).dim() == 3
+        # One that pools a sequence into one token has nothing to split: it runs whole.
+        and expr(known(given["query"]).shape[0]) != 1
         and all(given.get(name) is None for name in extra)
         and not given["add_zero_attn"]
     )

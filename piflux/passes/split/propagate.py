@@ -6,8 +6,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, fx
-from torch._C._functorch import get_unwrapped, is_batchedtensor
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, disable_fake_tensor_cache
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -18,7 +17,7 @@ from piflux.graph.nodes import mutates, run_node
 from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.targets import SHARD, UNSHARD
-from piflux.graph.values import known, tensors
+from piflux.graph.values import known, memory_of, tensors
 from piflux.parts import part_length
 
 
@@ -92,19 +91,12 @@ def _aliases(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
     owners: dict[StorageWeakRef, set[fx.Node]] = defaultdict(set)
     for node in graph.nodes:
         for x in tensors(node):
-            owners[_storage(x)].add(_original(node))
+            owners[memory_of(x)].add(_original(node))
     return {
-        node: {n for x in tensors(written) for n in owners[_storage(x)]}
+        node: {n for x in tensors(written) for n in owners[memory_of(x)]}
         for node in graph.nodes
         if mutates(node) and (written := next(iter(node.all_input_nodes), None)) is not None
     }
-
-
-def _storage(x: Tensor) -> StorageWeakRef:
-    """The memory of a tensor, or of what `vmap` maps over."""
-    while is_batchedtensor(x):
-        x = get_unwrapped(x)
-    return StorageWeakRef(x.untyped_storage())
 
 
 def _original(node: fx.Node) -> fx.Node:

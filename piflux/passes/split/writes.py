@@ -12,7 +12,7 @@ from piflux.errors import CannotShard
 from piflux.graph.axes import Value, operands
 from piflux.graph.nodes import mutates
 from piflux.graph.plan import Plan
-from piflux.graph.values import tensors
+from piflux.graph.values import memory_of, tensors
 
 
 class Writes:
@@ -152,7 +152,7 @@ def _in(value: Value, memory: StorageWeakRef) -> bool:
 
 
 def _storage(value: Value) -> StorageWeakRef:
-    return StorageWeakRef(tensors(value.node)[value.item].untyped_storage())
+    return memory_of(tensors(value.node)[value.item])
 
 
 def _refused(node: fx.Node) -> CannotShard:
