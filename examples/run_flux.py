@@ -22,7 +22,7 @@ from piflux.ranks.copies import peak_bytes
 from piflux.ranks.groups import own_device
 from piflux.tools import options
 from piflux.tools.bench.models import FLUX_DEV, random_model
-from piflux.tools.generate import Request, add_loras, arguments, load, pipeline_class, show
+from piflux.tools.generate import Request, add_loras, arguments, as_kind, load, pipeline_class, show
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -244,8 +244,7 @@ def prepared(request: Request, device: torch.device) -> tuple[Any, dict[str, Any
     target, call = arguments(kind, request)
     pipe, more = load(request.model, device)
     add_loras(pipe, request.loras)
-    if target is not kind:
-        pipe = target.from_pipe(pipe)
+    pipe = as_kind(pipe, target)
     del call["num_inference_steps"]  # warm-ups take fewer
     if request.negative is not None:
         call["negative_prompt"] = [request.negative] * len(request.prompts)

@@ -33,7 +33,7 @@ from piflux.errors import CannotLoad, CannotSave, RankFailed
 from piflux.tools import cli, options
 from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
-from piflux.tools.generate import Request, add_loras, arguments, save_video, show
+from piflux.tools.generate import Request, add_loras, arguments, as_kind, save, save_video, show
 from piflux.tools.launch import launch
 from piflux.tools.options import numbered
 
@@ -116,9 +116,8 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Image.Image, "save", full)
-    result = invoke("generate", "x", "--ranks=1", *SMALL, f"--out={tmp_path / 'x.png'}")
-    assert result.exit_code == 1
-    assert "x.png can't be saved: No space left on device" in words(result)
+    with pytest.raises(CannotSave, match=r"x.png can't be saved: No space left on device"):
+        save(Image.new("RGB", (8, 8)), tmp_path / "x.png", {"prompt": "x"})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -287,6 +286,15 @@ def test_options_become_arguments_of_the_pipeline(photo):
     assert kind is diffusers.FluxKontextPipeline and "width" not in given
     kind, given = arguments(diffusers.FluxControlPipeline, asked(image=photo))
     assert kind is diffusers.FluxControlPipeline and "control_image" in given
+
+
+def test_a_sister_has_the_same_parts_in_their_dtype():
+    pipe = tiny_pipeline()
+    pipe.transformer.to(torch.bfloat16)
+    sister = as_kind(pipe, diffusers.FluxImg2ImgPipeline)
+    assert type(sister) is diffusers.FluxImg2ImgPipeline
+    assert sister.transformer is pipe.transformer and pipe.transformer.dtype == torch.bfloat16
+    assert as_kind(pipe, type(pipe)) is pipe
 
 
 def test_guidance_is_the_one_that_has_an_effect():

@@ -124,8 +124,7 @@ def generate(request: Request) -> Made | None:
     out = _destination(target, request.out)
     pipe, more = load(request.model, device)
     add_loras(pipe, request.loras)
-    if target is not kind:
-        pipe = target.from_pipe(pipe)
+    pipe = as_kind(pipe, target)
     settings, reason = dict(request.settings), None
     if settings["policy"] == "auto":
         policy, reason = _chosen(pipe.transformer, device, ranks, request)
@@ -345,16 +344,31 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     if model == "demo":
         return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
-    # Before it had its new name, the new one was taken for an unknown argument and left aside.
-    name = "dtype" if version >= (0, 40) else "torch_dtype"
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **{name: dtype})
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **_in(dtype))
         return pipe.to(device), {}
     except Exception as error:  # whatever diffusers trips over in a broken folder
         raise CannotLoad(
             f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
         ) from error
+
+
+def as_kind(pipe: Any, kind: Any) -> Any:
+    """The same parts in a pipeline of another class, in the dtype that they have."""
+    if type(pipe) is kind:
+        return pipe
+    return kind.from_pipe(pipe, **_in(pipe.transformer.dtype))
+
+
+def _in(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of diffusers' loaders that names a dtype.
+
+    Before it had its new name, the new one was taken for an unknown argument and left aside.
+    """
+    import diffusers
+
+    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
 
 
 def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:

@@ -90,7 +90,8 @@ def run_row(settings: Settings, link: str, log: Path) -> Result:
         with _environment(LINKS[link] | {"OMP_NUM_THREADS": "1"}):
             result: Result = launch(worker, settings.ranks, settings, str(log.absolute()))
     except RankFailed as error:
-        return Result(settings.row, settings.ranks, error=f"{error} ({log})")
+        said = str(error).partition("; under torchrun")[0]  # the log has all of it
+        return Result(settings.row, settings.ranks, error=f"{said} ({log})")
     log.unlink(missing_ok=True)
     return result
 
