@@ -218,8 +218,11 @@ class Reported:
 
     def __init__(self, told):
         self.told = told
-        self.size, self.group = len(told), None
+        self.group = self
         self.asked = []
+
+    def size(self):
+        return len(self.told)
 
     def any(self, flag, device):
         self.asked.append(flag)

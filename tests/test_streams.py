@@ -23,8 +23,8 @@ def steps(calls, roles=ROLES):
     with runtime.generation():
         for numbers_of_inputs in calls:
             args = [torch.full((1,), float(x)) for x in numbers_of_inputs]
-            with runtime.call(None, roles, args) as step:
-                stream = runtime.now[0]
+            with runtime.call(None, roles, args) as call:
+                stream, step = call.stream, call.step
                 found.append(
                     (numbers.setdefault(id(stream), (len(numbers), stream))[0], step.index)
                 )

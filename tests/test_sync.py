@@ -98,7 +98,7 @@ def test_the_slowest_rank_decides_for_all(ranks, rates, slower, sync, sent):
 
 
 def test_where_there_is_nothing_to_choose_nothing_is_measured(ranks):
-    with mock.patch("piflux.compile.program.slowest_rates", side_effect=AssertionError):
+    with mock.patch("piflux.compile.choices.slowest_rates", side_effect=AssertionError):
         for group in (piflux.virtual_ranks(1), piflux.virtual_ranks(2)):
             called(0, group, FAST, None)
     text, _ = ranks(2, called, FAST, "link", "gather")[0]

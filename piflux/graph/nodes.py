@@ -23,7 +23,10 @@ NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 def is_pointwise(name: str) -> bool:
     """Whether PyTorch declares the op of this name pointwise."""
     packet = getattr(torch.ops.aten, name, None) if name else None
-    return packet is not None and any(
+    # `x == y` is `__eq__` to older torch, which is the namespace's own method.
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        packet = getattr(torch.ops.aten, name.strip("_"), None) if name.strip("_") else None
+    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
         torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
     )
 
