@@ -188,8 +188,8 @@ def test_each_prompt_has_its_recording(recorder):
     model = tiny_flux()
     want = two_prompts(parallel(model, 2, "eager"))
     assert (two_prompts(parallel(model, 2, as_captured)) - want).abs().max() <= SAME
-    # Of two ranks and two prompts the steady steps, and the sync step 2; the first one of the second
-    # image is a kind of its own.
+    # Of two ranks and two prompts the steady steps, and the sync step 2; the first step of the
+    # second image is a kind of its own.
     assert recorder.recorded == 2 * 2 * 2
     assert recorder.played == 2 * 2 * (2 * STEADY - 1 + 1)
 
