@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy piflux
+	$(BIN)/lint-imports --no-cache
 
 # Into site/. A warning, as of a broken link, is an error; with --quiet none would be counted.
 docs: $(INSTALLED)

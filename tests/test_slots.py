@@ -6,18 +6,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from piflux.kernels.exchange import (
+from piflux.kernels.changes import (
     advance,
-    changes,
     compress,
     compress_in_torch,
-    exchange,
     exchange_changes,
     exchange_changes_in_torch,
-    exchange_in_torch,
-    place,
-    row_bytes,
 )
+from piflux.kernels.exchange import exchange, exchange_in_torch, place
+from piflux.kernels.rows import changes, row_bytes
 from piflux.memory.ages import BELIEF, FARTHEST, Ages
 from piflux.memory.changes import ChangeSlot
 from piflux.memory.places import Places

@@ -42,7 +42,7 @@ def norm_rotary(
         The whole sequence, in the shape and the order of the pieces, contiguous.
     """
     if xs[0].is_cuda:
-        from piflux.kernels.triton_kernels import norm_rotary_by_kernel
+        from piflux.kernels.rotary_triton import norm_rotary_by_kernel
 
         whole = _whole(xs, dim)
         at = 0

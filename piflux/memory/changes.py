@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from piflux.kernels.exchange import advance, compress, exchange_changes, row_bytes
+from piflux.kernels.changes import advance, compress, exchange_changes
+from piflux.kernels.rows import row_bytes
 from piflux.memory.ages import Ages
 from piflux.memory.places import Places
 from piflux.memory.slots import Recorder, Slot, at_once
@@ -25,7 +26,7 @@ class ChangeSlot(Slot):
 
     Attributes:
         first: the last versions.
-        second: their changes, in rows; see `piflux.kernels.exchange`.
+        second: their changes, in rows; see `piflux.kernels.rows`.
         packet: `displaced`: what each step's changes travel in.
     """
 
