@@ -42,7 +42,7 @@ def windows(lengths: Sequence[int], world_size: int, part: int) -> Iterator[Wind
         local += size
 
 
-def places(lengths: Sequence[int], world_size: int, part: int) -> Tensor:
+def part_index(lengths: Sequence[int], world_size: int, part: int) -> Tensor:
     """Where each token of part `part` stands in the whole: (part tokens,) in int64, on the CPU."""
     return torch.cat(
         [torch.arange(w.full, w.full + w.length) for w in windows(lengths, world_size, part)]

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
-from piflux.parts import join, part_length, places, windows
+from piflux.parts import join, part_index, part_length, windows
 from piflux.policies.schedule import Schedule
 
 
@@ -72,7 +72,7 @@ def test_under_rotation_no_cached_part_is_older_than_its_turn(world_size):
 @pytest.mark.parametrize("lengths", [(8,), (12,), (9, 16), (9, 7, 31)])
 def test_parts_cover_everything_and_are_equally_long(lengths, world_size):
     x = torch.arange(sum(lengths) * 2).reshape(1, -1, 2)
-    parts = [x.index_select(1, places(lengths, world_size, p)) for p in range(world_size)]
+    parts = [x.index_select(1, part_index(lengths, world_size, p)) for p in range(world_size)]
     assert {p.shape[1] for p in parts} == {sum(part_length(n, world_size) for n in lengths)}
     assert torch.equal(join(parts, range(world_size), 1, lengths), x)
     order = list(reversed(range(world_size)))
@@ -96,7 +96,7 @@ class Kernels(TorchDispatchMode):
 def test_joining_more_parts_launches_no_more_kernels(world_size):
     lengths = (9, 16)
     x = torch.randn(2, 3, 25, 4)
-    parts = [x.index_select(-2, places(lengths, world_size, p)) for p in range(world_size)]
+    parts = [x.index_select(-2, part_index(lengths, world_size, p)) for p in range(world_size)]
     with Kernels() as kernels:
         join(parts, range(world_size), -2, lengths, torch.empty_like(x))
     assert kernels.launched == 2  # the memory to write to, and one copy

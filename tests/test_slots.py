@@ -19,7 +19,7 @@ from piflux.memory.ages import BELIEF, FARTHEST, Ages
 from piflux.memory.changes import ChangeSlot
 from piflux.memory.places import Places
 from piflux.memory.slots import Slot
-from piflux.parts import places
+from piflux.parts import part_index
 from piflux.runtime.times import Times
 
 
@@ -261,7 +261,7 @@ def test_a_slot_of_changes_lands_what_all_have_sent():
     """Five tokens in two parts that share the middle one; every rank adds the same changes."""
     slots = [slot_of_changes(1) for _ in range(2)]
     sent = [
-        slot._sent(places((5,), 2, part), three(value))
+        slot._sent(part_index((5,), 2, part), three(value))
         for slot, part, value in zip(slots, (0, 1), (128, 255), strict=True)
     ]
     for slot in slots:

@@ -25,7 +25,7 @@ class Segment:
     """A function of values that were given or made before.
 
     Attributes:
-        name: what it is: 'weights' and 'hoisted' come first if there are any, then 'head', the work
+        name: what it is: 'hoisted' and 'weights' come first if there are any, then 'head', the work
             before the last collective, then 'collective' and 'tail'.
         run: takes what it reads, in order, and returns what it writes.
         reads: numbers of values.

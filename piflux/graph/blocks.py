@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -27,6 +27,9 @@ SLOTS = {
 """Which argument of an op is a cache slot."""
 
 
+_Form = tuple[tuple[str, Any, str], ...]
+
+
 @dataclass(frozen=True)
 class Block:
     """One of several stretches of a graph that run the same ops on the same shapes.
@@ -43,26 +46,48 @@ class Block:
 
 
 def find_blocks(graph: fx.Graph) -> tuple[Block, ...]:
-    """The repeated blocks of a captured graph, in order; none where nothing repeats."""
+    """The repeated blocks of a captured graph, in order; none where nothing repeats.
+
+    The last block of a kind may lack what leads to a next one.
+    """
     nodes = [n for n in graph.nodes if n.op != "output" and not is_source(n) and number(n) is None]
     attentions = [n for n in nodes if is_attention(n)]
     inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
-    alike: dict[Hashable, list[Sequence[fx.Node]]] = {}
-    for stretch in stretches(nodes):
-        alike.setdefault(_form(stretch), []).append(stretch)
-    repeated = [found for found in alike.values() if len(found) > 1]
-    blocks = []
-    for kind, found in enumerate(repeated):
-        for stretch in found:
-            inside = set(stretch)
-            read = {n for node in stretch for n in node.all_input_nodes if n in inputs}
-            number_of = tuple(i for i, n in enumerate(attentions) if n in inside)
-            own = tuple(sorted(inputs[n] for n in read if n.users.keys() <= inside))
-            blocks.append(Block(kind, number_of, own))
-    return tuple(sorted((b for b in blocks if b.attentions), key=lambda b: b.attentions))
+    found = stretches(nodes)
+    forms = [_form(stretch) for stretch in found]
+    kinds = {form: kind for kind, form in enumerate(dict.fromkeys(forms)) if forms.count(form) > 1}
+    blocks: list[tuple[int, Sequence[fx.Node]]] = []
+    for i, (stretch, form) in enumerate(zip(found, forms, strict=True)):
+        if form in kinds:
+            blocks.append((kinds[form], stretch))
+        elif i and forms[i - 1] in kinds:
+            begun = _begun(found[i - 1], forms[i - 1], form, inputs)
+            if begun:
+                blocks.append((kinds[forms[i - 1]], stretch[:begun]))
+    numbers = {kind: i for i, kind in enumerate(dict.fromkeys(kind for kind, _ in blocks))}
+    made = []
+    for kind, stretch in blocks:
+        inside = set(stretch)
+        read = {n for node in stretch for n in node.all_input_nodes if n in inputs}
+        of_block = tuple(i for i, n in enumerate(attentions) if n in inside)
+        own = tuple(sorted(inputs[n] for n in read if n.users.keys() <= inside))
+        if of_block:
+            made.append(Block(numbers[kind], of_block, own))
+    return tuple(made)
 
 
-def _form(stretch: Sequence[fx.Node]) -> Hashable:
+def _begun(block: Sequence[fx.Node], form: _Form, other: _Form, inputs: Container[fx.Node]) -> int:
+    """How many nodes another stretch begins with as a block does; 0 if some that attend or read
+    parameters are missing."""
+    alike = 0
+    while alike < min(len(form), len(other)) and form[alike] == other[alike]:
+        alike += 1
+    missing = block[alike:]
+    needed = any(is_attention(n) or any(x in inputs for x in n.all_input_nodes) for n in missing)
+    return 0 if needed else alike
+
+
+def _form(stretch: Sequence[fx.Node]) -> _Form:
     """What blocks of one kind have in common."""
     names = {n: f"node {i}" for i, n in enumerate(stretch)}
     return tuple(written(n, None, lambda x: names.get(x, "outside")) for n in stretch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from piflux.kernels.exchange import Places
+from piflux.kernels.exchange import PartTables
 from piflux.kernels.rows import LARGEST, changes, row_bytes
 
 
@@ -45,7 +45,7 @@ def compress_in_torch(new: Tensor, old: Tensor) -> Tensor:
 
 
 def exchange_changes(
-    version: Tensor, rows: Tensor, fresh: Tensor, places: Places, ahead: Tensor, keep: bool
+    version: Tensor, rows: Tensor, fresh: Tensor, places: PartTables, ahead: Tensor, keep: bool
 ) -> Tensor:
     """`exchange` for a slot that holds the last version of each token and its change until then.
 
@@ -69,7 +69,7 @@ def exchange_changes(
 
 
 def exchange_changes_in_torch(
-    version: Tensor, rows: Tensor, fresh: Tensor, places: Places, ahead: Tensor, keep: bool
+    version: Tensor, rows: Tensor, fresh: Tensor, places: PartTables, ahead: Tensor, keep: bool
 ) -> Tensor:
     """`exchange_changes`, in ops that run on any device."""
     index = places.index

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Places(Protocol):
+class PartTables(Protocol):
     """Where the tokens of a part stand.
 
     Attributes:
@@ -40,7 +40,7 @@ def exchange(
     first: Tensor,
     second: Tensor,
     fresh: Tensor,
-    places: Places,
+    places: PartTables,
     line: Tensor,
     newer: Tensor,
     both: Tensor | None,
@@ -77,7 +77,7 @@ def exchange_in_torch(
     first: Tensor,
     second: Tensor,
     fresh: Tensor,
-    places: Places,
+    places: PartTables,
     line: Tensor,
     newer: Tensor,
     both: Tensor | None,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from piflux.parts import places
+from piflux.parts import part_index
 
 
 class Places:
@@ -28,7 +28,7 @@ class Places:
     def __init__(
         self, lengths: Sequence[int], world_size: int, part: int, device: torch.device
     ) -> None:
-        every = torch.stack([places(lengths, world_size, p) for p in range(world_size)])
+        every = torch.stack([part_index(lengths, world_size, p) for p in range(world_size)])
         sources = torch.full((world_size, sum(lengths)), -1, dtype=torch.int32)
         sources.scatter_(1, every, torch.arange(every.shape[1], dtype=torch.int32).expand_as(every))
         self._every = every.to(device)

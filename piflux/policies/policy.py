@@ -100,7 +100,7 @@ class Policy(ABC):
         if context.step.sync:
             packet = context.memory.packet(context.ranks, fresh)
             packet.write(fresh)
-            _turn(context, packet)(packet.start)
+            _recorder(context, packet)(packet.start)
             context.sent[slot] = packet
 
     @abstractmethod
@@ -134,7 +134,7 @@ class Policy(ABC):
         """What `send` sent, once all of it is there; None if nothing was. To be given back."""
         packet = context.sent.pop(slot, None)
         if packet is not None:
-            _turn(context, packet)(packet.wait)
+            _recorder(context, packet)(packet.wait)
         return packet
 
 
@@ -143,6 +143,6 @@ def overlap(lengths: Sequence[int], world_size: int) -> bool:
     return any(length % world_size for length in lengths)
 
 
-def _turn(context: StepContext, packet: Packet) -> Recorder:
+def _recorder(context: StepContext, packet: Packet) -> Recorder:
     """How a packet is sent, or waited for, where both happen in one step."""
     return at_once if packet.recordable else context.recorder
