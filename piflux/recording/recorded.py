@@ -125,7 +125,7 @@ class Recorded:
         self._moving = moving
         self._kind = kind
         self._fixed: _Fixed | None = None
-        self._site: Site | None = None
+        self._sites: dict[int, Site] = {}
         self._failed: set[Hashable] = set()  # kinds of steps
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -149,7 +149,7 @@ class Recorded:
             if not _can_be_recorded(args, self._moving):
                 return self._head(*args)
             try:
-                replay = _Replay(context, self._head, args, self._moving, self._shared_site())
+                replay = _Replay(context, self._head, args, self._moving, self._site(context.rank))
             except RuntimeError as error:
                 self._failed.add(kind)
                 log.warning(
@@ -161,11 +161,12 @@ class Recorded:
             recordings.replays[key] = replay
         return recordings.replays[key](args)
 
-    def _shared_site(self) -> Site | None:
-        if self._site is None and torch.cuda.is_available():
+    def _site(self, rank: int) -> Site | None:
+        """A rank's own: virtual ranks take turns in the midst of what they recorded."""
+        if rank not in self._sites and torch.cuda.is_available():
             # Not a mere handle, which can't be used again once its last recording is gone.
-            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
-        return self._site
+            self._sites[rank] = Site(torch.cuda.Stream(), torch.cuda.MemPool())
+        return self._sites.get(rank)
 
 
 class _Fixed:
