@@ -213,6 +213,7 @@ def test_recorded_steps_read_what_is_looked_up(reads, monkeypatch):
     """Of three images, with and without times that are known."""
     recorder = Recorder()
     monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "TURNS", True)
     monkeypatch.setattr(replay, "record", recorder.record)
     model = tiny_flux()
     plain, taped = parallel(model, 2, "eager"), parallel(model, 2, as_captured)

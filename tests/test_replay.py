@@ -118,6 +118,7 @@ def as_captured(gm, example_inputs):
 def on_tape(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "TURNS", True)  # a tape shares no memory with another
     monkeypatch.setattr(replay, "record", recorder.record)
     return recorder
 
@@ -254,6 +255,7 @@ def test_a_recording_that_fails_is_told_and_done_without(monkeypatch, caplog):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "DEVICE", "cpu")
+    monkeypatch.setattr(replay, "TURNS", True)  # a tape shares no memory with another
     monkeypatch.setattr(replay, "record", fail)
     model, inputs = tiny_flux(), flux_inputs()
     got = image(parallel(model, 2, as_captured), inputs)
@@ -427,21 +429,20 @@ def test_what_changed_is_recorded_anew_in_pieces(ranks, options, each):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins are above")
 @pytest.mark.parametrize("options", [{}, {"order": 0}])
-def test_cuda_graphs(options, caplog):
+def test_virtual_ranks_on_a_gpu(options):
+    """They record nothing; real ones do, on two GPUs in `test_copies.py`."""
     model = tiny_flux(double=2, single=2).cuda()
-    cases = [{k: v.cuda() for k, v in flux_inputs(seed=seed).items()} for seed in range(3)]
-    plain, recorded = (parallel(model, 3, inner, **options) for inner in ("eager", as_captured))
+    cases = [{k: v.cuda() for k, v in flux_inputs(seed=seed).items()} for seed in range(2)]
+    plain, prepared = (parallel(model, 3, inner, **options) for inner in ("eager", as_captured))
     for inputs in cases:
-        assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
-    memories = [
-        m for kind in recorded._piflux_compiler.runtime.streams._spare.values() for m in kind
-    ]
-    (kept,) = [
-        x for m in memories for owner, x in m._kept.items() if isinstance(owner, replay.Recorded)
-    ]
-    assert len(kept.replays) == 3 * 3  # steady steps, and two kinds of sync steps
-    with torch.no_grad():
-        weight(model).weight.data = weight(model).weight * 1.5
-    for inputs in cases:  # recorded anew
-        assert (image(plain, inputs) - image(recorded, inputs)).abs().max() <= 1e-4
-    assert not [r for r in caplog.records if r.name.startswith("piflux") and r.levelno >= 30]
+        assert (image(plain, inputs) - image(prepared, inputs)).abs().max() <= 1e-4
+    assert not any(program.records for program in prepared._piflux_compiler.programs)
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_ranks_that_take_turns_do_not_record(monkeypatch):
+    monkeypatch.setattr(replay, "DEVICE", "cpu")
+    prepared = parallel(tiny_flux(), 2, as_captured)
+    image(prepared, flux_inputs())
+    (program,) = prepared._piflux_compiler.programs
+    assert not program.records

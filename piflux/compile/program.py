@@ -131,7 +131,8 @@ def make_program(
     ctx.rotates = schedule.kind.rotates
     report = GraphReport.of(ctx, schedule, why)
     roles = roles_of(gm, ctx.plan)
-    compiling = _Compiling(schedule, inner, captured.example_inputs)
+    turns = ranks is not None and ranks.in_one_process
+    compiling = _Compiling(schedule, inner, captured.example_inputs, turns)
     whole = None
     if uncut is not None and schedule.sync == "recompute":
         whole = compiling.compile(*uncut)
@@ -147,8 +148,12 @@ class _Compiling:
         records: whether steps of one of them are recorded.
     """
 
-    def __init__(self, schedule: Schedule, inner: Inner, example_inputs: Sequence[Any]) -> None:
+    def __init__(
+        self, schedule: Schedule, inner: Inner, example_inputs: Sequence[Any], turns: bool
+    ) -> None:
+        """`turns`: whether ranks of one process take turns."""
         self.records = False
+        self._turns = turns
         self._schedule = schedule
         self._policy: Policy = schedule.make_policy()
         self._inner = inner
@@ -196,7 +201,8 @@ class _Compiling:
         """Whether steps can be recorded."""
         nodes = (n for n in gm.graph.nodes if n.op != "placeholder")
         devices = {x.device.type for n in nodes for x in tensors(n)}
-        return ctx.world_size > 1 and devices == {recorded.DEVICE}
+        recordable = devices == {recorded.DEVICE} and (recorded.TURNS or not self._turns)
+        return ctx.world_size > 1 and recordable
 
     def _kind(self, context: StepContext) -> Hashable | None:
         return self._policy.recording_key(context.step, gathers=self._schedule.sync == "gather")

@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 DEVICE = "cuda"
 """Where work can be recorded."""
 
+TURNS = False
+"""Whether ranks of one process record. They take turns in the midst of what they recorded, and with
+CUDA graphs that went wrong on two H200 (2026-11-29, torch 2.11): wrong pictures with one pool of
+memory for all of them, failed recordings with a pool for each. What they show is no speed."""
+
 Head = Callable[..., Sequence[Any]]
 KeyOf = Callable[[StepContext], Hashable | None]
 
@@ -125,7 +130,7 @@ class Recorded:
         self._moving = moving
         self._kind = kind
         self._fixed: _Fixed | None = None
-        self._sites: dict[int, Site] = {}
+        self._site: Site | None = None
         self._failed: set[Hashable] = set()  # kinds of steps
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -149,7 +154,7 @@ class Recorded:
             if not _can_be_recorded(args, self._moving):
                 return self._head(*args)
             try:
-                replay = _Replay(context, self._head, args, self._moving, self._site(context.rank))
+                replay = _Replay(context, self._head, args, self._moving, self._shared_site())
             except RuntimeError as error:
                 self._failed.add(kind)
                 log.warning(
@@ -161,12 +166,11 @@ class Recorded:
             recordings.replays[key] = replay
         return recordings.replays[key](args)
 
-    def _site(self, rank: int) -> Site | None:
-        """A rank's own: virtual ranks take turns in the midst of what they recorded."""
-        if rank not in self._sites and torch.cuda.is_available():
+    def _shared_site(self) -> Site | None:
+        if self._site is None and torch.cuda.is_available():
             # Not a mere handle, which can't be used again once its last recording is gone.
-            self._sites[rank] = Site(torch.cuda.Stream(), torch.cuda.MemPool())
-        return self._sites.get(rank)
+            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
+        return self._site
 
 
 class _Fixed:
