@@ -2,7 +2,8 @@
 
 Virtual ranks (`piflux.virtual_ranks`) run the graphs of real ones by turns in one process. So a
 step's time over the number of ranks is what a rank of that many would take if the link were free,
-and how long its kernels run shows what the host adds.
+and how long its kernels run shows what the host adds. Virtual ranks record no steps, so that a step
+is launched kernel by kernel: read the kernels' time where launching takes longer.
 """
 
 from __future__ import annotations
