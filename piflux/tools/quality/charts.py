@@ -52,7 +52,7 @@ def contact_sheet(
     plt = _pyplot()
     size = CELL * len(pictures[0]), 1.2 * CELL * len(pictures)
     figure, grid = plt.subplots(
-        len(pictures), len(pictures[0]), figsize=size, layout="constrained", squeeze=False
+        len(pictures), len(pictures[0]), figsize=size, dpi=150, layout="constrained", squeeze=False
     )
     for index, (row, texts) in enumerate(zip(pictures, below, strict=True)):
         for axes, picture, text in zip(grid[index], row, texts, strict=True):
@@ -61,7 +61,7 @@ def contact_sheet(
             axes.set_xlabel(_wrapped(text), fontsize=FONT)
     for axes, title in zip(grid[0], titles, strict=False):
         axes.set_title(_wrapped(title), fontsize=FONT)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path)
     plt.close(figure)
 
 
