@@ -103,5 +103,7 @@ def source_line(node: fx.Node) -> str:
     frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)\n\s+(.*)', node.stack_trace or "")
     if not frames:
         return ""
-    file, line, function, code = frames[-1]
+    # What models are written with is not what they say.
+    own = [frame for frame in frames if not re.search(r"/(torch|einops)/[^:]*$", frame[0])]
+    file, line, function, code = (own or frames)[-1]
     return f"{file}:{line}, in {function}: {code.strip()}"

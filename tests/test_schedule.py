@@ -1,12 +1,15 @@
 """Policies unrolled over steps, and the windows that parts are made of."""
 
+from typing import get_args
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
 from piflux.parts import join, part_index, part_length, windows
-from piflux.policies.schedule import Schedule
+from piflux.policies.named import POLICIES
+from piflux.policies.schedule import PolicyName, Schedule
 
 
 def syncs(schedule, steps=12):
@@ -169,3 +172,7 @@ def test_wrong_files_of_settings(tmp_path, text, said):
         path.write_text(text)
     with pytest.raises(ValueError, match=said):
         piflux.parallelize(torch.nn.Linear(1, 1), policy=str(path))
+
+
+def test_every_policy_has_its_name():
+    assert tuple(POLICIES) == get_args(PolicyName)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from piflux.memory.changes import ChangeSlot
-from piflux.memory.slots import Slot
-from piflux.policies.displaced import Displaced
-from piflux.policies.gather import Gather
-from piflux.policies.policy import Policy
-from piflux.policies.rotate import Rotate
-from piflux.policies.step import Step
+if TYPE_CHECKING:
+    from piflux.memory.slots import Slot
+    from piflux.policies.policy import Policy
+    from piflux.policies.step import Step
 
-POLICIES: dict[str, type[Policy]] = {kind.name: kind for kind in (Gather, Rotate, Displaced)}
+# What needs torch is imported where it is asked for: a schedule is checked before torch, which
+# takes seconds.
+
 PolicyName = Literal["gather", "rotate", "displaced"]
 Sync = Literal["gather", "recompute", "auto"]
 Compression = Literal["none", "int8"]
@@ -56,14 +55,14 @@ class Schedule:
     compression: Compression = "none"
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            choices = ", ".join(map(repr, POLICIES))
+        if self.policy not in get_args(PolicyName):
+            choices = ", ".join(map(repr, get_args(PolicyName)))
             raise ValueError(f"unknown policy {self.policy!r}: choose one of {choices}")
         if self.sync not in get_args(Sync):
             raise ValueError(
                 f"unknown sync {self.sync!r}: choose 'gather' or 'recompute', or 'auto' for either"
             )
-        if not self.kind.remembers and self.sync == "recompute":
+        if self.sync == "recompute" and not self.kind.remembers:
             raise ValueError(
                 f"the policy {self.policy!r} has sync steps only: recomputing them all is one "
                 "rank's work on every rank. Choose another policy, or sync='gather'"
@@ -96,11 +95,16 @@ class Schedule:
     @property
     def kind(self) -> type[Policy]:
         """The policy's class, which knows what needs no slots."""
+        from piflux.policies.named import POLICIES
+
         return POLICIES[self.policy]
 
     @property
     def slots(self) -> type[Slot]:
         """How keys and values are remembered."""
+        from piflux.memory.changes import ChangeSlot
+        from piflux.memory.slots import Slot
+
         return ChangeSlot if self.compresses else Slot
 
     def make_policy(self) -> Policy:
@@ -125,6 +129,8 @@ class Schedule:
 
     def step(self, index: int) -> Step:
         """The generation's step `index`, counted from 0."""
+        from piflux.policies.step import Step
+
         after = index - self.first_syncs[-1]
         refresh = self.refresh_every is not None and after > 0 and after % self.refresh_every == 0
         sync = not self.kind.remembers or index in self.first_syncs or refresh

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
-from piflux.policies.schedule import BEST_SYNC_STEPS, POLICIES, Schedule, read_settings
+from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
 LARGEST_SEED = 2**64 - 1
@@ -125,6 +125,8 @@ def settings(
 
 def chosen(policy: str) -> dict[str, Any]:
     """What 'auto' settles: 'gather' has no sync steps that could be recomputed."""
+    from piflux.policies.named import POLICIES
+
     return {"policy": policy} | ({} if POLICIES[policy].remembers else {"sync": "gather"})
 
 
