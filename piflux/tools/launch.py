@@ -75,7 +75,7 @@ def launch(function: Callable[..., Any], ranks: int, *args: Any) -> Any:
         local_addr="localhost",
         max_restarts=0,
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",
+        signals_to_handle="SIGQUIT",  # the others are ours, below,
     )
     try:
         with _interrupts_as_sigterm(ranks):
@@ -92,11 +92,11 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
     """Take SIGINT for SIGTERM, and start processes that have it blocked.
 
     A terminal's Ctrl-C reaches the ranks as well; while they import, each would print a traceback.
-    So would a rank whose start is interrupted: the signal waits until all are there.
+    So would a rank whose start is interrupted: signals wait until all are there.
     """
     # Started here, because it leaves the signal unblocked.
     resource_tracker.ensure_running()
-    ended, interrupted = threading.Event(), threading.Event()
+    ended, interrupted, ready = threading.Event(), threading.Event(), threading.Event()
     others = set(multiprocessing.active_children())
 
     def started() -> list[Any]:
@@ -111,9 +111,20 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
             if ended.wait(0.01):
                 return
         if not ended.is_set():
+            ready.set()
             os.kill(os.getpid(), signal.SIGTERM)
 
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    def take(signum: int, _: Any) -> None:
+        # In the midst of a start it would leave a rank that prints a traceback, too.
+        if ready.is_set():
+            raise SignalException("ranks are ended", signal.Signals(signum))
+        interrupted.set()
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    ours = (signal.SIGTERM, signal.SIGHUP)
+    handlers = {signum: signal.signal(signum, take) for signum in ours}
+    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
@@ -127,7 +138,8 @@ def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
         for child in started():
             child.kill()
             child.join()
-        signal.signal(signal.SIGINT, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
