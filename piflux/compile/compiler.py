@@ -77,10 +77,10 @@ class Compiler:
         """Of all programs."""
         return [program.report for program in self.programs]
 
-    @let_through()
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         return self.install(Captured.of(gm, example_inputs))
 
+    @let_through()
     def install(self, captured: Captured) -> Callable[..., Any]:
         """Make a program of a graph. Returns what Dynamo calls in its place."""
         runtime = self.runtime
