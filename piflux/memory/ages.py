@@ -15,7 +15,7 @@ from torch import Tensor
 
 # The share of the predicted change that is believed. All of it overshoots: both versions were
 # computed against remembered keys and values themselves. Of 0.6, 0.75 and 0.9 this drifts least on
-# 8 ranks of the demo's model; on 2 and 4 it is 0.9 (README, Drift).
+# 8 ranks of the demo's model; on 2 and 4 it is 0.9 (docs/drift.md).
 BELIEF = 0.75
 
 # Limit of extrapolation: if a token's last two versions are close in time, their slope is noise. A

@@ -20,7 +20,7 @@ Sync = Literal["gather", "recompute", "auto"]
 Compression = Literal["none", "int8"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
-# prediction two exact versions as early as they can be some way apart (README, Drift).
+# prediction two exact versions as early as they can be some way apart (docs/drift.md).
 BEST_SYNC_STEPS = (0, 2)
 
 
