@@ -96,6 +96,7 @@ def main(
     sync: options.SyncOption = "gather",
     order: options.OrderOption = 1,
     compression: options.CompressionOption = "none",
+    compute: options.ComputeOption = "all",
     negative_prompt: options.NegativeOption = None,
     image: options.ImageOption = None,
     mask: options.MaskOption = None,
@@ -135,6 +136,7 @@ def main(
         sync=sync,
         order=order,
         compression=compression,
+        compute=compute,
     )
     say = console.print if int(os.environ.get("RANK", "0")) == 0 else lambda *_: None
     texts = prompt or [PROMPTS[0] if demo else "A red fox in fresh snow, early morning light"]

@@ -106,6 +106,7 @@ def parallelize(
     sync: Sync = "gather",
     order: int = 1,
     compression: Compression = "none",
+    compute: str | int | Sequence[bool] = "all",
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -136,6 +137,11 @@ def parallelize(
             them as they were.
         compression: 'int8': that change is remembered in 8 bits a number in place of the second
             version, and is what 'displaced' sends in steady steps. 'none': as the model computes.
+        compute: which denoise steps are computed, on one rank, too; in the others no block is
+            run, and the prediction is continued along the last two that were computed. 'all'; a
+            number of the steps that the pipeline, or `generation`, announces; a mask such as
+            'xxxxx.x.xx', or a sequence of bools, for images of just as many steps; 'auto': about
+            two of three steps, all of less than ten.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -159,6 +165,7 @@ def parallelize(
         "sync": sync,
         "order": order,
         "compression": compression,
+        "compute": compute,
         "inner": inner,
     }
     if is_pipeline(target):

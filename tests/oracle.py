@@ -16,6 +16,10 @@ moved on from their last version, 0.75 times as far as a straight line through t
 versions over time would take them, but by 3 times the change between the two at most. Time is
 log(sigma / (1 - sigma)), both terms with 0.01 added. A token with one version is read as it is.
 
+With a `mask` some steps are skipped: nothing is computed in them, and the prediction is the last
+one that was computed, moved on by the same rule. Ranks turn, and keys and values age, by the steps
+that are computed; the first computed step at or after one that is to be a sync step is one.
+
 With `compression` 'int8' a rank remembers, in place of the version before, the change since, and
 rounds it: each token's head has 255 steps, from minus to plus its largest number. Under `displaced`
 such changes are also what arrives: what the others had is what is remembered of them, plus the
@@ -130,6 +134,7 @@ class Oracle:
         refresh_every: int | None = None,
         order: int = 1,
         compression: str = "none",
+        mask: str = "",
     ) -> None:
         self.model = model
         self.ranks = ranks
@@ -138,8 +143,12 @@ class Oracle:
         self.refresh_every = refresh_every
         self.order = order
         self.compression = compression
+        self.mask = mask
         self.step = 0
+        self.turn = 0  # steps computed so far
         self.time = 0.0
+        self._due = False
+        self._predictions: list[tuple[float, Tensor]] = []
         self._unit = 1.0
         self.oldest = 0  # age, in steps, of the oldest key ever attended to
         self._caches: list[list[Cache]] = []  # [rank][attention], at the end of the last step
@@ -150,12 +159,21 @@ class Oracle:
         if self.step == 0:
             self._unit = 1000.0 if clock > 1 else 1.0
         self.time = log_snr(clock / self._unit)
-        if is_sync(self.policy, self.step, self.sync_steps, self.refresh_every):
-            sample = self._sync(inputs)
+        self._due |= is_sync(self.policy, self.step, self.sync_steps, self.refresh_every)
+        if self.mask[self.step : self.step + 1] == ".":
+            sample = self._continued()
         else:
-            sample = self._steady(inputs)
+            sample = self._sync(inputs) if self._due else self._steady(inputs)
+            self._predictions.append((self.time, sample))
+            self._due = False
+            self.turn += 1
         self.step += 1
         return sample
+
+    def _continued(self) -> Tensor:
+        (before_time, before), (last_time, last) = self._predictions[-2:]
+        ahead = 0.75 * (self.time - last_time) / (last_time - before_time)
+        return last + max(-3.0, min(3.0, ahead)) * (last - before)
 
     def _sync(self, inputs: dict) -> Tensor:
         filled = []
@@ -183,7 +201,7 @@ class Oracle:
         )
         remembered = [[cache.clone() for cache in caches] for caches in self._caches]
         for part in range(self.ranks):
-            rank = (part - self.step) % self.ranks if self.policy == "rotate" else part
+            rank = (part - self.turn) % self.ranks if self.policy == "rotate" else part
             attend = self._attend(self._caches[rank], tokens, part)
             text = window(tokens.text, self.ranks, part)
             image = window(tokens.image, self.ranks, part)

@@ -74,6 +74,18 @@ rotate on 2 ranks, sync at 0, 2, predicted between
                 {"policy": "rotate", "compression": "int8"},
                 "rotate on 2 ranks, sync at 0, 2, predicted between by changes in 8 bits",
             ),
+            (
+                {"policy": "gather", "compute": 18},
+                "gather on 2 ranks, every step a sync step, computing 18 steps of an image",
+            ),
+            (
+                {"policy": "gather", "compute": "xxx.x"},
+                "gather on 2 ranks, every step a sync step, computing 4 of 5 steps: xxx.x",
+            ),
+            (
+                {"policy": "gather", "compute": "auto"},
+                "gather on 2 ranks, every step a sync step, computing about 64% of the steps",
+            ),
         ]:
             self.assertEqual(str(report(**options)).splitlines()[0], first_line)
 

@@ -19,6 +19,7 @@ from piflux.compile.pieces import Inner
 from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
 from piflux.errors import CompileError
+from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
     Compression,
@@ -121,7 +122,7 @@ class _PerCall:
 
     def __call__(self, *args: Any) -> Any:
         runtime, program = self.runtime, self.program
-        if runtime.ranks is None and not runtime.foresees:
+        if not runtime.follows:
             with apart():
                 return program.part(*args)  # a model like any other
         with runtime.call(self, program.roles, args) as call:
@@ -140,9 +141,10 @@ def backend(
 ) -> Callable[..., Any]:
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
-    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression` and
-    `inner`, as for `parallelize`. Every compiled graph has its own caches; the beginning of an
-    image is inferred.
+    Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression`,
+    `compute` and `inner`, as for `parallelize`; `compute` as a mask, since no pipeline says how
+    many steps an image has. Every compiled graph has its own caches; the beginning of an image is
+    inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -159,6 +161,12 @@ def backend(
             "torch.no_grad()"
         )
     compiler = make_compiler(**dict(options or {}))
+    compute = compiler.runtime.schedule.compute
+    if isinstance(compute, int) or compute == "auto":
+        raise ValueError(
+            f"compute={compute!r}: of how many steps is not known to piflux.backend. Give it a "
+            "mask, or call piflux.parallelize"
+        )
     compiled = compiler(gm, example_inputs)
     held = [weakref.ref(x) for x in example_inputs if isinstance(x, torch.nn.Parameter)]
     _COMPILED[compiler.runtime] = compiler.programs, held
@@ -190,6 +198,7 @@ def make_compiler(
     sync: Sync = "gather",
     order: int = 1,
     compression: Compression = "none",
+    compute: str | int | Sequence[bool] = "all",
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -197,7 +206,7 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync, order, compression and inner"
+            "sync_steps, refresh_every, sync, order, compression, compute and inner"
         )
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
@@ -207,6 +216,7 @@ def make_compiler(
         "sync": sync,
         "order": order,
         "compression": compression,
+        "compute": read_compute(compute),
     }
     if policy.endswith(".json"):
         settings |= read_settings(policy)

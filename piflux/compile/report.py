@@ -11,6 +11,7 @@ from piflux.graph.plan import Context, Plan
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
 from piflux.parts import part_length
+from piflux.policies.masks import COMPUTED, SHARE, Compute
 from piflux.policies.schedule import Schedule
 
 
@@ -101,7 +102,8 @@ class GraphReport:
             + (f"sync at {syncs}{refresh}" if s.kind.remembers else "every step a sync step")
             + (", recomputed" if s.sync == "recompute" else "")
             + (", predicted between" if s.predicts else "")
-            + (" by changes in 8 bits" if s.compresses else ""),
+            + (" by changes in 8 bits" if s.compresses else "")
+            + (f", computing {_computed(s.compute)}" if s.skips else ""),
             *([f"  sync by '{s.sync}'".ljust(25) + self.why_sync] if self.why_sync else []),
             f"  attentions rewritten   {self.attentions}",
             f"  nodes on a part        {self.local_nodes}",
@@ -147,6 +149,14 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     per_token = token_bytes(x, dim)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
     return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
+
+
+def _computed(compute: Compute) -> str:
+    if compute == "auto":
+        return f"about {SHARE:.0%} of the steps"
+    if isinstance(compute, int):
+        return f"{compute} steps of an image"
+    return f"{compute.count(COMPUTED)} of {len(compute)} steps: {compute}"
 
 
 def _human(count: int) -> str:

@@ -87,6 +87,25 @@ class Edits:
         return facts | {f"{name} after them": Sketch.of(x) for name, x in self._last.items()}
 
 
+def telling_of_edits(callback: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+    """`callback`, after which `tell` is called where it edited a tensor that it was handed.
+
+    Waits for the device only where it gave another tensor back, whose contents are compared, and
+    where tensors count no versions (`torch.inference_mode`): less than a step takes.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        handed = _tensors(args) | _tensors(kwargs.values())
+        before = {name: Seen(x) for name, x in handed.items()}
+        result = callback(*args, **kwargs)
+        after = handed | _tensors([result])
+        if any(name not in before or not before[name].again(x) for name, x in after.items()):
+            tell()
+        return result
+
+    return call
+
+
 def _tensors(values: Any) -> dict[str, Tensor]:
     """Those that a callback gets or gives: in a dictionary, or the latents by themselves."""
     found: dict[str, Tensor] = {}

@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from piflux.capture.views import View, view_of
 from piflux.errors import CannotCapture, StepsUnforeseen
-from piflux.integrations.alike import Edits, facts_of
+from piflux.integrations.alike import Edits, facts_of, telling_of_edits
 from piflux.integrations.bands import Bands, MixesRows
 from piflux.integrations.times import shown
 from piflux.policies.step import Foreseen
 from piflux.ranks.agreement import check_agreement
 from piflux.ranks.groups import serves
 from piflux.ranks.processes import ProcessRanks
+from piflux.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+CALLBACKS = ("callback", "callback_on_step_end")
+"""The arguments of pipelines' calls that are called after each step."""
 
 
 def is_pipeline(target: Any) -> bool:
@@ -97,7 +101,8 @@ def refuse_step_caches(model: nn.Module) -> None:
         raise CannotCapture(
             f"{caches[0]} is enabled on this {type(model).__name__}: what it computes changes from "
             "step to step, but piflux captures one graph and runs it in every step. Disable it (in "
-            "diffusers: transformer.disable_cache()); to save time take fewer steps or more ranks"
+            "diffusers: transformer.disable_cache()), and give piflux.parallelize compute='auto', "
+            "which leaves out whole steps"
         )
 
 
@@ -110,6 +115,7 @@ class ParallelPipeline(View):
 
     _piflux_modules: list[Any]
     _piflux_foresees = True
+    _piflux_votes = False  # whether a rank has a callback, which may edit on that rank alone
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
@@ -120,6 +126,11 @@ class ParallelPipeline(View):
         together, edits = False, None
         if group is not None:
             together, edits = _meet(signature, bound.arguments, self._piflux_device(), group)
+        self._piflux_votes = edits is not None
+        if any(runtime.schedule.skips for runtime in self._piflux_runtimes()):
+            _wrap_callbacks(
+                bound.arguments, lambda callback: telling_of_edits(callback, self._piflux_edited)
+            )
         calls = sum(module._piflux_calls for module in self._piflux_modules)
         images = self._piflux_images(bound, together)
         if edits is not None:
@@ -152,10 +163,19 @@ class ParallelPipeline(View):
 
     def _piflux_draw(self, foreseen: Foreseen | None, *args: Any, **kwargs: Any) -> Any:
         with contextlib.ExitStack() as stack:
-            for module in self._piflux_modules:
-                stack.enter_context(module._piflux_compiler.runtime.generation(foreseen))
+            for module, runtime in zip(self._piflux_modules, self._piflux_runtimes(), strict=True):
+                stack.enter_context(runtime.generation(foreseen))
+                runtime.votes = self._piflux_votes
                 type(module)._piflux_unchecked = True
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _piflux_runtimes(self) -> list[Runtime]:
+        return [module._piflux_compiler.runtime for module in self._piflux_modules]
+
+    def _piflux_edited(self) -> None:
+        """A callback may have edited what the next step is of."""
+        for runtime in self._piflux_runtimes():
+            runtime.edits += 1
 
     def _piflux_device(self) -> torch.device:
         """Where the pipeline draws its noise."""
@@ -293,12 +313,10 @@ def _meet(
     """
     defaults = {name: x.default for name, x in signature.parameters.items()}
     check_agreement(facts_of(defaults | arguments), group)
-    callbacks = [
-        name for name in ("callback", "callback_on_step_end") if arguments.get(name) is not None
-    ]
+    calls_back = any(arguments.get(name) is not None for name in CALLBACKS)
     shares = arguments.get("generator") is None
     states = [x.get_state() for x in _defaults(device)] if shares and group.rank() == 0 else []
-    mine = arguments.get("output_type") != "latent", bool(callbacks), states
+    mine = arguments.get("output_type") != "latent", calls_back, states
     everyones: list[Any] = [None] * group.size()
     dist.all_gather_object(everyones, mine, group=group)
     if shares:
@@ -306,13 +324,22 @@ def _meet(
         for generator, state in zip(_defaults(device), everyones[0][2], strict=False):
             generator.set_state(state)
     edits = Edits()
-    for name in callbacks:
-        callback = arguments[name]
-        if hasattr(callback, "tensor_inputs"):  # what pipelines read off diffusers' own callbacks
-            arguments[f"{name}_tensor_inputs"] = callback.tensor_inputs
-        arguments[name] = edits.watching(_apart(callback))
+    _wrap_callbacks(arguments, lambda callback: edits.watching(_apart(callback)))
     pictures, watched = (flags for flags in zip(*[(x, y) for x, y, _ in everyones], strict=True))
     return all(pictures), edits if any(watched) else None
+
+
+def _wrap_callbacks(
+    arguments: dict[str, Any], wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Those of a pipeline's call, in place."""
+    for name in CALLBACKS:
+        callback = arguments.get(name)
+        if callback is None:
+            continue
+        if hasattr(callback, "tensor_inputs"):  # what pipelines read off diffusers' own callbacks
+            arguments[f"{name}_tensor_inputs"] = callback.tensor_inputs
+        arguments[name] = wrap(callback)
 
 
 def _apart(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from piflux.policies.masks import COMPUTED, NEEDED, SKIPPED, Compute, mask_of, read_compute
 
 if TYPE_CHECKING:
     from piflux.memory.slots import Slot
@@ -41,6 +43,8 @@ class Schedule:
             1, moved on by the change between their last two versions.
         compression: of that change, where it is remembered and where 'displaced' sends it: 'none',
             or 'int8', which takes 8 bits a number and a scale for each token and head.
+        compute: which steps are computed, see `piflux.policies.masks`; in the others the
+            prediction is continued along the last computed ones.
 
     Raises:
         ValueError: a field is out of range.
@@ -53,6 +57,7 @@ class Schedule:
     sync: Sync = "gather"
     order: int = 1
     compression: Compression = "none"
+    compute: Compute = "all"
 
     def __post_init__(self) -> None:
         if self.policy not in get_args(PolicyName):
@@ -91,6 +96,7 @@ class Schedule:
                 "compression='int8' is of the change between two versions, of which order=0 "
                 "remembers one: choose order=1, or compression='none'"
             )
+        read_compute(self.compute)
 
     @property
     def kind(self) -> type[Policy]:
@@ -127,17 +133,79 @@ class Schedule:
         steps = self.sync_steps
         return tuple(sorted({0, *(range(steps) if isinstance(steps, int) else steps)}))
 
-    def step(self, index: int) -> Step:
-        """The generation's step `index`, counted from 0."""
+    @property
+    def skips(self) -> bool:
+        """Whether steps may be left out."""
+        return self.compute != "all" and set(str(self.compute)) != {COMPUTED}
+
+    def step(self, index: int, turn: int | None = None) -> Step:
+        """The generation's step `index`, counted from 0, as one that is computed.
+
+        Args:
+            index: the step's.
+            turn: how many were computed before it, by which parts rotate; None: all were.
+        """
         from piflux.policies.step import Step
 
         after = index - self.first_syncs[-1]
         refresh = self.refresh_every is not None and after > 0 and after % self.refresh_every == 0
         sync = not self.kind.remembers or index in self.first_syncs or refresh
-        return Step(index, sync, self.kind.parts(index, self.world_size))
+        parts = self.kind.parts(index if turn is None else turn, self.world_size)
+        return Step(index, sync, parts)
+
+    def steps(self, count: int) -> list[Step]:
+        """Those of an image of so many steps."""
+        unrolled = Unrolled(self, mask_of(self.compute, count) or "")
+        return [unrolled.next(skip=unrolled.may_skip) for _ in range(count)]
 
 
-SETTINGS = ("policy", "sync_steps", "refresh_every", "sync", "order", "compression")
+class Unrolled:
+    """The steps of one stream, one after the other.
+
+    Args:
+        schedule: of the image.
+        mask: which of the image's steps are computed; what comes after it is.
+        begins: at which step of the mask the stream begins.
+    """
+
+    def __init__(self, schedule: Schedule, mask: str = "", begins: int = 0) -> None:
+        self.mask = mask
+        self._schedule = schedule
+        self._begins = begins
+        self._index = self._turn = 0
+        self._due = False
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether the next step is to be left out."""
+        at = self._begins + self._index
+        return self._index >= NEEDED and self.mask[at : at + 1] == SKIPPED
+
+    def next(self, *, skip: bool) -> Step:
+        """The next step, which is left out or computed.
+
+        A rank's part stays until it is computed, and so does what a step was to gather: where a
+        sync step is left out, the next one that is computed is one.
+        """
+        step = self._schedule.step(self._index, self._turn)
+        self._index += 1
+        if skip:
+            self._due |= step.sync
+            return replace(step, computed=False)
+        step = replace(step, sync=step.sync or self._due)
+        self._turn, self._due = self._turn + 1, False
+        return step
+
+
+SETTINGS = (
+    "policy",
+    "sync_steps",
+    "refresh_every",
+    "sync",
+    "order",
+    "compression",
+    "compute",
+)
 """What a schedule's file may hold."""
 
 

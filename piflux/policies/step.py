@@ -30,11 +30,14 @@ class Step:
         index: 0 at the generation's first step.
         sync: whether attention sees every part's keys and values of this very step.
         parts: `parts[rank]` is the part that `rank` computes.
+        computed: whether it is computed at all; else its prediction is continued from earlier
+            ones, and nothing else is done.
     """
 
     index: int
     sync: bool
     parts: tuple[int, ...]
+    computed: bool = True
 
 
 class KeysAndValues(Protocol):

@@ -16,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from piflux.errors import StepsUnforeseen
+from piflux.policies.masks import mask_of
 from piflux.policies.policy import Policy
-from piflux.policies.schedule import Schedule
+from piflux.policies.schedule import Schedule, Unrolled
 from piflux.policies.step import Foreseen, Step, StepContext
 from piflux.ranks.agreement import fingerprint
+from piflux.ranks.groups import serves
 from piflux.ranks.protocol import Ranks
 from piflux.runtime.streams import Roles, Stream, Streams
 
@@ -44,6 +47,9 @@ class Runtime:
         explicit: whether the image under way was opened by `generation`.
         foreseen: what is known of the times of its steps; None if nothing.
         streams: of the image under way.
+        edits: how many of latents by callbacks there were: what was computed before one says
+            nothing of what comes.
+        votes: whether a rank alone may see an edit, so that ranks decide together what to skip.
         notes: what was remarkable when images were drawn, for `piflux.explain`.
     """
 
@@ -53,6 +59,8 @@ class Runtime:
         self.explicit = False
         self.streams = Streams()
         self.foreseen: Foreseen | None = None
+        self.edits = 0
+        self.votes = False
         self.notes: list[str] = []
         self._went_on = False  # whether a stream had a second step since the image began
 
@@ -62,9 +70,9 @@ class Runtime:
         self.policy: Policy = schedule.make_policy()
 
     @property
-    def foresees(self) -> bool:
-        """Whether the times of an image's steps may be known before they come."""
-        return self.foreseen is not None
+    def follows(self) -> bool:
+        """Whether it matters which step of an image a call is, on one rank too."""
+        return self.ranks is not None or self.foreseen is not None or self.schedule.skips
 
     def reset(self) -> None:
         """Forget every stream; the next call is a generation's first step."""
@@ -81,6 +89,7 @@ class Runtime:
             StepsUnforeseen: at the end, if a step's time was another one.
         """
         outer = self.explicit, self.foreseen
+        self.votes = False
         self.streams.begin()
         self.explicit, self.foreseen = True, foreseen
         self._went_on, begun = False, self.streams.calls
@@ -105,12 +114,11 @@ class Runtime:
         remembers = self.ranks is not None and self.policy.remembers
         if not remembers or self._went_on or calls <= MOST_PASSES:
             return
-        self.notes.append(
+        self._note(
             f"an image of {calls} calls had no steady step: no call had the conditions of an "
             "earlier one, so that each was computed in full. Pass what stays the same from step to "
             "step (prompt embeddings, ids) unchanged"
         )
-        log.warning("%s", self.notes[-1])
 
     @contextlib.contextmanager
     def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Call]:
@@ -120,33 +128,108 @@ class Runtime:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
         """
         try:
+            remembers = self.ranks is not None or self.schedule.skips
             stream = self.streams.find(
-                graph, roles, args, explicit=self.explicit, remembers=self.ranks is not None
+                graph, roles, args, explicit=self.explicit, remembers=remembers
             )
-            if self.ranks is not None:
-                self._advance(self.ranks, stream, roles, args)
+            if remembers:
+                self._advance(stream, roles, args)
             self._went_on |= stream.index > 0
-            yield Call(self, stream, self.schedule.step(stream.index))
+            yield Call(self, stream, self._step(stream, roles, args))
         except BaseException:
             self.streams.abandon()
             raise
 
-    def _advance(self, ranks: Ranks, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
+    def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
         """The stream's next step begins."""
+        clocks = roles.pick(roles.clocks, args)
         if not self.explicit or stream.index < 0:
             latents = roles.pick(roles.latents, args)
-            goes_on = not self.explicit and stream.observe(roles.pick(roles.clocks, args), latents)
+            goes_on = not self.explicit and stream.observe(clocks, latents)
             # One rank in doubt is enough: a rank alone in a sync step would wait for ever. Who is
             # sure votes too, so that a rank outside of the others' generation is found out.
-            device = next(iter(roles.inputs(args).values())).device
-            if ranks.any(not goes_on, device):
+            if self._any(not goes_on, _device(roles, args)):
                 self.streams.restart(stream)
         stream.index += 1
-        if self.schedule.predicts:
-            stream.tick(roles.pick(roles.clocks, args))
-        if stream.index == 0:
-            settings = {"schedule": self.schedule, "explicit generation": self.explicit}
-            ranks.agree(fingerprint(settings, roles.inputs(args)))
+        if self.schedule.predicts or self.schedule.skips:
+            stream.tick(clocks)
+        if stream.index > 0:
+            return
+        stream.steps = self._unrolled(clocks)
+        if self.ranks is not None:
+            settings = {
+                "schedule": self.schedule,
+                "explicit generation": self.explicit,
+                "computed steps": stream.steps.mask,
+            }
+            self.ranks.agree(fingerprint(settings, roles.inputs(args)))
+
+    def _any(self, flag: bool, device: torch.device) -> bool:
+        return flag if self.ranks is None else self.ranks.any(flag, device)
+
+    def _unrolled(self, clocks: Sequence[Tensor]) -> Unrolled:
+        """The steps of a stream that begins at these times. May wait for the device."""
+        schedule, compute = self.schedule, self.schedule.compute
+        if not schedule.skips:
+            return Unrolled(schedule)
+        found = place_of(clocks, self.foreseen)
+        if found is None:
+            if isinstance(compute, str) and compute != "auto":
+                return Unrolled(schedule, compute)
+            self._note(
+                f"all steps are computed: how many an image has, of which compute={compute!r} are "
+                "some, was not known. Give piflux.generation the timesteps, or compute= a mask"
+            )
+            return Unrolled(schedule)
+        begins, steps = found
+        mask = mask_of(compute, steps)
+        if mask is None:
+            self._note(
+                f"all steps of an image of {steps} are computed: compute={compute!r} is for one of "
+                f"{len(str(compute))}"
+            )
+        return Unrolled(schedule, mask or "", begins)
+
+    def _step(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> Step:
+        """The step that a call is: computed or left out, on all ranks alike."""
+        if stream.steps is None:
+            return self.schedule.step(0)  # one rank computes every step
+        if stream.edits != self.edits:
+            stream.edits = self.edits
+            stream.continued.forget()
+        skip = stream.steps.may_skip
+        if skip:
+            in_doubt = not stream.continued.is_ready
+            skip = not (self._any(in_doubt, self._host(roles, args)) if self.votes else in_doubt)
+        return stream.steps.next(skip=skip)
+
+    def _host(self, roles: Roles, args: Sequence[Any]) -> torch.device:
+        """Where ranks vote, without waiting for a GPU if their group knows CPUs."""
+        cpu = torch.device("cpu")
+        return cpu if serves(self.ranks, cpu) else _device(roles, args)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+
+def _device(roles: Roles, args: Sequence[Any]) -> torch.device:
+    return next(iter(roles.inputs(args).values())).device
+
+
+def place_of(clocks: Sequence[Tensor], foreseen: Foreseen | None) -> tuple[int, int] | None:
+    """At which of how many announced steps clocks stand; None if they tell no place, or several.
+
+    May wait for the device.
+    """
+    found = set()
+    for clock in clocks:
+        for times in foreseen(clock) if foreseen is not None else ():
+            here = (times[:, None] == clock.reshape(1, -1)).all(dim=1).tolist()
+            if any(here):
+                found.add((here.index(True), len(here)))
+    return found.pop() if len(found) == 1 else None
 
 
 class Call:
@@ -162,7 +245,17 @@ class Call:
         self.step = step
         self._runtime = runtime
 
-    def run(self, step: Callable[[], Result]) -> Result:
+    def run(self, step: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """The step's outputs: computed by `step`, or continued from those of earlier steps."""
+        continued = self.stream.continued
+        if not self.step.computed:
+            return continued.at(self.stream.now)
+        outputs = self._run(step)
+        if self._runtime.schedule.skips:
+            continued.keep(self.stream.now, outputs)
+        return outputs
+
+    def _run(self, step: Callable[[], Result]) -> Result:
         """Run it for each rank that this process computes; returns what the first returned."""
         ranks = self._runtime.ranks
         if ranks is None:

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from piflux.memory.memory import Memory
+from piflux.policies.schedule import Unrolled
+from piflux.runtime.continued import Continued
 from piflux.runtime.times import Times
 
 # Guidance methods make at most three passes a step; a stream that sat out more calls than this is
@@ -89,6 +91,9 @@ class Stream:
         latest: the clocks and the latents of the latest call.
         direction: the way in which the clocks move, 0 as long as they have not.
         tables: products of the time, of all steps where these are known.
+        steps: which part each rank computes at which step.
+        continued: the predictions that others are continued from.
+        edits: how many of latents by callbacks there had been at the latest call.
     """
 
     graph: object
@@ -103,6 +108,9 @@ class Stream:
     latest: tuple[list[Seen], list[Seen]] = ([], [])
     direction: int = 0
     tables: dict[Any, Any] = field(default_factory=dict)
+    steps: Unrolled | None = None
+    continued: Continued = field(default_factory=Continued)
+    edits: int = 0
     _times: Times = field(default_factory=lambda: Times([]))
 
     def note(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
@@ -123,8 +131,11 @@ class Stream:
         return _again(then, now)
 
     def may_be_at(self, latents: Sequence[Tensor]) -> bool:
-        """Whether `is_at` is worth being asked: not if the host would have to wait at each step."""
-        return self.index < 1 or any(
+        """Whether `is_at` is worth being asked: not if the host would have to wait at each step.
+
+        Ids of an image's tokens are latents, too, and the same tensor in each step.
+        """
+        return self.index < 1 or all(
             x is seen.tensor for seen, x in zip(self.latest[1], latents, strict=True)
         )
 
@@ -132,6 +143,7 @@ class Stream:
         """The next step is the first."""
         self.index, self.direction = -1, 0
         self.tables.clear()
+        self.continued.forget()
 
     def tick(self, clocks: Sequence[Tensor]) -> None:
         """A step begins at these clocks."""

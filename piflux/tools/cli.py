@@ -112,6 +112,7 @@ def generate(
     sync: options.SyncOption = "gather",
     order: options.OrderOption = 1,
     compression: options.CompressionOption = "none",
+    compute: options.ComputeOption = "all",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default: the pipeline's own number.")
     ] = None,
@@ -144,7 +145,12 @@ def generate(
         raise typer.BadParameter(f"--seed {seed}: the last of {len(texts)} seeds is beyond 64 bits")
     options.check_model(model)
     known_steps = steps or (28 if model == "demo" else None)
-    others = {"sync": sync, "order": order, "compression": compression}
+    others = {
+        "sync": sync,
+        "order": order,
+        "compression": compression,
+        "compute": compute,
+    }
     settings = options.settings(policy, sync_steps, refresh_every, known_steps, **others)
     if policy == "auto":
         options.flux_config(model)  # known to be one whose steps can be counted
@@ -239,6 +245,7 @@ def explain(
     ] = "gather",
     order: options.OrderOption = 1,
     compression: options.CompressionOption = "none",
+    compute: options.ComputeOption = "all",
     steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
     link: Annotated[
@@ -264,7 +271,12 @@ def explain(
             "--policy auto is chosen by what several ranks send each other: give --ranks 2 or "
             "more, and with --link the GB/s that one sends, which piflux doctor measures"
         )
-    others = {"sync": sync, "order": order, "compression": compression}
+    others = {
+        "sync": sync,
+        "order": order,
+        "compression": compression,
+        "compute": compute,
+    }
     settings = options.settings(policy, sync_steps, refresh_every, steps, **others)
     side = options.default_side(model)
     width, height = options.size(size) or (side, side)

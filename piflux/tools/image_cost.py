@@ -33,9 +33,9 @@ class Cost:
     def of(
         cls, schedule: Schedule, steps: int, one_s: float, sync_s: float, steady_s: float
     ) -> Cost:
-        """Of an image of so many steps."""
-        syncs = sum(schedule.step(index).sync for index in range(steps))
-        mean_s = (syncs * sync_s + (steps - syncs) * steady_s) / steps
+        """Of an image of so many steps, of which those that are skipped cost nothing."""
+        computed = [step for step in schedule.steps(steps) if step.computed]
+        mean_s = sum(sync_s if step.sync else steady_s for step in computed) / steps
         return cls(one_s, sync_s, steady_s, mean_s)
 
 

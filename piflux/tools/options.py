@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
+from piflux.policies.masks import read_compute
 from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
 from piflux.tools.launch import cores, is_joined
 
@@ -53,6 +54,10 @@ OrderOption = Annotated[
 ]
 CompressionOption = Annotated[
     Literal["none", "int8"], typer.Option(help="Of the changes that prediction remembers.")
+]
+ComputeOption = Annotated[
+    str,
+    typer.Option(help="Steps that are computed: all, auto, how many, or a mask: xxxx.x.x."),
 ]
 GuidanceOption = Annotated[
     float | None, typer.Option(callback=finite, help="Its scale. Default: the pipeline's.")
@@ -98,7 +103,7 @@ def settings(
         sync_steps: None for the default.
         refresh_every: likewise.
         steps: of an image, where that is known.
-        others: `sync`, `order` and `compression`.
+        others: `sync`, `order`, `compression` and `compute`.
     """
     given: dict[str, Any] = {
         "policy": policy,
@@ -107,6 +112,7 @@ def settings(
         **others,
     }
     try:
+        given["compute"] = read_compute(setting(str(given.get("compute", "all"))))
         if policy.endswith(".json"):
             given |= read_settings(policy)
         Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
