@@ -55,7 +55,7 @@ ROWS: dict[str, dict[str, Any]] = {
 VARIANT = "rotate"
 """The row of steps.json whose steps are taken: `rotate` with its defaults."""
 
-OTHER = ("piflux-1-fp8",)
+OTHER = ("piflux-1-fp8", "piflux-1-18")
 """Rows of one rank that compute something else."""
 
 EXCHANGE = "_exchange"

@@ -110,7 +110,10 @@ def test_rows_on_cpu_ranks(tmp_path):
     ("row", "policy", "settings"),
     [
         ("gather", "gather", {}),
+        ("gather-18", "gather", {"compute": 18}),
         ("rotate", "rotate", {}),
+        ("rotate-18", "rotate", {"compute": 18}),
+        ("piflux-1-18", "rotate", {"compute": 18}),
         ("rotate-recompute", "rotate", {"sync": "recompute"}),
         ("rotate-int8", "rotate", {"compression": "int8"}),
         ("displaced", "displaced", {}),
