@@ -68,12 +68,9 @@ def virtual() -> "Callable[..., list[Any]]":
     `fn(rank, group, *args)` runs once, for all of them; the list has its one result. They run what
     real ranks run, and a model is captured and compiled once: for all that isn't about processes.
     """
-    import piflux
+    from ranks import virtual
 
-    def run(n: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
-        return [fn(0, piflux.virtual_ranks(n), *args)]
-
-    return run
+    return virtual
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+import piflux
+
 # For a log that nobody reads Dynamo measures each capture's guards, on caches that it first fills
 # with 32 MB of something else.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
@@ -186,6 +188,12 @@ class Ranks:
         with Pool(n) as pool:
             return _succeeded(pool.run(n, fn, *args, timeout=timeout))
 
+    def launch(self, n: int, fn, *args, timeout: float = 120) -> list:
+        """`fn(*args)` on n ranks that are as torchrun starts them, in no group yet."""
+        with Pool(n, joined=False) as pool:
+            job = (_launched, n, free_port(), fn, args)
+            return _succeeded(pool.run(n, *job, timeout=timeout))
+
     def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
         """The same for jobs meant to fail: each rank's Failure, None where it succeeded."""
         outcomes = self._run(n, fn, *args, timeout=timeout)
@@ -209,11 +217,28 @@ class Ranks:
         self._pool = None
 
 
+def virtual(n: int, fn, *args) -> list:
+    """The same on ranks of this process: `fn(0, group, *args)` runs once, for all of them."""
+    return [fn(0, piflux.virtual_ranks(n), *args)]
+
+
 def _succeeded(outcomes: list) -> list:
     failed = {rank: got for rank, got in enumerate(outcomes) if isinstance(got, Failure)}
     if failed:
         raise RanksFailed(_tell(failed))
     return outcomes
+
+
+def _launched(rank: int, group: None, world: int, port: int, fn, args):
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return fn(*args)
 
 
 def free_port() -> int:

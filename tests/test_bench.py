@@ -1,7 +1,6 @@
 """The benchmark on CPU ranks: rows, the floor, what it writes."""
 
 import json
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -89,12 +88,17 @@ def test_rows_of_other_models(model, row):
     assert min(result.step_ms) > 0
 
 
-def test_rows_on_cpu_ranks(tmp_path):
-    command = [sys.executable, "-m", "piflux", "bench", "--row=eager", "--row=rotate"]
-    command += ["--height=128", "--width=128", "--steps=3", "--images=1", f"--out={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "No CUDA device" in done.stdout
+def test_rows_on_cpu_ranks(ranks, monkeypatch, tmp_path):
+    """A row's own processes are below."""
+    monkeypatch.setattr(
+        "piflux.tools.bench.bench.launch", lambda job, n, *args: ranks.launch(n, job, *args)[0]
+    )
+    arguments = ["--row=eager", "--row=rotate", "--height=128", "--width=128", "--steps=3"]
+    arguments += ["--images=1", f"--out={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["piflux", "bench", *arguments])
+    done = CliRunner().invoke(cli.app, ["bench", *arguments])
+    assert done.exit_code == 0, done.output
+    assert "No CUDA device" in done.output
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["command"].startswith("piflux bench --row=eager --row=rotate --height=128")
     assert record["versions"]["diffusers"] == version("diffusers")

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.cost.cost import Choice, Rates
-from piflux.demo import demo_file
+from piflux.demo import demo_file, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave, RankFailed
 from piflux.tools import cli, options
 from piflux.tools import generate as work
@@ -58,6 +58,7 @@ def words(result):
 # ---------------------------------------------------------------------------------------- generate
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_one_rank_draws_a_picture_that_says_what_it_is(tmp_path):
     out = tmp_path / "apple.png"
     result = invoke("generate", "rose, flat style", "--ranks=1", *SMALL, "--seed=7", f"--out={out}")
@@ -71,14 +72,33 @@ def test_one_rank_draws_a_picture_that_says_what_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["apple.png"]
 
 
+def drawn_by_few_blocks(request):
+    """As `generate`, with three of the demo's ten blocks."""
+    pipe = demo_pipeline()
+    transformer = pipe.transformer
+    transformer.transformer_blocks = transformer.transformer_blocks[:1]
+    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:2]
+    transformer.register_to_config(num_layers=1, num_single_layers=2)
+    with mock.patch.object(work, "demo_pipeline", return_value=pipe):
+        return work.generate(request)
+
+
 @on_cpu
-def test_two_ranks_draw_several_prompts(tmp_path):
+def test_two_ranks_draw_several_prompts(ranks, monkeypatch, tmp_path):
+    """How ranks are launched is below."""
+
+    def launch(job, count, request):
+        assert job is work.generate
+        first, second = ranks.launch(count, drawn_by_few_blocks, request)
+        assert second is None
+        return first
+
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("camera\n\nrose, 3d style\n")
-    command = [*COMMAND, "generate", f"--prompts={prompts}", "--ranks=2", "--policy=auto", "--json"]
-    command += [*SMALL, f"--out={tmp_path / 'x.png'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(cli, "launch", launch)
+    options = ["--ranks=2", "--policy=auto", "--json", *SMALL, f"--out={tmp_path / 'x.png'}"]
+    done = invoke("generate", f"--prompts={prompts}", *options)
+    assert done.exit_code == 0, done.output
     record = json.loads(done.stdout)
     assert record["ranks"] == 2
     assert record["settings"]["policy"] in ("gather", "displaced", "rotate")
@@ -122,15 +142,11 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_rank_that_fails_is_quoted():
-    said = r"^rank [01] failed: ValueError: on purpose \(failing.py:\d+, in fails\); under torch"
-    with pytest.raises(RankFailed, match=said):
-        launch(failing.fails, 2)
-
-
-def test_other_processes_of_the_program_are_left_alone():
+    """Other processes of the program are left alone."""
     other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     other.start()
-    with pytest.raises(RankFailed):
+    said = r"^rank [01] failed: ValueError: on purpose \(failing.py:\d+, in fails\); under torch"
+    with pytest.raises(RankFailed, match=said):
         launch(failing.fails, 2)
     assert other.is_alive()
     other.kill()
@@ -139,7 +155,7 @@ def test_other_processes_of_the_program_are_left_alone():
 
 def test_a_rank_that_says_what_to_do_is_quoted_alone():
     with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
-        launch(failing.says, 2)
+        launch(failing.says, 1)
 
 
 def test_one_rank_is_interrupted(monkeypatch, tmp_path):
@@ -364,6 +380,7 @@ def test_loras_are_added_with_their_scales(tmp_path):
         add_loras(pipe, ((str(tmp_path / "bad.safetensors"), 1.0),))
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_several_pictures_at_once(tmp_path):
     """The second is the one that its seed gives alone."""
     small = ["rose, flat style", "--ranks=1", "--steps=2", "--size=64x64", "--json"]

@@ -5,7 +5,6 @@ what real ones run. Real ones, over gloo, are where processes are what is tested
 which bits, who may differ from the others, and where a group comes from.
 """
 
-import os
 import shutil
 from functools import partial
 from importlib import metadata
@@ -27,7 +26,6 @@ from models import (
 )
 from oracle import Oracle, window
 from peft import LoraConfig, get_peft_model_state_dict
-from ranks import Pool, free_port
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -108,9 +106,11 @@ def test_gather_with_3d_ids(virtual):
 
 
 def test_gather_of_sd3(virtual):
-    """Patchify and unpatchify lie inside the model, with another order of segments."""
-    cases = [sd3_inputs(), sd3_inputs(image_hw=(4, 5), text=77, batch=2)]
-    judge_gather(virtual, 2, tiny_sd3, cases)
+    """Patchify and unpatchify lie inside the model, with another order of segments.
+
+    At several sizes it is judged with the other models.
+    """
+    judge_gather(virtual, 2, tiny_sd3, [sd3_inputs(image_hw=(4, 5), text=77, batch=2)])
 
 
 def test_gather_with_control(virtual):
@@ -199,10 +199,10 @@ def returned(rank, group):
     )
 
 
-def test_return_dict_both_ways_and_the_original_untouched(ranks):
+def test_return_dict_both_ways_and_the_original_untouched(virtual):
     """Parallelizing leaves the target a one-rank model of its own; no gradients are kept."""
     want = exact(tiny_flux(), flux_inputs())
-    for *images, requires_grad in ranks(2, returned):
+    for *images, requires_grad in virtual(2, returned):
         assert_equal([images], [want] * 3)
         assert requires_grad is False
 
@@ -223,24 +223,19 @@ def with_lora(model):
     return model
 
 
-def lora_before(rank, group):
-    model = with_lora(tiny_flux())
-    parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
-    halved = {"joint_attention_kwargs": {"scale": 0.5}}
-    return [sample(parallel)(**flux_inputs()), sample(parallel)(**flux_inputs(), **halved)]
-
-
-def lora_after(rank, group, weights):
+@captured_once()
+def lora_loaded(rank, group, weights):
     parallel = piflux.parallelize(tiny_flux(), group=group, policy="gather", inner="eager")
     plain = sample(parallel)(**flux_inputs())
     parallel.load_lora_adapter(weights, prefix="transformer")
     loaded = sample(parallel)(**flux_inputs())
+    halved = sample(parallel)(**flux_inputs(), joint_attention_kwargs={"scale": 0.5})
     parallel.disable_lora()
-    return [plain, loaded, sample(parallel)(**flux_inputs())]
+    return [plain, loaded, halved, sample(parallel)(**flux_inputs())]
 
 
-def test_lora_loaded_before_and_after(virtual):
-    """An adapter counts from the call after it was loaded, at its scale, until it is disabled."""
+def test_a_lora_counts_from_the_call_after_it_was_loaded(virtual):
+    """At its scale, until it is disabled. One that was there before is judged with pipelines."""
     model, inputs = with_lora(tiny_flux()), flux_inputs()
     plain, loaded = exact(tiny_flux(), inputs), exact(model, inputs)
     halved = exact(model, inputs | {"joint_attention_kwargs": {"scale": 0.5}})
@@ -248,8 +243,7 @@ def test_lora_loaded_before_and_after(virtual):
     weights = {
         f"transformer.{name}": value for name, value in get_peft_model_state_dict(model).items()
     }
-    assert_equal(virtual(2, lora_before), [loaded, halved])
-    assert_equal(virtual(2, lora_after, weights), [plain, loaded, plain])
+    assert_equal(virtual(2, lora_loaded, weights), [plain, loaded, halved, plain])
 
 
 # -------------------------------------------------------------------------- rotate and displaced
@@ -280,7 +274,7 @@ def judge_image(ranks, n, build, inputs, options, *, job=drawn, tolerance=EXACT)
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
 def test_four_ranks_equal_the_oracle(ranks, policy):
     """35 image and 13 text tokens: both overlap where parts meet."""
-    judge_image(ranks, 4, partial(tiny_flux, double=2), flux_inputs(), {"policy": policy})
+    judge_image(ranks, 4, tiny_flux, flux_inputs(), {"policy": policy})
 
 
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
@@ -591,24 +585,14 @@ def test_one_rank_without_torchrun_is_the_model():
     assert_equal([list(denoise(sample(model), flux_inputs(), 3))], want)
 
 
-def launched(rank, group, world, port):
-    """As torchrun starts a script: an environment, and no process group yet."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+@captured_once()
+def launched():
     model = piflux.parallelize(tiny_flux(), policy="gather", inner="eager")
     return [sample(model)(**flux_inputs())], dist.get_backend(), dist.get_world_size()
 
 
-def test_torchrun_environment_starts_the_group():
-    with Pool(2, joined=False) as pool:
-        results = pool.run(2, launched, 2, free_port(), timeout=60)
-    for images, backend, world in results:
+def test_torchrun_environment_starts_the_group(ranks):
+    for images, backend, world in ranks.launch(2, launched):
         assert_equal([images], [exact(tiny_flux(), flux_inputs())])
         assert (backend, world) == ("gloo", 2)
 
