@@ -102,6 +102,7 @@ class Case:
         name: what is drawn.
         images: draws it in a studio, in one image or several.
         ranks: the numbers of ranks that it is drawn on.
+        processes: whether they are processes, else ranks of one.
         error: the key part of the message that it fails with; empty if it is supported.
         late: graphs that steps after the first of an image compile, all of them in one image.
         remark: what else the row says.
@@ -110,13 +111,14 @@ class Case:
     name: str
     images: Callable[[Studio], None]
     ranks: tuple[int, ...] = (2,)
+    processes: bool = False
     error: str = ""
     late: int = 0
     remark: str = ""
 
 
 @captured_once()
-def on_ranks(rank: int, group: Any, name: str) -> dict[str, list[Drawn] | Failure]:
+def drawn_on(rank: int, group: Any, name: str) -> dict[str, list[Drawn] | Failure]:
     """A case's images by policy, or what it failed with."""
     return {policy: attempt(CASES[name], policy, group) for policy in ("gather", "rotate")}
 
@@ -583,12 +585,12 @@ def pyramid_attention_broadcast() -> diffusers.PyramidAttentionBroadcastConfig:
 
 
 FLUX_1 = (
-    Case("FLUX.1-dev", dev),
+    Case("FLUX.1-dev", dev, processes=True),
     Case("FLUX.1-schnell", schnell, ranks=(2, 3)),
     Case("FLUX.1-dev, two resolutions", other_sizes),
     Case("FLUX.1-dev, negative prompt (true CFG)", true_guidance),
     Case("FLUX.1-dev, image to image", image_to_image),
-    Case("FLUX.1-dev, image to image with `from_pipe`", from_pipe),
+    Case("FLUX.1-dev, image to image with `from_pipe`", from_pipe, processes=True),
     Case("FLUX.1-dev, inpainting", inpaint),
     Case("FLUX.1 Fill", fill),
     Case("FLUX.1 Control", control),
@@ -613,7 +615,7 @@ FLUX_1 = (
     Case("FLUX.1-dev, IP-Adapter", ip_adapter),
     Case("FLUX.1-dev, IP-Adapter loaded later", late_ip_adapter),
     Case("FLUX.1-dev, LoRA", lora_before),
-    Case("FLUX.1-dev, LoRA loaded later", lora_after),
+    Case("FLUX.1-dev, LoRA loaded later", lora_after, processes=True),
     Case("FLUX.1-dev, LoRAs swapped between images", loras_swapped),
     Case("FLUX.1-dev, LoRA fused", lora_fused),
     Case(
@@ -625,6 +627,7 @@ FLUX_1 = (
     Case(
         "FLUX.1-dev, First Block Cache enabled later",
         partial(step_cache, diffusers.FirstBlockCacheConfig, late=True),
+        processes=True,
         error="FirstBlockCacheConfig is enabled",
     ),
     Case(
@@ -968,7 +971,7 @@ OTHERS = (
     Case("Z-Image", z_image),
     Case("Z-Image, negative prompt", guided_z_image),
     Case("PixArt-Sigma", pixart_sigma),
-    Case("Wan 2.1, text to video", wan_text_to_video),
+    Case("Wan 2.1, text to video", wan_text_to_video, processes=True),
     Case(
         "Wan 2.2, two experts",
         wan_experts,

@@ -1,4 +1,4 @@
-"""Real diffusers pipelines over real ranks, and the table of what is supported.
+"""Real diffusers pipelines over several ranks, and the table of what is supported.
 
 `docs/support.md` says for each pipeline of `pipelines.CASES` what came of it here, and a row that
 says anything else fails. `python tests/test_pipelines.py --write` writes it anew.
@@ -7,29 +7,31 @@ says anything else fails. `python tests/test_pipelines.py --write` writes it ane
 import argparse
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from pipelines import CASES, Case, Drawn, on_ranks, plainly
-from ranks import Failure, Ranks
+from pipelines import CASES, Case, Drawn, drawn_on, plainly
+from ranks import Failure, Ranks, virtual
 
 from piflux.errors import PifluxError
 
 TABLE = Path(__file__).parents[1] / "docs" / "support.md"
 EXACT = 1e-4
 UNLIKE = 0.2  # mean difference of pixels; that of two independent noise pictures is 1/3
-TIMEOUT = 120
 
 HEAD = """\
 # What is supported
 
 Each row is a pipeline of diffusers, built tiny with random weights and run through its own
-`__call__` over real processes by `tests/test_pipelines.py`, which fails if a row says anything else
-than what it found. `python tests/test_pipelines.py --write` writes this file.
+`__call__` by `tests/test_pipelines.py`, which fails if a row says anything else than what it found.
+Its ranks share one process, or are processes where the row says so. `python
+tests/test_pipelines.py --write` writes this file.
 
 - `gather`: how far any pixel or latent is from the untouched pipeline's on one rank, in fp32, with
   pixels between 0 and 1 and latents of unit size.
@@ -115,17 +117,21 @@ def assert_rotated(
     assert sum(late) == allowed, f"graphs compiled by each step's end: {[x.graphs for x in images]}"
 
 
-def found(ranks: Ranks, case: Case) -> Row:
+Run = Callable[..., list[Any]]
+"""The fixture `virtual`, or `ranks`."""
+
+
+def found(run: Run, case: Case) -> Row:
     """Runs a case and judges it."""
     wanted = plainly(case.name)
     for one, other in pairwise(wanted):
         assert one.pixels.shape != other.pixels.shape or distance(one.pixels, other.pixels) > 1e-3
     errors, statuses = [], set()
     for n in case.ranks:
-        results = ranks(n, on_ranks, case.name, timeout=TIMEOUT)
+        results = run(n, drawn_on, case.name)
         failures = [x for result in results for x in result.values() if isinstance(x, Failure)]
         if failures:
-            assert len(failures) == 2 * n, failures
+            assert len(failures) == 2 * len(results), failures
             assert case.error and all(case.error in f.message for f in failures), failures
             statuses |= {"refused" if f.isa(PifluxError) else "fails" for f in failures}
             continue
@@ -138,7 +144,8 @@ def found(ranks: Ranks, case: Case) -> Row:
         statuses.add(f"runs, {case.late} compiled late" if case.late else "runs")
     (status,) = statuses
     remark = "; ".join(filter(None, [f"`{case.error}`" if case.error else "", case.remark]))
-    return Row(", ".join(map(str, case.ranks)), bound(errors) if errors else status, status, remark)
+    count = ", ".join(map(str, case.ranks)) + (" processes" if case.processes else "")
+    return Row(count, bound(errors) if errors else status, status, remark)
 
 
 def bound(errors: list[float]) -> str:
@@ -153,8 +160,9 @@ def rows() -> dict[str, Row]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_does_what_the_table_says(ranks, name):
-    row = found(ranks, CASES[name])
+def test_a_pipeline_does_what_the_table_says(request, name):
+    case = CASES[name]
+    row = found(request.getfixturevalue("ranks" if case.processes else "virtual"), case)
     assert name in rows(), "write the table: python tests/test_pipelines.py --write"
     assert rows()[name].statuses() == row.statuses()
 
@@ -171,6 +179,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     pools = Ranks()
     try:
-        TABLE.write_text(written({name: found(pools, case) for name, case in CASES.items()}))
+        rows = {
+            name: found(pools if case.processes else virtual, case) for name, case in CASES.items()
+        }
+        TABLE.write_text(written(rows))
     finally:
         pools.close()
