@@ -780,7 +780,7 @@ def klein_2_kv(studio: Studio) -> None:
 FLUX_2 = (
     Case("FLUX.2-dev", dev_2, ranks=(2, 3)),
     Case("FLUX.2-dev, two reference pictures", dev_2_edit),
-    Case("FLUX.2 Klein", klein_2),
+    Case("FLUX.2 Klein", klein_2, processes=True),
     Case("FLUX.2 Klein base, classifier-free guidance", klein_2_base),
     Case("FLUX.2 Klein, reference picture", klein_2_edit),
     Case("FLUX.2 Klein, inpainting", klein_2_inpaint),

@@ -30,8 +30,8 @@ HEAD = """\
 
 Each row is a pipeline of diffusers, built tiny with random weights and run through its own
 `__call__` by `tests/test_pipelines.py`, which fails if a row says anything else than what it found.
-Its ranks share one process, or are processes where the row says so. `python
-tests/test_pipelines.py --write` writes this file.
+Its ranks share one process, or are processes where the row says so; only those decode in bands.
+`python tests/test_pipelines.py --write` writes this file.
 
 - `gather`: how far any pixel or latent is from the untouched pipeline's on one rank, in fp32, with
   pixels between 0 and 1 and latents of unit size.
