@@ -141,6 +141,7 @@ def sync(slot, value, *, alone=False, alike=False):
         for x, y in zip(first, kv(value), strict=True):
             x.copy_(y)
 
+    slot.begin_step(first=alone, sync=True, alike=alike)
     slot.replace(write, (5,), (0, 1), first=alone, alike=alike)
 
 
@@ -188,7 +189,6 @@ def test_what_is_on_its_way_lands_before_what_comes():
     slot = slot_of(1, Ages((5,), at(4)))
     pieces = [(x[..., :3, :], x[..., 2:, :]) for x in kv(5)]
     slot.packet = Arrived(*pieces)
-    slot.begin_step()
     sync(slot, 9, alike=True)
     assert (tokens(slot.first), tokens(slot.second)) == ([9] * 5, [5] * 5)
 

@@ -47,7 +47,7 @@ class ChangeSlot(Slot):
         """See `Slot.change_bytes`."""
         return row_bytes(width)
 
-    def begin_step(self) -> None:
+    def begin_step(self, *, first: bool, sync: bool, alike: bool) -> None:
         """See `Slot.begin_step`. Changes land where they are; the version is moved on by them."""
 
     def _make_room(self, newer: Tensor | None = None) -> None:
@@ -78,7 +78,12 @@ class ChangeSlot(Slot):
         ]
 
     def land(
-        self, lengths: Sequence[int], parts: Sequence[int], recorder: Recorder = at_once
+        self,
+        lengths: Sequence[int],
+        parts: Sequence[int],
+        recorder: Recorder = at_once,
+        *,
+        before_another: bool = False,
     ) -> None:
         """See `Slot.land`."""
         arrived = self._arrived(recorder)

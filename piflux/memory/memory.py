@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -27,12 +28,12 @@ class Memory:
 
     Attributes:
         slots: by rank and attention.
-        made: how many slots were made: recordings know their addresses.
+        made: by rank, how many slots were made: recordings know their addresses.
     """
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], Slot] = {}
-        self.made = 0
+        self.made: Counter[int] = Counter()
         self._ages: dict[Key, Ages] = {}
         self._places: dict[tuple[int, tuple[int, ...], torch.device], Places] = {}
         self._kept: dict[object, Any] = {}
@@ -46,9 +47,17 @@ class Memory:
             self._kept[owner] = make()
         return cast(Kept, self._kept[owner])
 
-    def standing(self, rank: int) -> tuple[object, ...]:
+    def standing(self, rank: int) -> tuple[tuple[object, ...], ...]:
         """State kept in Python, not in tensors, of a rank's slots; see `Slot.standing`."""
-        return tuple(slot.standing for (whose, _), slot in self.slots.items() if whose == rank)
+        return tuple(slot.standing for slot in self._slots_of(rank))
+
+    def stand(self, rank: int, standing: Sequence[tuple[object, ...]]) -> None:
+        """Take up a former `standing` of the same step, of as many slots."""
+        for slot, then in zip(self._slots_of(rank), standing, strict=True):
+            slot.stand(then)
+
+    def _slots_of(self, rank: int) -> list[Slot]:
+        return [slot for (whose, _), slot in self.slots.items() if whose == rank]
 
     def slot(
         self,
@@ -72,7 +81,7 @@ class Memory:
         slot = self.slots.get((rank, number))
         if slot is None or not slot.fits(fresh, tokens):
             slot = self.slots[rank, number] = kind.like(fresh, tokens, ages)
-            self.made += 1
+            self.made[rank] += 1
         return slot
 
     def packet(self, ranks: Ranks, like: Sequence[Tensor]) -> Packet:
@@ -141,9 +150,8 @@ class Memory:
             sync: whether it computes all tokens.
             own: whether other steps remember the rank's part alone; else all, as they arrive.
         """
-        for (whose, _), slot in self.slots.items():
-            if whose == rank:
-                slot.begin_step()
+        for slot in self._slots_of(rank):
+            slot.begin_step(first=first, sync=sync, alike=not own)
         for (whose, _, _), places in self._places.items():
             if whose == rank:
                 places.turn(part)

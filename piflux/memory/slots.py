@@ -79,10 +79,30 @@ class Slot:
         was made under."""
         return self.first[0].data_ptr(), self.under_way
 
-    def begin_step(self) -> None:
-        """Before a step: what is on its way is to land as the first version."""
-        if self.under_way:
-            self._make_room()
+    def stand(self, standing: tuple[object, ...]) -> None:
+        """Take up a former `standing` of the same step."""
+        if self.packet is not None:
+            self.packet.under_way = bool(standing[1])
+
+    def begin_step(self, *, first: bool, sync: bool, alike: bool) -> None:
+        """Before a step: the two versions change places, or not, so that none is moved.
+
+        They do so here and nowhere else, since a recorded step runs no Python.
+
+        Args:
+            first: whether nothing is remembered from before it. Then the versions stand as they
+                were made, so that all images find them alike.
+            sync: whether the step brings a new version of all tokens.
+            alike: whether the first version is the newer one of every token.
+        """
+        if not self.second:
+            return
+        if first:
+            self.first, self.second = [x[0] for x in self.both], [x[1] for x in self.both]
+        elif alike and self.under_way != sync:
+            # What is on its way is to land as the first version, or, before a new one, as the
+            # second; where nothing is, the new one is to be written over the older of both.
+            self.first, self.second = self.second, self.first
 
     def replace(
         self,
@@ -92,12 +112,13 @@ class Slot:
         *,
         first: bool,
         alike: bool,
+        recorder: Recorder = at_once,
     ) -> list[Tensor]:
         """All tokens have a new version. Returns it: keys and values.
 
         In this order: what is on its way lands; the version before makes room; the new one is
-        written; where it is all that is known, it stands for both. The ages have advanced to this
-        step before, see `Memory.advance`.
+        written; where it is all that is known, it stands for both. The step has begun before, for
+        the ages too, see `Memory.advance`.
 
         Args:
             write: puts the new version into the tensors that it is given.
@@ -105,8 +126,9 @@ class Slot:
             parts: the part that each rank computed in the step before.
             first: whether the new version is all that is known.
             alike: whether the first version was the newer one of every token.
+            recorder: takes up what can't be recorded.
         """
-        self.land(lengths, parts)
+        self.land(lengths, parts, recorder, before_another=not first)
         if self.ages is not None and not first:
             self._make_room(None if alike else self.ages.was)
         write(self.first)
@@ -118,11 +140,10 @@ class Slot:
         """Before the keys and values of all tokens are written as the first version.
 
         Args:
-            newer: whether the first was each token's newer version; None: it was for all.
+            newer: whether the first was each token's newer version; None: it was for all, and
+                the versions stand as `begin_step` has them.
         """
-        if self.second and newer is None:
-            self.first, self.second = self.second, self.first
-        elif newer is not None:
+        if newer is not None:
             for first, second in zip(self.first, self.second, strict=True):
                 torch.where(newer[:, None], first, second, out=second)
 
@@ -183,7 +204,12 @@ class Slot:
         return fresh
 
     def land(
-        self, lengths: Sequence[int], parts: Sequence[int], recorder: Recorder = at_once
+        self,
+        lengths: Sequence[int],
+        parts: Sequence[int],
+        recorder: Recorder = at_once,
+        *,
+        before_another: bool = False,
     ) -> None:
         """What was sent in the last step has arrived, or is waited for: the first version.
 
@@ -191,8 +217,11 @@ class Slot:
             lengths: of the segments whose tokens these are.
             parts: the part that each rank computed then.
             recorder: takes up what can't be recorded.
+            before_another: whether a new version of all tokens follows: then it is the second, if
+                two are remembered.
         """
-        for x, pieces in zip(self.first, self._arrived(recorder), strict=False):
+        version = (before_another and self.second) or self.first
+        for x, pieces in zip(version, self._arrived(recorder), strict=False):
             join(pieces, parts, -2, lengths, x)
 
     def _arrived(self, recorder: Recorder) -> Sequence[Sequence[Tensor]]:

@@ -27,8 +27,9 @@ class Displaced(Remembering):
         return super().held_bytes(token, tokens, part, world_size) + under_way
 
     def recording_key(self, step: Step, *, gathers: bool) -> Hashable | None:
-        # In a sync step the two versions of the caches change places.
-        return None if step.sync else ()
+        if not step.sync:
+            return ()
+        return (step.index == 0,) if gathers else None
 
     def steady(
         self, context: StepContext, slot: Slot, fresh: Sequence[Tensor], lengths: tuple[int, ...]

@@ -60,5 +60,10 @@ class Remembering(Policy):
         known = memory.ages(context.rank, lengths, ages) if self.predicts else None
         kept = memory.slot(context.rank, slot, fresh, sum(lengths), self.slots, known)
         return kept.replace(
-            write, lengths, step.parts, first=step.index == 0, alike=not self.rotates
+            write,
+            lengths,
+            step.parts,
+            first=step.index == 0,
+            alike=not self.rotates,
+            recorder=context.recorder,
         )

@@ -36,6 +36,9 @@ TURNS = False
 CUDA graphs that went wrong on two H200 (2026-11-29, torch 2.11): wrong pictures with one pool of
 memory for all of them, failed recordings with a pool for each. What they show is no speed."""
 
+EARLY = 3
+"""Streams whose steps are recorded in their first image: as many as guidance has passes a step."""
+
 Head = Callable[..., Sequence[Any]]
 KeyOf = Callable[[StepContext], Hashable | None]
 
@@ -47,12 +50,12 @@ class RecordingKey(NamedTuple):
         rank: whose part is computed.
         kind: of step, as the policy has it.
         standing: of the rank's slots; see `Memory.standing`.
-        made: of the memory, so that no recording outlives the slots that it knows.
+        made: slots of the rank, so that no recording outlives those that it knows.
     """
 
     rank: int
     kind: Hashable
-    standing: Hashable
+    standing: tuple[tuple[object, ...], ...]
     made: int
 
 
@@ -100,19 +103,23 @@ class _Replay:
 class _Recordings:
     """What one memory keeps of a head.
 
+    Args:
+        early: whether to record each kind of step the first time that it comes.
+
     Attributes:
-        seen: by key, what was the same at the last step that was not recorded.
+        seen: by key, where its arguments were at the last step that was not recorded.
         replays: by key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, early: bool) -> None:
+        self.early = early
         self.seen: dict[RecordingKey, Any] = {}
         self.replays: dict[RecordingKey, _Replay] = {}
 
-    def forget_older(self, made: int) -> None:
-        """What was recorded before the last slot was made has another one's address."""
+    def forget_older(self, rank: int, made: int) -> None:
+        """What was recorded before the rank's last slot was made has another one's address."""
         for kept in (self.seen, self.replays):
-            for key in [key for key in kept if key.made != made]:
+            for key in [key for key in kept if key.rank == rank and key.made != made]:
                 del kept[key]
 
 
@@ -131,7 +138,8 @@ class Recorded:
         self._kind = kind
         self._fixed: _Fixed | None = None
         self._site: Site | None = None
-        self._failed: set[Hashable] = set()  # kinds of steps
+        self._memories = 0
+        self._failed: dict[Hashable, bool] = {}  # kinds of steps, and whether they are sync
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         context = current()
@@ -141,30 +149,62 @@ class Recorded:
         if self._fixed is None:
             self._fixed = _Fixed(args, self._moving)
         memory, fixed = context.memory, self._fixed.key(args)
-        recordings = memory.kept(self, _Recordings)
-        recordings.forget_older(memory.made)
-        key = RecordingKey(context.rank, kind, memory.standing(context.rank), memory.made)
-        if recordings.seen.get(key) != fixed:
-            # Only what is the same twice in a row, so that nothing is recorded at each call. The
-            # first time also makes what kernels need at their first run, and what slots send in.
-            recordings.replays.pop(key, None)
-            recordings.seen[key] = fixed
-            return self._head(*args)
-        if key not in recordings.replays:
-            if not _can_be_recorded(args, self._moving):
-                return self._head(*args)
-            try:
-                replay = _Replay(context, self._head, args, self._moving, self._shared_site())
-            except RuntimeError as error:
-                self._failed.add(kind)
+        recordings = memory.kept(self, self._recordings)
+        key = self._key(context, kind)
+        recordings.forget_older(key.rank, key.made)
+        if recordings.seen.get(key) == fixed:
+            if key not in recordings.replays:
+                self._record(context, key, recordings, args)
+            replay = recordings.replays.get(key)
+            return self._head(*args) if replay is None else replay(args)
+        # The first time runs as it is: it makes what kernels need at their first run, the slots,
+        # and what they send in. It is recorded when it comes again, so that nothing is recorded at
+        # each call; but in the image that compiled, which took far longer, at once.
+        at_once = recordings.early and key not in recordings.seen
+        recordings.replays.pop(key, None)
+        made = self._head(*args)
+        after = memory.standing(context.rank)
+        if memory.made[key.rank] != key.made:  # new slots, which stand as another image finds them
+            key = self._key(context, kind)
+            recordings.forget_older(key.rank, key.made)
+        recordings.seen[key] = fixed
+        if at_once:
+            memory.stand(context.rank, key.standing)
+            self._record(context, key, recordings, args)
+            memory.stand(context.rank, after)
+        return made
+
+    def _key(self, context: StepContext, kind: Hashable) -> RecordingKey:
+        memory, rank = context.memory, context.rank
+        return RecordingKey(rank, kind, memory.standing(rank), memory.made[rank])
+
+    def _recordings(self) -> _Recordings:
+        self._memories += 1
+        return _Recordings(early=self._memories <= EARLY)
+
+    def _record(
+        self,
+        context: StepContext,
+        key: RecordingKey,
+        recordings: _Recordings,
+        args: Sequence[Any],
+    ) -> None:
+        """Record the step, without running it, if it can be."""
+        if not _can_be_recorded(args, self._moving):
+            return
+        try:
+            recordings.replays[key] = _Replay(
+                context, self._head, args, self._moving, self._shared_site()
+            )
+        except RuntimeError as error:
+            sync = context.step.sync
+            if sync not in self._failed.values():
                 log.warning(
                     "%s steps are launched kernel by kernel, a recording failed: %s",
-                    "sync" if context.step.sync else "steady",
+                    "sync" if sync else "steady",
                     error,
                 )
-                return self._head(*args)
-            recordings.replays[key] = replay
-        return recordings.replays[key](args)
+            self._failed[key.kind] = sync
 
     def _shared_site(self) -> Site | None:
         if self._site is None and torch.cuda.is_available():
