@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import piflux
 from piflux.policies.schedule import Schedule
@@ -61,6 +62,32 @@ def test_an_input_that_has_repeated_tells_streams_apart():
     """Its change in the middle of an image is another pass that begins late."""
     found = steps([(0, 0, 7, 7), (1, 1, 7, 7), (2, 2, 8, 7), (3, 3, 7, 7), (4, 4, 8, 7)])
     assert found == [(0, 0), (0, 1), (1, 0), (0, 2), (1, 1)]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what the host asks of tensors, for which it would wait on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func._opname == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_later_step_of_an_image_waits_for_the_device():
+    """Latents that come with positions, which are the same tensor at each step, as FLUX's are."""
+    runtime, waits = Runtime(Schedule(world_size=2), virtual_ranks(2)), []
+    roles = Roles((0, 4), (1,), (2, 3), {4: "ids"} | ROLES.names)
+    stays = [torch.ones(1) for _ in range(3)]
+    with runtime.generation():
+        for i in range(5):
+            with Waits() as counted:
+                args = [torch.full((1,), float(i)) for _ in range(2)] + stays
+                with runtime.call(None, roles, args):
+                    waits.append(counted.count)
+    assert waits[1] > 0 == sum(waits[2:])
 
 
 class Timed(nn.Module):
