@@ -4,7 +4,10 @@ import importlib.util
 import itertools
 import json
 import pickle
+import statistics
+from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,22 +21,24 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
+from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
-from piflux.tools.quality import charts, drift
+from piflux.tools.quality import charts, tuning
 from piflux.tools.quality.charts import markdown, sheet_of
 from piflux.tools.quality.drift import (
     BEST_DB,
     Drawn,
+    Pictures,
     Row,
     compare,
     draw,
     encode,
     measure,
     summary,
-    tune,
 )
 from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
+from piflux.tools.quality.tuning import Budget, masks_of, tune
 from piflux.tools.quality.variants import Variant
 
 # ------------------------------------------------------------------------------------------ LPIPS
@@ -210,7 +215,13 @@ def test_policies_from_exact_to_drifting():
     pipe.set_progress_bar_config(disable=True)
     variants = [
         Variant.parse(text)
-        for text in ("gather", "rotate sync_steps=5", "rotate", "rotate order=0")
+        for text in (
+            "gather",
+            "rotate sync_steps=5",
+            "rotate",
+            "rotate order=0",
+            "gather compute=xxx.x",
+        )
     ]
     told = []
     one, rows, drawn = measure(
@@ -226,7 +237,7 @@ def test_policies_from_exact_to_drifting():
         max_sequence_length=TEXT_TOKENS,
     )
     assert one.images.shape == drawn[0].images.shape == (2, 3, 64, 64)
-    gather, synced, rotate, unpredicted = rows
+    gather, synced, rotate, unpredicted, skipping = rows
     assert min(gather.psnr + synced.psnr) > 80
     assert max(rotate.psnr) < 80
     assert all(len(row.drift) == 5 for row in rows)
@@ -235,6 +246,8 @@ def test_policies_from_exact_to_drifting():
     assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
     # Half the tokens each, and what travels: all of it in gather, almost nothing in rotate.
     assert 0.5 * one.step_s < rotate.cost.mean_s < gather.cost.mean_s
+    assert skipping.drift[2] < 1e-5 < skipping.drift[3]
+    assert skipping.cost.mean_s == pytest.approx(0.8 * gather.cost.mean_s)
 
 
 LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_every=9"
@@ -342,40 +355,95 @@ def test_the_command(tmp_path):
     assert table[2].startswith("| 2 | rotate order=0 | ")
 
 
+@dataclass
+class Pretended:
+    """Pictures that drift by what is remembered and by each step that is skipped, and cost its
+    steps: 1 s, and as much again where keys and values are gathered."""
+
+    steps: int
+    names: list[str] = field(default_factory=list)
+
+    def row(self, variant, ranks):
+        self.names.append(variant.name)
+        steps = Schedule(**variant.options, world_size=ranks).steps(self.steps)
+        lpips = 0.1 * sum(0.8**step.index for step in steps if not step.computed)
+        if variant.options["policy"] != "gather":
+            lpips += 0.1 * 0.8 ** sum(step.sync for step in steps if step.computed)
+        return Row(variant.name, ranks, [], [], [lpips] * 2, [], self.cost(variant, ranks)), None
+
+    def cost(self, variant, ranks):
+        return Cost.of(Schedule(**variant.options, world_size=ranks), self.steps, 2.0, 2.0, 1.0)
+
+    def distance(self, variant):
+        return statistics.mean(self.row(variant, 1)[0].lpips)
+
+
+def tuned(budget, steps=12, candidates=("rotate sync_steps=1", "gather")):
+    pictures = Pretended(steps)
+    with mock.patch.object(tuning, "CANDIDATES", candidates):
+        chosen, rows = tune(pictures, 2, budget, masks_of(pictures))
+    assert chosen.name in pictures.names and len(rows) == len(
+        set(pictures.names) & {r.variant for r in rows}
+    )
+    return chosen.options, min(r.lpips[0] for r in rows if r.variant == chosen.name)
+
+
+def test_masks_leave_out_what_is_missed_least():
+    masks = masks_of(Pretended(12))
+    assert masks == {n: "x" * n + "." * (12 - n) for n in range(4, 13)}
+    assert masks_of(Pretended(9)) == {9: "x" * 9}
+
+
+def test_tuning_keeps_to_its_budget():
+    """As few steps as the LPIPS allows, by the policy that is cheapest; or as many as are paid."""
+    exact, lpips = tuned(Budget(max_lpips=1e-9))
+    assert exact == {"policy": "gather"} and lpips == 0
+    near, lpips = tuned(Budget(max_lpips=0.16))
+    mask = masks_of(Pretended(12))[6]
+    assert near["policy"] == "rotate" and near["compute"].count("x") < 12 and lpips <= 0.16
+    paid, _ = tuned(Budget(max_cost_s=1.0), candidates=("gather",))
+    assert paid == {"policy": "gather", "compute": mask}
+    with pytest.raises(ValueError, match="the least LPIPS that one reaches is 0"):
+        tuned(Budget(max_lpips=-1))
+    with pytest.raises(ValueError, match="no schedule is within"):
+        tuned(Budget(max_cost_s=0.1))
+
+
+def test_tuning_takes_another_sync_step_where_it_pays():
+    """Candidates sync at 0 alone; a second sync step after skipped ones can still be paid for."""
+    masks = {12: "x" * 12, 8: "xxxx.x.x.x.x", 7: "xxxx.x..x..x"}
+    pictures = Pretended(12)
+    with mock.patch.object(tuning, "CANDIDATES", ("rotate sync_steps=1",)):
+        chosen, _ = tune(pictures, 2, Budget(max_cost_s=0.84), masks)
+    assert chosen.options == {"policy": "rotate", "sync_steps": (0, 5), "compute": masks[8]}
+    assert pictures.cost(chosen, 2).mean_s <= 0.84
+
+
 @pytest.mark.usefixtures("captured_once")
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(drift, "CANDIDATES", ("rotate sync_steps=1", "gather"))
-    known = {}
+    monkeypatch.setattr(tuning, "CANDIDATES", ("rotate sync_steps=1", "gather"))
+    halves, init = [], Pictures.__init__
 
-    def once(pipe, prompts, seeds, variants, *args, **kwargs):
-        """The four budgets are for the same pictures, which need not be drawn again for each."""
-        drawn = tuple(prompts), tuple(seeds), tuple(variant.name for variant in variants)
-        if drawn not in known:
-            known[drawn] = measure(pipe, prompts, seeds, variants, *args, **kwargs)
-        return known[drawn]
+    def noted(self, pipe, prompts, seeds, **options):
+        halves.append((tuple(prompts), tuple(seeds)))
+        init(self, pipe, prompts, seeds, **options)
 
-    monkeypatch.setattr(drift, "measure", once)
+    monkeypatch.setattr(Pictures, "__init__", noted)
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
-    path = tmp_path / "schedule-2.json"
-    assert json.loads(path.read_text()) == {"policy": "gather"}
-    result = invoke(*arguments, "--max-ms=1e6")
-    assert json.loads(path.read_text()) == {"policy": "gather"}
-    result = invoke(*arguments, "--max-lpips=9")
-    assert json.loads(path.read_text()) == {"policy": "rotate", "sync_steps": 1}
-    result = invoke(*arguments, "--max-lpips=-1")
-    assert result.exit_code == 2
-    assert "no schedule is within the budget" in result.output
-    halves = [(PROMPTS[:1], (0,)), (PROMPTS[1:2], (1,))]
-    assert [key[:2] for key in known] == [halves[0], halves[1], halves[1]]
+    assert json.loads((tmp_path / "schedule-2.json").read_text()) == {"policy": "gather"}
+    assert json.loads((tmp_path / "masks.json").read_text()) == {"4": "xxxx"}
+    drawn = json.loads((tmp_path / "tuned-2.json").read_text())
+    assert [row["variant"] for row in drawn] == ["rotate sync_steps=1", "gather", "gather"]
+    assert halves == [(PROMPTS[:1], (0,)), (PROMPTS[1:2], (1,))]
 
 
 @pytest.mark.usefixtures("captured_once")
 def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
     """Over a link that takes longer than a step computes."""
-    displaced = [text for text in drift.CANDIDATES if "displaced" in text]
-    monkeypatch.setattr(drift, "CANDIDATES", [x for x in displaced if x.endswith("sync_steps=1")])
+    displaced = [text for text in tuning.CANDIDATES if "displaced" in text]
+    monkeypatch.setattr(tuning, "CANDIDATES", [x for x in displaced if x.endswith("sync_steps=1")])
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=3", "--size=64", f"--out={tmp_path}"]
     result = invoke(*arguments, "--link=1e-4", "--max-lpips=9")
     assert result.exit_code == 0, result.output
@@ -387,13 +455,13 @@ def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
     assert model._piflux_compiler.runtime.schedule.compresses
 
 
-def test_tuning_needs_one_budget_and_two_prompts():
-    with pytest.raises(ValueError, match="one budget"):
-        tune(None, PROMPTS, range(8), 2)
-    with pytest.raises(ValueError, match="one budget"):
-        tune(None, PROMPTS, range(8), 2, max_lpips=0.1, max_cost_s=1.0)
-    with pytest.raises(ValueError, match="two prompts"):
-        tune(None, PROMPTS[:1], [0], 2, max_lpips=0.1)
+def test_tuning_needs_one_budget_and_two_prompts(tmp_path):
+    for both in ({}, {"max_lpips": 0.1, "max_cost_s": 1.0}):
+        with pytest.raises(ValueError, match="one budget"):
+            Budget(**both)
+    result = invoke("--tune", "--max-lpips=1", "--count=1", f"--out={tmp_path}")
+    assert result.exit_code == 2
+    assert "needs two prompts" in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -409,7 +477,7 @@ def test_tuning_needs_one_budget_and_two_prompts():
         (["--size=48"], "multiple of 16 from 64"),
         (["--out=/proc/none"], "--out /proc/none: can't be made"),
         (["--count=0"], "--count"),
-        (["--ranks=1"], "--ranks"),
+        (["--ranks=0"], "--ranks"),
         (["--steps=0"], "--steps"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How far pictures drift from one rank's, by policy, ranks and schedule; and the best of schedules.
+"""How far pictures drift from one rank's, by policy, ranks and schedule.
 
 Ranks are virtual ones in this process: the same graphs, the same pictures, no second device. Every
 variant draws the same prompts from the same noise as one rank does, and is compared picture by
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor
 
 import piflux
 from piflux.cost.clock import between, mark
+from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost, measured_cost, modelled_cost
 from piflux.tools.quality.lpips import LPIPS
-from piflux.tools.quality.variants import CANDIDATES, Variant
+from piflux.tools.quality.variants import Variant
 
 BEST_DB = 100.0
 """PSNR of equal pictures, which has no finite value."""
@@ -83,10 +85,14 @@ def draw(
     seeds: Sequence[int],
     *,
     batch: int = 8,
+    decodes: bool = True,
     on_batch: Callable[[], None] = lambda: None,
     **call: Any,
 ) -> Drawn:
-    """One picture for each row of `texts` (`encode`) and seed; `call` goes to the pipeline."""
+    """One picture for each row of `texts` (`encode`) and seed; `call` goes to the pipeline.
+
+    Without `decodes` there are no images, but of latents.
+    """
     images: list[Tensor] = []
     latents: list[list[Tensor]] = []
     times: list[float] = []
@@ -104,16 +110,107 @@ def draw(
         drawn = pipe(
             **{name: rows[start : start + batch] for name, rows in texts.items()},
             generator=[torch.Generator().manual_seed(seed) for seed in some],
-            output_type="pt",
+            output_type="pt" if decodes else "latent",
             callback_on_step_end=keep,
             **call,
         )
-        images.append(drawn.images.float().cpu().clamp(0, 1))
+        images.append(drawn.images.float().cpu().clamp(0, 1) if decodes else torch.empty(0))
         latents.append(states)
         times += [ms / 1000 / len(some) for ms in between(clock)]
         on_batch()
     steps = [torch.cat(step) for step in zip(*latents, strict=True)]
     return Drawn(torch.cat(images), steps, statistics.median(times))
+
+
+class Pictures:
+    """What one rank draws of some prompts, and what variants draw, each against it.
+
+    Variants that differ only in which steps are computed, or sync, share one compiled model.
+
+    Args:
+        pipe: a diffusers pipeline that encodes prompts and takes embeddings as FLUX's does.
+        prompts: one a picture. Each is encoded once, whatever the variants.
+        seeds: of the starting noise, one a picture.
+        link_gbs: GB/s that a rank sends, for the modelled cost.
+        bench: what `piflux bench` wrote, for measured cost instead.
+        inner: the backend that compiles the graphs.
+        batch: pictures drawn at once.
+        max_sequence_length: tokens of a prompt.
+        on_batch: told what was drawn, after each batch.
+        call: further arguments of the pipeline's call.
+
+    Attributes:
+        one: what one rank draws.
+        steps: of an image.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        link_gbs: float = 25.0,
+        bench: Mapping[str, Any] | None = None,
+        inner: str = "eager",
+        batch: int = 8,
+        max_sequence_length: int = 512,
+        on_batch: Callable[[str], None] = lambda what: None,
+        **call: Any,
+    ) -> None:
+        self._pipe, self._seeds, self._call = pipe, seeds, call | {"batch": batch}
+        self._link_gbs, self._bench, self._inner = link_gbs, bench, inner
+        self._on_batch = on_batch
+        self._judge = LPIPS()
+        self._texts = encode(pipe, prompts, max_sequence_length=max_sequence_length, batch=batch)
+        self._parallel: dict[Any, Any] = {}
+        self.one = self._draw(pipe, "1 rank")
+        self.steps = len(self.one.latents)
+
+    def row(self, variant: Variant, ranks: int) -> tuple[Row, Drawn]:
+        """A variant's numbers and pictures on so many ranks."""
+        drawn = self._draw(self._under(variant, ranks), f"{variant.name}, {ranks} ranks")
+        cost = self.cost(variant, ranks)
+        return compare(variant.name, ranks, self.one, drawn, self._judge, cost), drawn
+
+    def cost(self, variant: Variant, ranks: int) -> Cost:
+        """Of a variant whose like was drawn."""
+        schedule = Schedule(**variant.options, world_size=ranks)
+        if self._bench is not None:
+            return measured_cost(self._bench, schedule, self.steps)
+        report = piflux.explain(self._parallel[_compiled_as(variant, ranks)]).graphs[0]
+        report = replace(report, schedule=schedule)
+        pictures = min(self._call["batch"], len(self._seeds))
+        return modelled_cost(report, self.steps, self.one.step_s, self._link_gbs, pictures)
+
+    def distance(self, variant: Variant, ranks: int = 1) -> float:
+        """How far the last latents are from one rank's: over their norm, mean over pictures."""
+        drawn = self._draw(self._under(variant, ranks), "masks", decodes=False)
+        return _distances(self.one.latents[-1:], drawn.latents[-1:])[0]
+
+    def _draw(self, pipe: Any, what: str, *, decodes: bool = True) -> Drawn:
+        told = partial(self._on_batch, what)
+        return draw(pipe, self._texts, self._seeds, decodes=decodes, on_batch=told, **self._call)
+
+    def _under(self, variant: Variant, ranks: int) -> Any:
+        """The pipeline whose next picture is drawn under the variant's schedule."""
+        key = _compiled_as(variant, ranks)
+        if key not in self._parallel:
+            group = piflux.virtual_ranks(ranks)
+            self._parallel[key] = piflux.parallelize(
+                self._pipe, group=group, inner=self._inner, **variant.options
+            )
+        parallel = self._parallel[key]
+        for module in parallel._piflux_modules:
+            runtime = module._piflux_compiler.runtime
+            runtime.settle(Schedule(**variant.options, world_size=runtime.schedule.world_size))
+        return parallel
+
+
+def _compiled_as(variant: Variant, ranks: int) -> Hashable:
+    """What variants of one compiled model have in common."""
+    when = ("sync_steps", "refresh_every", "compute")
+    return ranks, tuple(sorted(x for x in variant.options.items() if x[0] not in when))
 
 
 def measure(
@@ -122,58 +219,18 @@ def measure(
     seeds: Sequence[int],
     variants: Sequence[Variant],
     ranks: Sequence[int],
-    *,
-    link_gbs: float = 25.0,
-    bench: Mapping[str, Any] | None = None,
-    inner: str = "eager",
-    batch: int = 8,
-    max_sequence_length: int = 512,
-    on_batch: Callable[[str], None] = lambda what: None,
-    **call: Any,
+    **options: Any,
 ) -> tuple[Drawn, list[Row], list[Drawn]]:
     """What one rank draws, and every variant's numbers and pictures against it.
 
     Args:
-        pipe: a diffusers pipeline that encodes prompts and takes embeddings as FLUX's does.
-        prompts: one a picture.
-        seeds: of the starting noise, one a picture.
+        pipe: as for `Pictures`, likewise `prompts`, `seeds` and `options`.
         variants: what to measure.
         ranks: on how many ranks each.
-        link_gbs: GB/s that a rank sends, for the modelled cost.
-        bench: what `piflux bench` wrote, for measured cost instead.
-        inner: the backend that compiles the graphs.
-        batch: pictures drawn at once.
-        max_sequence_length: tokens of a prompt. Each is encoded once, whatever the variants.
-        on_batch: told what was drawn, after each batch.
-        call: further arguments of the pipeline's call.
     """
-    judge = LPIPS()
-    texts = encode(pipe, prompts, max_sequence_length=max_sequence_length, batch=batch)
-    one = draw(pipe, texts, seeds, batch=batch, on_batch=lambda: on_batch("1 rank"), **call)
-    rows, drawn = [], []
-    for n in ranks:
-        for variant in variants:
-            what = f"{variant.name}, {n} ranks"
-            parallel = piflux.parallelize(
-                pipe, group=piflux.virtual_ranks(n), inner=inner, **variant.options
-            )
-            got = draw(
-                parallel,
-                texts,
-                seeds,
-                batch=batch,
-                on_batch=lambda what=what: on_batch(what),  # type: ignore[misc]
-                **call,
-            )
-            report, steps = piflux.explain(parallel).graphs[0], len(one.latents)
-            cost = (
-                modelled_cost(report, steps, one.step_s, link_gbs, min(batch, len(prompts)))
-                if bench is None
-                else measured_cost(bench, report.schedule, steps)
-            )
-            rows.append(compare(variant.name, n, one, got, judge, cost))
-            drawn.append(got)
-    return one, rows, drawn
+    pictures = Pictures(pipe, prompts, seeds, **options)
+    found = [pictures.row(variant, n) for n in ranks for variant in variants]
+    return pictures.one, [row for row, _ in found], [drawn for _, drawn in found]
 
 
 def psnr(first: Tensor, second: Tensor) -> Tensor:
@@ -194,13 +251,17 @@ def compare(name: str, ranks: int, one: Drawn, other: Drawn, judge: LPIPS, cost:
     lpips = torch.cat(
         [judge(a, b) for a, b in zip(one.images.split(8), other.images.split(8), strict=True)]
     )
-    drift = [
-        ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
-        for a, b in zip(one.latents, other.latents, strict=True)
-    ]
+    drift = _distances(one.latents, other.latents)
     return Row(
         name, ranks, psnr(one.images, other.images).tolist(), ssim, lpips.tolist(), drift, cost
     )
+
+
+def _distances(ones: Sequence[Tensor], others: Sequence[Tensor]) -> list[float]:
+    return [
+        ((a - b).flatten(1).norm(dim=1) / a.flatten(1).norm(dim=1)).mean().item()
+        for a, b in zip(ones, others, strict=True)
+    ]
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -242,52 +303,3 @@ def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
             }
         )
     return found
-
-
-def tune(
-    pipe: Any,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    ranks: int,
-    *,
-    max_lpips: float | None = None,
-    max_cost_s: float | None = None,
-    **options: Any,
-) -> tuple[Variant, list[Row], Row]:
-    """The best schedule within a budget: chosen on half of the prompts, judged on the other.
-
-    Args:
-        pipe: as for `measure`, likewise `prompts`, `seeds` and `options`.
-        ranks: on how many ranks.
-        max_lpips: the cheapest schedule whose mean is at most that, if given;
-        max_cost_s: else that of the least LPIPS which costs at most so many seconds a step.
-
-    Returns:
-        The schedule, all of them on the first half, and the chosen one on the second.
-
-    Raises:
-        ValueError: fewer than two prompts, not one of the budgets, or nothing within it.
-    """
-    if (max_lpips is None) == (max_cost_s is None):
-        raise ValueError("tuning needs one budget: the LPIPS to reach, or the cost to stay below")
-    if len(prompts) < 2:
-        raise ValueError("tuning needs two prompts at least: one to choose by, one to judge by")
-    half = len(prompts) // 2
-    variants = [Variant.parse(text) for text in CANDIDATES]
-    _, rows, _ = measure(pipe, prompts[:half], seeds[:half], variants, [ranks], **options)
-    if max_lpips is not None:
-        good = [row for row in rows if statistics.mean(row.lpips) <= max_lpips]
-        best = min(good, key=lambda row: row.cost.mean_s, default=None)
-    else:
-        good = [row for row in rows if row.cost.mean_s <= (max_cost_s or 0)]
-        best = min(good, key=lambda row: statistics.mean(row.lpips), default=None)
-    if best is None:
-        nearest = min(statistics.mean(row.lpips) for row in rows)
-        cheapest = min(row.cost.mean_s for row in rows)
-        raise ValueError(
-            f"no schedule is within the budget: the least LPIPS that one reaches is {nearest:.4f}, "
-            f"the lowest cost {1000 * cheapest:.4g} ms a step"
-        )
-    chosen = variants[rows.index(best)]
-    _, (judged,), _ = measure(pipe, prompts[half:], seeds[half:], [chosen], [ranks], **options)
-    return chosen, rows, judged

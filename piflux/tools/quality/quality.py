@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from piflux.demo import PROMPTS
@@ -49,7 +49,7 @@ def quality(
         typer.Option(help="Repeatable: 'rotate sync_steps=0,2 order=0'. Default: several."),
     ] = None,
     ranks: Annotated[
-        list[int] | None, typer.Option(min=2, help="Repeatable. Default: 2, 4.")
+        list[int] | None, typer.Option(min=1, help="Repeatable. Default: 2, 4.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
@@ -179,29 +179,35 @@ def _tune(
 ) -> None:
     """A file of settings for each number of ranks."""
     from piflux.tools.quality.charts import markdown
-    from piflux.tools.quality.drift import tune
+    from piflux.tools.quality.drift import Pictures
+    from piflux.tools.quality.tuning import Budget, masks_of, tune
 
-    for n in rank_counts:
-        halves = -(-(len(prompts) // 2) // options["batch"])
-        with Progress(console=console) as progress:
-            task = progress.add_task("1 rank", total=(1 + len(CANDIDATES)) * halves + 2)
-            try:
-                chosen, _, judged = tune(
-                    pipe,
-                    prompts,
-                    seeds,
-                    n,
-                    max_lpips=max_lpips,
-                    max_cost_s=None if max_ms is None else max_ms / 1000,
-                    on_batch=lambda what: progress.update(task, advance=1, description=what),  # noqa: B023
-                    **options,
-                )
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
+    with Progress(*Progress.get_default_columns()[:1], TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("1 rank", total=None)
+        options = options | {"on_batch": lambda what: bar.update(task, description=what)}
+        half = len(prompts) // 2
+        try:
+            budget = Budget(max_lpips, None if max_ms is None else max_ms / 1000)
+            if not half:
+                raise ValueError("tuning needs two prompts: one to choose by, one to judge by")
+            first, second = (
+                Pictures(pipe, prompts[part], seeds[part], **options)
+                for part in (slice(half), slice(half, None))
+            )
+            masks = masks_of(first)
+            tuned = {n: tune(first, n, budget, masks) for n in rank_counts}
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        judged = {n: second.row(chosen, n)[0] for n, (chosen, _) in tuned.items()}
+    (out / "masks.json").write_text(json.dumps(masks, indent=1) + "\n")
+    for n, (chosen, rows) in tuned.items():
         path = out / f"schedule-{n}.json"
         path.write_text(json.dumps(chosen.options) + "\n")
+        (out / f"tuned-{n}.json").write_text(
+            json.dumps([asdict(x) for x in (*rows, judged[n])]) + "\n"
+        )
         console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
-        console.print(markdown([judged]), highlight=False)
+        console.print(markdown([judged[n]]), highlight=False)
         console.print(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from piflux.policies.masks import COMPUTED
 from piflux.policies.schedule import SETTINGS, Schedule
 from piflux.tools.options import setting
 
@@ -46,3 +48,23 @@ class Variant:
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
         return cls(" ".join([policy, *words]), options)
+
+    @classmethod
+    def of(cls, **options: Any) -> Variant:
+        """Of settings that are known to be in range."""
+        words = [
+            f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+            for name, value in options.items()
+            if name != "policy"
+        ]
+        return cls(" ".join([options["policy"], *words]), options)
+
+    def computing(self, mask: str) -> Variant:
+        """The same, but for the steps that are computed."""
+        others = {name: value for name, value in self.options.items() if name != "compute"}
+        whole = set(mask) == {COMPUTED}
+        return Variant.of(**others) if whole else Variant.of(**others, compute=mask)
+
+    def syncing(self, steps: Iterable[int]) -> Variant:
+        """The same, but for the sync steps."""
+        return Variant.of(**self.options | {"sync_steps": tuple(sorted(steps))})

@@ -1,0 +1,199 @@
+"""The best schedule within a budget: policy, sync steps, and which steps are computed."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from piflux.policies.masks import COMPUTED, FEWEST_STEPS, NEEDED, SKIPPED
+from piflux.policies.schedule import Schedule
+from piflux.tools.quality.drift import Pictures, Row
+from piflux.tools.quality.variants import CANDIDATES, Variant
+
+SPARSEST = 3
+"""Masks are searched down to one computed step in so many."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One of the two: the mean LPIPS to reach, or the seconds a step to stay below.
+
+    Raises:
+        ValueError: both, or none.
+    """
+
+    max_lpips: float | None = None
+    max_cost_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.max_lpips is None) == (self.max_cost_s is None):
+            raise ValueError(
+                "tuning needs one budget: the LPIPS to reach, or the cost to stay below"
+            )
+
+    def holds(self, row: Row) -> bool:
+        if self.max_lpips is not None:
+            return statistics.mean(row.lpips) <= self.max_lpips
+        return self.affords(row.cost.mean_s)
+
+    def affords(self, cost_s: float) -> bool:
+        return self.max_cost_s is None or cost_s <= self.max_cost_s
+
+    def spent(self, row: Row) -> float:
+        """Less is better, of rows within the budget."""
+        return row.cost.mean_s if self.max_lpips is not None else statistics.mean(row.lpips)
+
+
+def search_masks(distance: Callable[[str], float], steps: int, fewest: int) -> dict[int, str]:
+    """A mask for each number of computed steps, from all of them down to `fewest`.
+
+    One after the other that step is left out without which pictures stay nearest.
+
+    Args:
+        distance: of the pictures under a mask from those of all steps.
+        steps: of an image.
+        fewest: at least as many are computed.
+    """
+    mask = COMPUTED * steps
+    found = {steps: mask}
+    for computed in range(steps - 1, max(fewest, NEEDED) - 1, -1):
+        mask = min(_without_one(mask), key=distance)
+        found[computed] = mask
+    return found
+
+
+def _without_one(mask: str) -> Iterator[str]:
+    for i in range(NEEDED, len(mask)):
+        if mask[i] == COMPUTED:
+            yield mask[:i] + SKIPPED + mask[i + 1 :]
+
+
+def masks_of(pictures: Pictures) -> dict[int, str]:
+    """Those of one rank, for each number of computed steps; few steps are all computed.
+
+    How far continued predictions drift and how far remembered keys and values do hardly add up, so
+    that they serve any number of ranks.
+    """
+    if pictures.steps < FEWEST_STEPS:
+        return {pictures.steps: COMPUTED * pictures.steps}
+    return search_masks(
+        lambda mask: pictures.distance(Variant.of(policy="gather", compute=mask)),
+        pictures.steps,
+        pictures.steps // SPARSEST,
+    )
+
+
+def tune(
+    pictures: Pictures, ranks: int, budget: Budget, masks: Mapping[int, str]
+) -> tuple[Variant, list[Row]]:
+    """The best schedule within a budget.
+
+    Of each candidate with all steps computed, then with as few as the budget allows, then with
+    other sync steps among those that are computed.
+
+    Args:
+        pictures: to choose by; others are to judge by.
+        ranks: on how many ranks.
+        budget: what it has to keep to.
+        masks: by number of computed steps; see `masks_of`.
+
+    Returns:
+        The schedule, and all that were drawn.
+
+    Raises:
+        ValueError: nothing is within the budget.
+    """
+    search = _Search(pictures, ranks, budget, masks)
+    for text in CANDIDATES:
+        search.fewest(Variant.parse(text))
+    if search.best is None:
+        nearest = min(statistics.mean(row.lpips) for row in search.rows)
+        cheapest = min(row.cost.mean_s for row in search.rows)
+        raise ValueError(
+            f"no schedule is within the budget: the least LPIPS that one reaches is {nearest:.4f}, "
+            f"the lowest cost {1000 * cheapest:.4g} ms a step"
+        )
+    search.resync()
+    return search.best[0], search.rows
+
+
+class _Search:
+    """What was drawn so far.
+
+    Attributes:
+        rows: of all of it.
+        best: the variant within the budget that spends least, with its row.
+    """
+
+    def __init__(
+        self, pictures: Pictures, ranks: int, budget: Budget, masks: Mapping[int, str]
+    ) -> None:
+        self.rows: list[Row] = []
+        self.best: tuple[Variant, Row] | None = None
+        self._pictures, self._ranks, self._budget, self._masks = pictures, ranks, budget, masks
+        self._numbers = sorted(masks)
+
+    def fewest(self, variant: Variant) -> None:
+        """A candidate, with all steps and with as many as the budget asks for."""
+        whole = self.draw(variant)
+        if self._budget.max_lpips is None:
+            # The more the nearer: as many as can be paid.
+            sparser = [variant.computing(self._masks[n]) for n in self._numbers[:-1]]
+            paid = [x for x in sparser if self._affords(x)]
+            if paid and not self._budget.holds(whole):
+                self.draw(paid[-1])
+            return
+        low, high = 0, len(self._numbers) - 1  # all steps are known to do, or nothing is
+        while self._budget.holds(whole) and low < high:
+            middle = (low + high) // 2
+            row = self.draw(variant.computing(self._masks[self._numbers[middle]]))
+            if self._budget.holds(row):
+                high = middle
+            else:
+                low = middle + 1
+
+    def resync(self) -> None:
+        """One more sync step, or one less, as long as that is better.
+
+        Where sync steps let fewer steps be computed, or are paid for by them, these change too.
+        """
+        improved = self._ranks > 1
+        while improved:
+            assert self.best is not None, "there is something to improve"
+            before, _ = self.best
+            for variant in list(self._neighbours(before)):
+                if self._budget.max_lpips is not None or self._affords(variant):
+                    self.draw(variant)
+            improved = self.best[0] != before
+
+    def _neighbours(self, variant: Variant) -> Iterator[Variant]:
+        schedule = Schedule(**variant.options, world_size=self._ranks)
+        if not schedule.kind.remembers:
+            return
+        steps = schedule.steps(self._pictures.steps)
+        syncs = {step.index for step in steps if step.sync and step.computed}
+        # The first computed steps after skipped ones see the oldest keys and values.
+        after_skipped = {
+            b.index for a, b in itertools.pairwise(steps) if b.computed and not a.computed
+        }
+        numbers = [len([step for step in steps if step.computed]) + more for more in (-1, 0, 1)]
+        for other in [
+            *(syncs | {x} for x in sorted(after_skipped - syncs)),
+            *(syncs - {x} for x in sorted(syncs - {0})),
+        ]:
+            for n in numbers:
+                if n in self._masks:
+                    yield variant.syncing(other).computing(self._masks[n])
+
+    def _affords(self, variant: Variant) -> bool:
+        return self._budget.affords(self._pictures.cost(variant, self._ranks).mean_s)
+
+    def draw(self, variant: Variant) -> Row:
+        row, _ = self._pictures.row(variant, self._ranks)
+        self.rows.append(row)
+        better = self.best is None or self._budget.spent(row) < self._budget.spent(self.best[1])
+        if self._budget.holds(row) and better:
+            self.best = variant, row
+        return row
