@@ -221,6 +221,23 @@ def test_made_like_another():
     transformed(gm, passes=(*FIRST, *PASSES))
 
 
+def test_padding_between_attentions():
+    """At either end, with what is given, of tokens and of others; upstream it stays."""
+
+    def model(x):
+        y = attend(F.pad(x, (0, 0, 0, 1)))
+        y = attend(F.pad(F.pad(y[..., :7], (0, 1)), (0, 0, 2, 0), value=0.5))
+        y = F.pad(y[:, None], (0, 0, 0, 0, 1, 1), "constant", 2.0).sum(1)
+        return attend(F.pad(y, pad=(0, 0, 0, 3))[:, :11])
+
+    for n in (2, 3):
+        assert_exact(model, torch.randn(1, 7, 8), n=n)
+    gm = capture(lambda x: attend(F.pad(attend(x), (0, 0, 1, 1), "reflect")), torch.randn(1, 7, 8))
+    with pytest.raises(CannotShard, match="mixes tokens") as refusal:
+        transformed(gm, passes=(*FIRST, *PASSES))
+    assert refusal.value.op.endswith("pad")
+
+
 REFUSED = [
     ("multi_head_attention_forward", lambda x: x + heads(x, x, x)[1].sum(-1, keepdim=True)),
     ("_transformer_encoder_layer_fwd", lambda x: layer(x, src_key_padding_mask=x[..., 0] > 9)),

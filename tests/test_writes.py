@@ -103,8 +103,17 @@ def given(x, y):
     return attend(w)
 
 
+def converted(x, y):
+    """What was written is read by an op that copies only where it must, as Lumina 2 does."""
+    z = torch.zeros(1, 7, 8)
+    x = attend(x)
+    z[:, :4] = x[:, :4]
+    z[:, 4:7] = x[:, 4:]
+    return attend(z.to(torch.float32).pow(2) + z.type_as(x))
+
+
 KINDS = control, runs, rotated, first_rotated, packed, filled, statements, viewed, viewed_before
-KINDS += (given,)
+KINDS += given, converted
 
 
 @pytest.mark.parametrize("n", [2, 3])

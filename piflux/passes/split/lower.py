@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from piflux.graph.nodes import mutates, op_name, qualified_name, run_node
+from piflux.graph.nodes import is_attention, mutates, op_name, qualified_name, run_node
 from piflux.graph.plan import Context
 from piflux.graph.sizes import expr
 from piflux.graph.values import known, tensors
@@ -32,6 +32,7 @@ def lower(gm: fx.GraphModule, ctx: Context) -> int:
     `nn.TransformerEncoderLayer`, flex attention that changes no score, and attention of other
     libraries without bias. Whatever is asked for beyond that stays, for `layout` to refuse. Tensors
     that are made like another (`x.new_zeros`) are made by themselves, since nothing of x is read.
+    Padding downstream of an attention is a run of its own.
 
     Before:
 
@@ -47,6 +48,7 @@ def lower(gm: fx.GraphModule, ctx: Context) -> int:
     lowering = _Lowering(gm, ctx)
     node = next(iter(gm.graph.nodes))
     while node.op != "root":
+        lowering.see(node)
         before = node.prev
         # What a call becomes may hold calls, too.
         node = before.next if lowering.open(node) else node.next
@@ -67,12 +69,20 @@ class _Lowering:
         self._gm = gm
         self._lengths = Lengths(gm.graph, ctx.world_size)
         self._replaced: dict[fx.Node, None] = {}
+        self._downstream: set[fx.Node] = set()
+
+    def see(self, node: fx.Node) -> None:
+        """Nodes are seen in order, so that it is known what depends on an attention."""
+        if is_attention(node) or not self._downstream.isdisjoint(node.all_input_nodes):
+            self._downstream.add(node)
 
     def open(self, node: fx.Node) -> bool:
         """Write what `node` calls before it. Returns whether anything was."""
         if node in self._replaced or node.op not in ("call_function", "call_method"):
             return False
         body, meaning = _body(node), _meaning(self._gm, node)
+        if meaning is None and node in self._downstream and _pads_one_dim(node):
+            meaning = _padded
         if body is None and meaning is None:
             return False
         with self._gm.graph.inserting_before(node):
@@ -272,6 +282,32 @@ _NEW = {
     "new_empty": _new(torch.empty),
     "new_full": _new(torch.full, values=1),
 }
+
+
+def _pads_one_dim(node: fx.Node) -> bool:
+    """Whether this is constant padding of one dimension, which is not the last."""
+    if op_name(node) != "pad":
+        return False
+    given = inspect.signature(_padded).bind(*node.args, **node.kwargs).arguments
+    if given.get("mode", "constant") != "constant":
+        return False
+    sizes = [expr(known(width)) for width in given["pad"]]
+    padded = {number // 2 for number, size in enumerate(sizes) if size != 0}
+    return len(padded) == 1 and 0 not in padded and all(size.is_nonnegative for size in sizes)
+
+
+def _padded(input: Tensor, pad: Sequence[Any], mode: str = "constant", value: Any = None) -> Tensor:
+    """As `F.pad`, of one dimension."""
+    x = input
+    number = next(i for i, width in enumerate(pad) if width != 0) // 2
+    dim = x.dim() - 1 - number
+
+    def run(width: Any) -> list[Tensor]:
+        shape = [*x.shape[:dim], width, *x.shape[dim + 1 :]]
+        made = [] if width == 0 else [torch.full(shape, value or 0, dtype=x.dtype, device=x.device)]
+        return made
+
+    return torch.cat([*run(pad[2 * number]), x, *run(pad[2 * number + 1])], dim)
 
 
 def _only_first_is_read(node: fx.Node) -> bool:

@@ -62,11 +62,13 @@ def propagate(gm: fx.GraphModule, ctx: Context) -> int:
         if not _is_ours(node) and got != want:
             raise CannotShard(node, f"on a part this op gives {got} where the plan has {want}")
         changed.add(node)
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
     for node, shared in _aliases(gm.graph).items():
-        # Strides decide whether a reshape copies, and those of a part are others.
-        others = shared ^ aliases[node]
+        # Strides decide whether a reshape copies, and those of a part are others. What is made
+        # after the write has it, copied or not.
+        others = {n for n in shared ^ aliases[node] if order[n] < order[node]}
         if others and node in ctx.plan.local:
-            other = min(others, key=list(gm.graph.nodes).index)
+            other = min(others, key=order.__getitem__)
             raise CannotShard(
                 node,
                 f"writes in place, and only {'on a part' if other in shared else 'as a whole'} it "
