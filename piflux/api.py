@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import Unsupported, UserError
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
 from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
+from piflux.errors import DependsOnData, plain
 from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
@@ -53,6 +55,7 @@ class ParallelModule(View, nn.Module):
 
     _piflux_compiler: Compiler
     _piflux_compiled: Callable[..., Any]
+    _piflux_fragments: Callable[..., Any] | None = None
     _piflux_settings: contextlib.AbstractContextManager[Any]
     _piflux_core: Callable[..., Any]
     _piflux_outer: tuple[Any, Any] | None = None
@@ -84,16 +87,47 @@ class ParallelModule(View, nn.Module):
         with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
+            if cls._piflux_fragments is not None:
+                return self._piflux_in_fragments(args, kwargs)
             try:
+                try:
+                    return self._piflux_compiled(*args, **kwargs)
+                except (Unsupported, UserError):
+                    refuse_step_caches(self)
+                    refuse_hooks(self)
+                    if self._piflux_compiler.reports:
+                        raise
+                # Dynamo need not follow how a first call makes what later ones find: rotary tables.
+                self._piflux_target(*args, **kwargs)
                 return self._piflux_compiled(*args, **kwargs)
-            except Unsupported:
-                refuse_step_caches(self)
-                refuse_hooks(self)
-                if self._piflux_compiler.reports:
-                    raise
-            # Dynamo need not follow how a first call makes what later ones find: rotary tables.
-            self._piflux_target(*args, **kwargs)
-            return self._piflux_compiled(*args, **kwargs)
+            except (Unsupported, UserError, DependsOnData) as error:
+                self._piflux_break(error)
+            return self._piflux_in_fragments(args, kwargs)
+
+    def _piflux_break(self, reason: Exception) -> None:
+        """From now on take the graphs that Dynamo makes of the parts of a call."""
+        compiler = self._piflux_compiler
+        first, *_ = plain(str(reason)).splitlines() or [""]
+        note = (
+            f"{type(self).__name__} is no one graph ({first}): each of its graphs is split by "
+            "itself, and what goes from one to the next is gathered"
+        )
+        compiler.runtime.notes.append(note)
+        log.warning("%s", note)
+        type(self)._piflux_fragments = staticmethod(
+            dynamo.in_fragments(dynamo.call_of(self._piflux_target), compiler)
+        )
+
+    def _piflux_in_fragments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        fragments, compiler = type(self)._piflux_fragments, self._piflux_compiler
+        assert fragments is not None
+        inputs = tree_flatten_with_path((args, kwargs))[0]
+        named = {keystr(path): x for path, x in inputs if isinstance(x, Tensor)}
+        with compiler.runtime.fragments(named) as call:
+            run = partial(fragments, *args, **kwargs)
+            result = run() if call is None else call.run_fragments(run)
+        compiler.check_fragments()
+        return result
 
 
 def parallelize(

@@ -43,6 +43,14 @@ class CannotShard(CompileError):
         )
 
 
+class DependsOnData(CannotShard):
+    """A number of tokens is known only once the graph runs."""
+
+
+class NothingToShare(CannotShard):
+    """No attention at `node` or elsewhere reads keys and values of the tokens it serves."""
+
+
 class NoAttention(CompileError):
     """The captured graph holds no scaled_dot_product_attention, so there is nothing to split."""
 

@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
@@ -48,6 +48,8 @@ SETTINGS = {
     "ignore_logger_methods": set(map(_LoggerMethod, ("debug", "info", "warning", "error"))),
     # One graph for each set of optional inputs, adapters and static or dynamic sizes.
     "recompile_limit": 64,
+    # Past the limit Dynamo would else run the model unsharded.
+    "fail_on_recompile_limit_hit": True,
 }
 
 _NUMBERS = itertools.count()
@@ -96,8 +98,34 @@ def compiled(call: Callable[..., Any], compiler: Backend) -> Callable[..., Any]:
         assert found is not None, "the module that is being called holds its compiler"
         return found(gm, example_inputs)
 
-    # fullgraph: past its recompile limit Dynamo would else run the model unsharded.
     return torch.compile(call, backend=piflux, fullgraph=True)
+
+
+class Fragments(Protocol):
+    """What compiles the graphs of a call that breaks into several, and keeps what it made."""
+
+    def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
+        """Returns the number of a fragment."""
+
+    def run(self, number: int, args: Sequence[Any]) -> Any:
+        """What a fragment gives."""
+
+
+def in_fragments(call: Callable[..., Any], fragments: Fragments) -> Callable[..., Any]:
+    """What calls `call` by several graphs and, between them, as it is written."""
+    alive = weakref.ref(fragments)
+
+    def held() -> Fragments:
+        found = alive()
+        assert found is not None, "the module that is being called holds its fragments"
+        return found
+
+    def piflux(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        number = held().add(gm, example_inputs)
+        # Dynamo keeps this for good: fragments are of functions that all models of a class share.
+        return lambda *args: held().run(number, args)
+
+    return torch.compile(call, backend=piflux)
 
 
 def forget_with(owner: object, call: FunctionType) -> None:

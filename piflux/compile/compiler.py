@@ -18,7 +18,7 @@ from piflux.compile.choices import Choices
 from piflux.compile.pieces import Inner
 from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
-from piflux.errors import CompileError
+from piflux.errors import CompileError, NoAttention, NothingToShare
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
@@ -71,6 +71,8 @@ class Compiler:
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
         self.programs: list[Program] = []
+        self._fragments: list[Callable[..., Any]] = []
+        self._whole: list[CompileError] = []  # why fragments run whole
         self._choices = Choices(chooses, ranks, self.runtime.notes)
 
     @property
@@ -94,6 +96,25 @@ class Compiler:
         runtime.streams.recycles |= program.records
         self.programs.append(program)
         return _PerCall(runtime, program)
+
+    def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
+        """Install a fragment of a model; one with nothing to split runs whole on every rank."""
+        try:
+            made: Callable[..., Any] = self.install(Captured.of(gm, example_inputs))
+        except (NoAttention, NothingToShare) as error:
+            self._whole.append(error)
+            made = self.inner(gm, list(example_inputs))
+        self._fragments.append(made)
+        return len(self._fragments) - 1
+
+    def run(self, number: int, args: Sequence[Any]) -> Any:
+        """What a fragment gives."""
+        return self._fragments[number](*args)
+
+    def check_fragments(self) -> None:
+        """Raises what stood in the way if no fragment could be split."""
+        if not self.programs and self._whole:
+            raise next((x for x in self._whole if not isinstance(x, NoAttention)), self._whole[0])
 
     def _settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None

@@ -12,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import (
     free_unbacked_symbols,
 )
 
-from piflux.errors import CannotShard, PifluxError
+from piflux.errors import CannotShard, DependsOnData, PifluxError
 from piflux.graph.values import known
 
 
@@ -31,7 +31,7 @@ def refusing(node: Callable[[], fx.Node]) -> Iterator[None]:
         at = _looked_at(error) or node()
         unknown = _of_unknown_size(at, error)
         if unknown is not None:
-            raise CannotShard(
+            raise DependsOnData(
                 unknown,
                 f"has a size that depends on data, here {_unknown_sizes(unknown)}, and the graph "
                 "is cut before there is any: let the caller hand in tensors of the length that "

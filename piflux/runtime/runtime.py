@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from piflux.errors import StepsUnforeseen
 from piflux.policies.masks import mask_of
@@ -62,6 +64,8 @@ class Runtime:
         self.edits = 0
         self.votes = False
         self.notes: list[str] = []
+        self._roles: dict[Any, tuple[object, Roles]] = {}
+        self._fragments: tuple[Stream, Counter[object]] | None = None
         self._went_on = False  # whether a stream had a second step since the image began
 
     def settle(self, schedule: Schedule) -> None:
@@ -128,6 +132,12 @@ class Runtime:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
         """
         try:
+            if self._fragments is not None:
+                leader, counts = self._fragments
+                counts[graph] += 1  # a graph of a block is called once for each block
+                stream = self.streams.following(leader, (graph, counts[graph]), roles, args)
+                yield Call(self, stream, stream.follow(leader, self.schedule))
+                return
             remembers = self.ranks is not None or self.schedule.skips
             stream = self.streams.find(
                 graph, roles, args, explicit=self.explicit, remembers=remembers
@@ -139,6 +149,31 @@ class Runtime:
         except BaseException:
             self.streams.abandon()
             raise
+
+    @contextlib.contextmanager
+    def fragments(self, inputs: Mapping[str, Tensor]) -> Iterator[Call | None]:
+        """Inside, the calls of graphs are of one step: fragments of one call of a model.
+
+        What a fragment gets was made by others, and looks new at every step. So the stream and its
+        step are found by what the model is called with. Which of its inputs are latents nobody
+        says: whatever is not a clock may be a condition, until it was another at each step.
+
+        Args:
+            inputs: all tensors that the model is called with, by names.
+        """
+        if not self.follows or not inputs:
+            yield None
+            return
+        names, args = tuple(inputs), list(inputs.values())
+        key = names, _clocks(args)
+        graph, roles = self._roles.setdefault(key, (object(), _roles(*key)))
+        with self.call(graph, roles, args) as call:
+            call.stream.computed += call.step.computed
+            self._fragments = call.stream, Counter()
+            try:
+                yield call
+            finally:
+                self._fragments = None
 
     def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
         """The stream's next step begins."""
@@ -232,6 +267,17 @@ def place_of(clocks: Sequence[Tensor], foreseen: Foreseen | None) -> tuple[int, 
     return found.pop() if len(found) == 1 else None
 
 
+def _clocks(args: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which of a model's inputs are clocks: one number for each of a batch, rather not whole."""
+    small = [i for i, x in enumerate(args) if all(size == 1 for size in x.shape[1:])]
+    return tuple(i for i in small if args[i].is_floating_point()) or tuple(small)
+
+
+def _roles(names: Sequence[str], clocks: Sequence[int]) -> Roles:
+    conditions = tuple(i for i in range(len(names)) if i not in clocks)
+    return Roles((), tuple(clocks), conditions, dict(enumerate(names)))
+
+
 class Call:
     """One call of a compiled model, which is one step of one stream.
 
@@ -247,10 +293,22 @@ class Call:
 
     def run(self, step: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """The step's outputs: computed by `step`, or continued from those of earlier steps."""
+        return self._continued(lambda: self._run(step))
+
+    def run_fragments(self, step: Callable[[], Any]) -> Any:
+        """Likewise, of a model whose graphs run each by themselves, in any structure."""
+
+        def leaves() -> tuple[Any, ...]:
+            found, self.stream.structure = tree_flatten(step())
+            return tuple(found)
+
+        return tree_unflatten(self._continued(leaves), self.stream.structure)
+
+    def _continued(self, compute: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         continued = self.stream.continued
         if not self.step.computed:
             return continued.at(self.stream.now)
-        outputs = self._run(step)
+        outputs = compute()
         if self._runtime.schedule.skips:
             continued.keep(self.stream.now, outputs)
         return outputs

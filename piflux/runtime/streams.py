@@ -9,7 +9,7 @@ passes of a step whose conditions happen to be the same, as where the negative p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from piflux.memory.memory import Memory
-from piflux.policies.schedule import Unrolled
+from piflux.policies.schedule import Schedule, Unrolled
+from piflux.policies.step import Step
 from piflux.runtime.continued import Continued
 from piflux.runtime.times import Times
 
@@ -94,6 +95,9 @@ class Stream:
         steps: which part each rank computes at which step.
         continued: the predictions that others are continued from.
         edits: how many of latents by callbacks there had been at the latest call.
+        leader: the stream of a model's calls, whose fragment's calls these are; else None.
+        structure: of what such a model gives.
+        computed: how many of the model's calls of a stream of fragments were not left out.
     """
 
     graph: object
@@ -111,6 +115,9 @@ class Stream:
     steps: Unrolled | None = None
     continued: Continued = field(default_factory=Continued)
     edits: int = 0
+    leader: Stream | None = None
+    computed: int = 0
+    structure: Any = None
     _times: Times = field(default_factory=lambda: Times([]))
 
     def note(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
@@ -141,9 +148,22 @@ class Stream:
 
     def restart(self) -> None:
         """The next step is the first."""
-        self.index, self.direction = -1, 0
+        self.index, self.direction, self.steps = -1, 0, None
         self.tables.clear()
         self.continued.forget()
+
+    def follow(self, leader: Stream, schedule: Schedule) -> Step:
+        """The step of a fragment's call, in a call of the model that belongs to `leader`.
+
+        A fragment that was left out of a step remembers nothing of it, and begins anew.
+        """
+        if leader.computed != self.computed + 1 or self.steps is None:
+            self.restart()
+            self.steps = Unrolled(schedule)
+        self.computed = leader.computed
+        self.index += 1
+        self.used, self.now = leader.used, leader.now
+        return self.steps.next(skip=False)
 
     def tick(self, clocks: Sequence[Tensor]) -> None:
         """A step begins at these clocks."""
@@ -303,14 +323,36 @@ class Streams:
             explicit=explicit,
         )
         if stream is None:
-            shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
-            kind = graph, tuple(shapes)
-            spare = self._spare.get(kind)
-            memory = spare.pop() if spare else Memory()
-            stream = Stream(graph, [Seen(x) for x in conditions], self.calls, kind, memory)
-            self._streams.append(stream)
+            stream = self._begun(graph, roles, args, [Seen(x) for x in conditions])
         stream.used = self.calls
         stream.note(clocks, latents)
+        return stream
+
+    def following(
+        self, leader: Stream, fragment: Hashable, roles: Roles, args: Sequence[Any]
+    ) -> Stream:
+        """The stream of a fragment's call, in a call of the model that belongs to `leader`.
+
+        Args:
+            leader: of the model's calls.
+            fragment: tells it from the others of such a call.
+            roles: of its inputs.
+            args: its inputs.
+        """
+        own = [s for s in self._streams if s.leader is leader and s.graph == fragment]
+        stream = own[0] if own else self._begun(fragment, roles, args, [])
+        stream.leader = leader
+        return stream
+
+    def _begun(
+        self, graph: object, roles: Roles, args: Sequence[Any], conditions: list[Seen]
+    ) -> Stream:
+        shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
+        kind = graph, tuple(shapes)
+        spare = self._spare.get(kind)
+        memory = spare.pop() if spare else Memory()
+        stream = Stream(graph, conditions, self.calls, kind, memory)
+        self._streams.append(stream)
         return stream
 
     def begin(self) -> None:
@@ -320,9 +362,10 @@ class Streams:
 
     def restart(self, stream: Stream) -> None:
         """The stream's next step is an image's first."""
-        stream.restart()
-        if not self.recycles:
-            stream.memory = Memory()
+        for each in (s for s in self._streams if s is stream or s.leader is stream):
+            each.restart()
+            if not self.recycles:
+                each.memory = Memory()
 
     def end(self) -> None:
         """The image has ended. Waits for what is under way: it must not outlive its buffers."""

@@ -10,7 +10,7 @@ from itertools import combinations
 import sympy
 from torch import fx
 
-from piflux.errors import CannotShard, NoAttention
+from piflux.errors import CannotShard, NoAttention, NothingToShare
 from piflux.graph.axes import Axis, Value, axes, operands
 from piflux.graph.nodes import attention_arguments, is_attention, op_name
 from piflux.graph.plan import Attention, Context, Layout, Plan
@@ -257,7 +257,7 @@ def _place(
         for node in foreign_ops(graph):
             raise CannotShard(node, why_refused(node))
         first = next(filter(is_attention, graph.nodes))
-        raise CannotShard(
+        raise NothingToShare(
             first,
             "no attention reads keys and values of the tokens it serves: the model mixes them by "
             "other means, such as linear attention or convolutions, which piflux can't split",

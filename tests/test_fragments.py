@@ -1,0 +1,195 @@
+"""Models of which Dynamo makes several graphs: each is split, and all are of one step."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import piflux
+from piflux.errors import CannotShard, NoAttention
+
+DIM = 8
+STEPS = 4
+EXACT = 1e-5
+
+
+class Model(nn.Module):
+    """Three blocks of attention, each in a graph of its own, and what depends on the time.
+
+    `breaks` ends a graph, as whatever Dynamo can't follow does.
+    """
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(DIM, 3 * DIM) for _ in range(3))
+        self.head = nn.Linear(DIM, DIM)
+
+    def forward(self, x, t, prompt):
+        x = self.head(x) + t[:, None, None]  # nothing to split
+        for block in self.blocks:
+            x = self.step(block, torch.cat([prompt, x], 1))[:, prompt.shape[1] :]
+        return self.head(x)
+
+    def step(self, block, x):
+        torch._dynamo.graph_break()
+        q, k, v = block(x)[:, None].chunk(3, -1)
+        return x + F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class OnData(Model):
+    """Branches on data, as models of videos do on masks; a branch has attention of its own."""
+
+    def step(self, block, x):
+        if x.sum() > 1e9:
+            x = x + 1
+        return super().step(block, x)
+
+
+class Valid(Model):
+    """Only the prompt's tokens that are not zero take part, and zeros fill up what they leave."""
+
+    def step(self, block, x):
+        keep = torch.nonzero(x[0, :, 0], as_tuple=False).flatten()
+        q, k, v = block(x[:, keep])[:, None].chunk(3, -1)
+        out = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + F.pad(out, (0, 0, x.shape[1] - out.shape[1], 0))
+
+
+def inputs(prompt=0, time=0.9):
+    """Latents, a time and one of several prompts."""
+    text = torch.randn(1, 3, DIM, generator=torch.Generator().manual_seed(prompt))
+    return torch.ones(1, 12, DIM).cumsum(1) / 12, torch.full((1,), time), text
+
+
+def parallel(model, n=2, policy="rotate"):
+    return piflux.parallelize(model, group=piflux.virtual_ranks(n), policy=policy, inner="eager")
+
+
+def off(model, got, args):
+    with torch.no_grad():
+        return (got - model(*args)).abs().max().item()
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("cls", [Model, OnData, Valid])
+def test_exact(cls, n):
+    model, args = cls().eval(), inputs()
+    if cls is Valid:
+        args[2][:, 0] = -model.head.bias[0]  # anything
+        args[2][:, 1] = 0
+    split = parallel(model, n, "gather")
+    assert off(model, split(*args), args) < EXACT
+    assert sum(graph.attentions for graph in piflux.explain(split).graphs) >= 1
+
+
+def test_blocks_that_share_a_graph_remember_each_their_own():
+    """Of a still image what is remembered is fresh; another block's would not be."""
+    model, args = Model().eval(), inputs()
+    split = parallel(model)
+    with piflux.generation(split):
+        for _ in range(STEPS):
+            assert off(model, split(*args), args) < EXACT
+    assert "no one graph" in str(piflux.explain(split))
+
+
+def test_all_fragments_are_at_the_step_of_the_call():
+    """Of two passes a step, whose first fragment knows neither the time nor the prompt."""
+    split = parallel(Model().eval())
+    with piflux.generation(split):
+        for step in range(STEPS):
+            for prompt in (0, 1):
+                x, t, text = inputs(prompt, 1 - step / 10)
+                split(x + step / 10, t, text)
+        streams = list(split._piflux_compiler.runtime.streams)
+        leaders = [stream for stream in streams if stream.leader is None]
+        assert [stream.index for stream in leaders] == [STEPS - 1] * 2
+        followers = [stream for stream in streams if stream.leader is not None]
+        assert len(followers) == 2 * len(Model().blocks)
+        assert {stream.index for stream in followers} == {STEPS - 1}
+    assert not any("no steady step" in note for note in piflux.explain(split).notes)
+
+
+def test_another_image_begins_anew():
+    """Where nobody says so, as the time goes back."""
+    model = Model().eval()
+    split = parallel(model)
+    for _ in range(2):
+        for step in range(3):
+            x, t, text = inputs(time=0.9 - step / 10)
+            args = x + step / 100, t, text
+            got = split(*args)
+            if step == 0:
+                assert off(model, got, args) < EXACT
+
+
+class Skips(Model):
+    """Leaves blocks out where it is told to."""
+
+    def forward(self, x, t, prompt, skip=False):
+        return super().forward(x, t, prompt) if not skip else self.head(x)
+
+
+def test_a_fragment_that_was_left_out_of_a_step_remembers_nothing():
+    model = Skips().eval()
+    split = parallel(model)
+    with piflux.generation(split):
+        for step in range(5):
+            x, t, text = inputs(time=1 - step / 10)
+            args = x * (1 + step), t, text
+            got = split(*args, step in (1, 2))
+            if step in (0, 3):
+                assert off(model, got, args) < EXACT
+        assert off(model, got, args) > EXACT  # it remembers the step before
+
+
+def test_a_step_that_is_not_computed_runs_no_fragment():
+    split = piflux.parallelize(
+        Model().eval(), group=piflux.virtual_ranks(2), compute="xx.x", inner="eager"
+    )
+    with piflux.generation(split):
+        given = [split(*inputs(time=0.9 - step / 100)) for step in range(4)]
+        streams = list(split._piflux_compiler.runtime.streams)
+    assert [stream.index for stream in streams if stream.leader is None] == [3]
+    assert {stream.index for stream in streams if stream.leader is not None} == {2}
+    assert all(not x.equal(given[2]) for x in (given[0], given[1], given[3]))
+    assert off(Model().eval(), given[2], inputs(time=0.88)) < 0.02
+
+
+def test_no_fragment_has_attention():
+    class Plain(Model):
+        def step(self, block, x):
+            torch._dynamo.graph_break()
+            return x + block(x)[..., :DIM]
+
+    with pytest.raises(NoAttention):
+        parallel(Plain().eval())(*inputs())
+
+
+def test_a_fragment_that_cannot_be_split_is_refused():
+    class Mixes(Model):
+        def step(self, block, x):
+            torch._dynamo.graph_break()
+            for _ in range(2):
+                x = block(x)[:, None, :, :DIM].softmax(2)
+                x = F.scaled_dot_product_attention(x, x, x)[:, 0]
+            return x
+
+    with pytest.raises(CannotShard, match="mixes tokens"):
+        parallel(Mixes().eval())(*inputs())
+
+
+def test_it_is_said_once(caplog):
+    split = parallel(OnData().eval())
+    with caplog.at_level(logging.WARNING, "piflux"):
+        split(*inputs())
+        split(*inputs(1))
+    assert len([x for x in caplog.records if "no one graph" in x.getMessage()]) == 1
+
+
+def test_in_a_process_that_computes_one_rank_alone():
+    model, args = OnData().eval(), inputs()
+    alone = piflux.parallelize(model, inner="eager")
+    assert off(model, alone(*args), args) == 0
