@@ -74,7 +74,8 @@ def demo_pipeline() -> FluxPipeline:
     """Load a small FLUX: a whole pipeline, trained from scratch, nothing downloaded.
 
     The transformer has 2 double and 8 single blocks of 5 heads of 64. Any size that is divisible
-    by 16 runs; what is drawn at others than IMAGE_SIZE is not a picture of the prompt.
+    by 16 runs; what is drawn at others than IMAGE_SIZE, the default, is not a picture of the
+    prompt.
 
     Returns:
         A pipeline in float32 on the CPU.
@@ -88,6 +89,7 @@ def demo_pipeline() -> FluxPipeline:
         from torch import nn
 
     pipe = FluxPipeline.from_pretrained(demo_file("model"))
+    pipe.default_sample_size = IMAGE_SIZE // pipe.vae_scale_factor  # FLUX.1's is 1024 pixels
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
             # diffusers has made its parts float32, transformers leaves bfloat16 as it is stored.

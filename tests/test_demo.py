@@ -19,8 +19,10 @@ from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_file, demo_
 RUN_FLUX = Path(__file__).parent.parent / "examples" / "run_flux.py"
 
 
-def image(noise_seed: int = 0, prompt: str = PROMPTS[0], size: int = 64, steps: int = 3) -> Tensor:
-    """(3, size, size), values from 0 to 1."""
+def image(
+    noise_seed: int = 0, prompt: str = PROMPTS[0], size: int | None = 64, steps: int = 3
+) -> Tensor:
+    """(3, size, size), values from 0 to 1; None is the pipeline's own size."""
     pipe = demo_pipeline()
     pipe.set_progress_bar_config(disable=True)
     return pipe(
@@ -45,7 +47,8 @@ def test_seed_and_prompt_decide_the_image() -> None:
 def test_it_draws_what_it_was_told() -> None:
     """Red below green leaves, on white: the strawberry of the demo."""
     assert PROMPTS[0] == "strawberry, flat style, white background"
-    picture = image(size=IMAGE_SIZE, steps=8)
+    picture = image(size=None, steps=8)
+    assert picture.shape == (3, IMAGE_SIZE, IMAGE_SIZE)
     corners = picture[:, [8, 8, -8, -8], [8, -8, 8, -8]]
     assert corners.min() > 0.85
     red, green, blue = picture

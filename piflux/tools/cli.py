@@ -106,7 +106,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A file instead, one a line.")] = None,
     model: options.ModelOption = "demo",
     ranks: Ranks = None,
-    policy: PolicyOption = "rotate",
+    policy: PolicyOption = "auto",
     sync_steps: options.SyncStepsOption = None,
     refresh_every: options.RefreshOption = None,
     sync: options.SyncOption = "gather",
@@ -152,8 +152,6 @@ def generate(
         "compute": compute,
     }
     settings = options.settings(policy, sync_steps, refresh_every, known_steps, **others)
-    if policy == "auto":
-        options.flux_config(model)  # known to be one whose steps can be counted
     pixels = options.size(size)
     if mask is not None and image is None:
         raise typer.BadParameter("--mask says where --image is painted anew: give both")
@@ -198,8 +196,6 @@ def generate(
     made = replace(made, model=model)
     if json_:
         print(json.dumps(asdict(made)))
-    elif made.reason:
-        console.print(f"policy {made.settings['policy']}: {made.reason}", soft_wrap=True)
     for picture in made.pictures:
         if not json_:
             pace = "" if picture.step_s is None else f", {picture.step_s:.3f} s a step (median)"

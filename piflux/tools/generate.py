@@ -27,10 +27,8 @@ import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave
-from piflux.policies.schedule import PolicyName
-from piflux.tools.doctor import decide
 from piflux.tools.launch import is_first, join
-from piflux.tools.options import chosen, default_side, numbered, text_tokens
+from piflux.tools.options import numbered
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Request:
         model: 'demo', or a folder of a diffusers pipeline.
         prompts: one a picture; picture i starts from the noise of seed + i.
         out: where they go, PNG or MP4; more than one get numbers. None: piflux.png or piflux.mp4.
-        settings: of `parallelize`; with the policy 'auto' the ranks measure and choose one.
+        settings: of `parallelize`.
         steps: denoise steps; None for the pipeline's own number, as in all that follows.
         size: width and height in pixels.
         seed: of the first picture.
@@ -96,8 +94,8 @@ class Made:
 
     Attributes:
         device: of rank 0.
-        settings: the request's, with the policy that was chosen.
-        reason: why, if it was chosen on the ranks.
+        settings: the request's, with what 'auto' took.
+        reason: why, if it took anything.
     """
 
     model: str
@@ -125,13 +123,10 @@ def generate(request: Request) -> Made | None:
     pipe, more = load(request.model, device)
     add_loras(pipe, request.loras)
     pipe = as_kind(pipe, target)
-    settings, reason = dict(request.settings), None
-    if settings["policy"] == "auto":
-        policy, reason = _chosen(pipe.transformer, device, ranks, request)
-        settings |= chosen(policy)
-    pipe = piflux.parallelize(pipe, **settings)
+    pipe = piflux.parallelize(pipe, **request.settings)
     pipe.set_progress_bar_config(disable=True)
-    pictures = []
+    pictures: list[Picture] = []
+    settings, reason = request.settings, None
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
@@ -148,6 +143,8 @@ def generate(request: Request) -> Made | None:
             total_s, times = time.perf_counter() - began, clock.step_ms()
             if not first:
                 continue
+            if not pictures:
+                settings, reason = _taken(pipe, request.settings)
             step_s = statistics.median(times) / 1000 if times else None
             found = drawn.frames if hasattr(drawn, "frames") else drawn.images
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -162,6 +159,15 @@ def generate(request: Request) -> Made | None:
         return None
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     return Made(request.model, name, ranks, settings, reason, tuple(pictures))
+
+
+def _taken(pipe: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The settings with what 'auto' took, and why; after a call."""
+    if settings["policy"] != "auto":
+        return settings, None
+    report = piflux.explain(pipe)
+    schedule, reasons = report.graphs[0].schedule, [x for x in report.notes if "'auto'" in x]
+    return settings | {"policy": schedule.policy, "sync": schedule.sync}, reasons[0]
 
 
 def _batched(request: Request, prompts: list[str], seeds: list[int]) -> dict[str, Any]:
@@ -409,25 +415,6 @@ def _quiet() -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-
-
-def _chosen(
-    transformer: Any, device: torch.device, ranks: int, request: Request
-) -> tuple[PolicyName, str]:
-    """The policy that suits a FLUX on these ranks, and why; the same on all of them."""
-    if ranks == 1:
-        return "gather", "one rank has all keys and values"
-    side = default_side(request.model)
-    width, height = request.size or (side, side)
-    _, choice = decide(
-        transformer.config,
-        device,
-        width=width,
-        height=height,
-        text_tokens=text_tokens(request.model),
-        dtype=transformer.dtype,
-    )
-    return choice.policy, choice.reason
 
 
 @contextlib.contextmanager
