@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from captures import captured_once
 from models import denoise, flux_inputs, tiny_flux, tiny_pipeline
-from ranks import Failure, Pool
+from ranks import Failure, Pool, virtual
 from torch import nn
 
 import piflux
@@ -89,6 +89,7 @@ def test_a_step_cache_is_refused(config):
     piflux.parallelize(model, inner="eager")
 
 
+@captured_once()
 def step_cached(rank, group):
     """Enabled after an image."""
     parallel = piflux.parallelize(tiny_flux(), group=group, inner="eager")
@@ -99,8 +100,8 @@ def step_cached(rank, group):
     return refusal, before, parallel(**flux_inputs()).sample
 
 
-def test_a_step_cache_enabled_later_is_refused(ranks):
-    refusals, before, after = zip(*ranks(2, step_cached), strict=True)
+def test_a_step_cache_enabled_later_is_refused(virtual):
+    refusals, before, after = zip(*virtual(2, step_cached), strict=True)
     assert_all(refusals, piflux.CannotCapture, "FirstBlockCacheConfig", "disable_cache()")
     for x, y in zip(before, after, strict=True):
         assert torch.equal(x, y)
@@ -225,6 +226,7 @@ def test_a_target_without_attention(ranks):
 SHORT = {"image_hw": (2, 2), "text": 2}
 
 
+@captured_once()
 def short(rank, group):
     """Text of two tokens with an image of four, then one of each, on three ranks."""
     target = tiny_flux(single=0)
@@ -234,10 +236,10 @@ def short(rank, group):
 
 
 @torch.no_grad()
-def test_more_parts_than_tokens(ranks):
+def test_more_parts_than_tokens(virtual):
     """Two parts then have the same token; but not of all tokens, which is refused by number."""
     want = tiny_flux(single=0)(**flux_inputs(**SHORT)).sample
-    refused, images = zip(*ranks(3, short), strict=True)
+    refused, images = zip(*virtual(3, short), strict=True)
     assert_all(refused, piflux.CannotShard, "2 tokens", "3 parts")
     for image in images:
         assert (image - want).abs().max() < 1e-5
@@ -321,15 +323,14 @@ def refused(rank, group):
     models.append(TwoAttentions(nothing, is_causal=True))
     failures = []
     for model in models:
-        torch._dynamo.reset()
         parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
         failures.append(caught(parallel, torch.randn(1, 16, 8)))
     return failures
 
 
-def test_what_mixes_tokens_is_refused(ranks):
+def test_what_mixes_tokens_is_refused(virtual):
     """An operation other than plain attention between tokens: named, with the line it stands on."""
-    *mixers, causal = zip(*ranks(2, refused), strict=True)
+    *mixers, causal = zip(*virtual(2, refused), strict=True)
     for (mixer, op), failures in zip(MIXERS.items(), mixers, strict=True):
         line = mixer.__code__.co_firstlineno + 1
         assert_all(failures, piflux.CannotShard, op, f"test_errors.py:{line}", mixer.__name__)
@@ -432,7 +433,6 @@ def tried(rank, group):
     """
     outcomes = []
     for between in DOUBTFUL:
-        torch._dynamo.reset()
         torch.manual_seed(0)
         model = TwoAttentions(between)
         parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
@@ -448,9 +448,9 @@ def tried(rank, group):
 
 
 @pytest.fixture(scope="module")
-def doubtful(ranks):
+def doubtful():
     """By operation, each rank's outcome."""
-    return dict(zip(DOUBTFUL, zip(*ranks(2, tried), strict=True), strict=True))
+    return dict(zip(DOUBTFUL, zip(*virtual(2, tried), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("between", DOUBTFUL, ids=lambda between: between.__name__)
@@ -474,7 +474,6 @@ def masked(rank, group):
     outcomes = []
     for mask in masks(16):
         torch.manual_seed(0)
-        torch._dynamo.reset()
         model = TwoAttentions(nothing, attn_mask=mask)
         parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
         hidden_states = torch.randn(1, 16, 8)
@@ -487,9 +486,9 @@ def masked(rank, group):
     return outcomes
 
 
-def test_a_mask_is_cut_or_refused(ranks):
+def test_a_mask_is_cut_or_refused(virtual):
     """Either is right; a wrong image is not."""
-    for outcomes in ranks(2, masked):
+    for outcomes in virtual(2, masked):
         for outcome in outcomes:
             if isinstance(outcome, Failure):
                 assert "mask" in outcome.message
@@ -506,11 +505,11 @@ class Broken(TwoAttentions):
 
 def broken(rank, group):
     parallel = piflux.parallelize(Broken(nothing), group=group, policy="gather", inner="eager")
-    parallel(torch.randn(1, 16, 8))
+    return caught(parallel, torch.randn(1, 16, 8))
 
 
-def test_a_graph_break_is_no_silent_fallback(ranks):
-    assert_all(ranks.errors(2, broken), Exception, "graph")
+def test_a_graph_break_is_no_silent_fallback(virtual):
+    assert_all(virtual(2, broken), Exception, "graph")
 
 
 # -------------------------------------------------------------------------------- disagreement

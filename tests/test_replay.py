@@ -153,6 +153,11 @@ def test_one_recording_serves_all_parts_and_images(recorder, options):
     check(3, cases, 3 * 3, 3 * (3 * STEPS - 3), recorder, **options)
 
 
+def test_steps_that_are_computed_whole_are_not_recorded(recorder):
+    cases = [flux_inputs(seed=seed) for seed in range(3)]
+    check(3, cases, 3, 3 * (3 * STEADY - 1), recorder, sync="recompute")
+
+
 def test_refreshed_caches_stay_where_they_are(recorder):
     # Sync at 0, 1, 4: each finds other parts, or is the first.
     check(2, [flux_inputs()], 2 * 4, 2 * (STEPS - 4), recorder, sync_steps=2, refresh_every=3)
@@ -290,14 +295,10 @@ def real(rank, group, options):
         # Of each image the first step is one kind and the third another. The first of each kind
         # runs as it is.
         ({}, 3, 3 * MORE_STEPS - 3),
-        ({"order": 0}, 3, 3 * MORE_STEPS - 3),
-        ({"compression": "int8"}, 3, 3 * MORE_STEPS - 3),
         # Steps 0, 3, 5 and 7; three ranks hold the same parts at 0 and 3 only.
         ({"sync_steps": (0, 3), "refresh_every": 2}, 5, 3 * MORE_STEPS - 5),
-        # Which all compute whole.
-        ({"sync": "recompute"}, 1, 3 * 7 - 1),
     ],
-    ids=["rotate", "unpredicted", "int8", "refreshed", "recomputed"],
+    ids=["rotate", "refreshed"],
 )
 def test_over_real_ranks(ranks, options, recorded, played):
     for apart, *counts in ranks(3, real, options):
@@ -309,8 +310,8 @@ def test_over_real_ranks(ranks, options, recorded, played):
 
 
 def pair(group, **options):
-    """A model whose steps are not recorded and one whose steps are, and their parameters."""
-    model = tiny_flux(double=2, single=2)
+    """A model, its parallel one whose steps are not recorded, and one whose steps are."""
+    model = tiny_flux()
     return model, *(
         piflux.parallelize(model, group=group, inner=inner, **options)
         for inner in ("eager", as_captured)
@@ -350,7 +351,7 @@ def in_pieces(rank, group, options):
     return farthest(images), (recorder.recorded, recorder.played), steps
 
 
-GATHERS = 4 + 1  # one for each attention, and the prediction's
+GATHERS = 2 + 1  # one for each attention, and the prediction's
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -391,43 +392,36 @@ def with_failures(rank, group, options, longest):
 
 
 @pytest.mark.parametrize("policy", ["gather", "displaced"])
-@pytest.mark.parametrize("longest", [0, 150])
+@pytest.mark.parametrize("longest", [0, 80])
 def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, policy, longest):
     (first, none), (second, played) = ranks(2, with_failures, {"policy": policy}, longest)
     assert max(first, second) <= SAME
     assert none == 0 < played
 
 
-@captured_once()
-def changing(rank, group, options):
-    """Images of two sizes, of moved parameters and of two prompts, and recordings after each."""
-    images, counts = [], []
-    with pytest.MonkeyPatch.context() as patch:
-        recorder = on_tape(patch)
-        model, *models = pair(group, **options)
-        small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
-
-        def moved():
-            with torch.no_grad():
-                weight(model).weight.data = weight(model).weight * 1.5
-            return small
-
-        for inputs in (lambda: small, lambda: large, moved):
-            now = inputs()
-            images += [image(parallel, now, MORE_STEPS) for parallel in models]
-            counts.append(recorder.recorded)
-        images += [two_prompts(parallel, MORE_STEPS) for parallel in models]
-        counts.append(recorder.recorded)
-    return farthest(images), counts
-
-
 @pytest.mark.parametrize(
     "options, each", [({"policy": "gather"}, 1), ({"policy": "displaced", "order": 0}, 4)]
 )
-def test_what_changed_is_recorded_anew_in_pieces(ranks, options, each):
-    for apart, counts in ranks(2, changing, options):
-        assert apart <= SAME
-        assert counts == [each, 2 * each, 3 * each, 4 * each]  # one prompt has the small's
+def test_what_changed_is_recorded_anew(recorder, options, each):
+    """Images of two sizes, of moved parameters and of two prompts."""
+    images, counts = [], []
+    model = tiny_flux(double=2, single=2)
+    models = [parallel(model, 2, inner, **options) for inner in ("eager", as_captured)]
+    small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
+
+    def moved():
+        with torch.no_grad():
+            weight(model).weight.data = weight(model).weight * 1.5
+        return small
+
+    for inputs in (lambda: small, lambda: large, moved):
+        now = inputs()
+        images += [image(one, now, MORE_STEPS) for one in models]
+        counts.append(recorder.recorded)
+    images += [two_prompts(one, MORE_STEPS) for one in models]
+    counts.append(recorder.recorded)
+    assert farthest(images) <= SAME
+    assert counts == [2 * n * each for n in (1, 2, 3, 4)]  # one prompt has the small's
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; its twins are above")
