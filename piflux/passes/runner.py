@@ -32,10 +32,10 @@ def run_passes(gm: fx.GraphModule, ctx: Context, passes: Sequence[Pass]) -> None
         with refusing(gm.graph.output_node):
             count = run(gm, ctx)
             gm.graph.lint()
-        gm.recompile()
         elapsed = time.perf_counter() - start
         log.info("%-18s %5d nodes %7.3f s", run.__name__, count, elapsed)
         _trace(f"piflux_{number}_{run.__name__}", gm)
+    gm.recompile()  # once: writing the code of a graph takes as long as most passes
 
 
 def _trace(name: str, gm: fx.GraphModule) -> None:
