@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import fx
 
+from piflux.graph.modules import module_of
+
 
 @dataclass(frozen=True, eq=False)
 class Captured:
@@ -34,4 +36,4 @@ class Captured:
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A module with a graph of its own. Modules and what nodes know of values are shared."""
-    return fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    return module_of(gm, copy.deepcopy(gm.graph))

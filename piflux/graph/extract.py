@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import SymInt, fx, nn
 
+from piflux.graph.modules import module_of
 from piflux.graph.values import known
 
 SOURCES = ("placeholder", "get_attr", "call_module")
@@ -79,4 +80,4 @@ def as_module(
     for node in nodes:
         made[node] = graph.node_copy(node, read)
     graph.output(tuple(made[n] for n in outputs))
-    return fx.GraphModule(nn.Module(), graph)
+    return module_of(nn.Module(), graph)
