@@ -71,7 +71,20 @@ class ParallelModule(View, nn.Module):
         return self.forward(*args, **kwargs)
 
     def _piflux_run(self, *args: Any, **kwargs: Any) -> Any:
-        """The compiled call, with the weights where hooks around it have put them."""
+        """The compiled call; what it raises the other ranks are told of."""
+        ranks = self._piflux_compiler.runtime.ranks
+        try:
+            return self._piflux_called(*args, **kwargs)
+        except BaseException as error:
+            if ranks is not None:
+                ranks.stop(error)
+            raise
+        finally:
+            if ranks is not None:
+                ranks.busy = False
+
+    def _piflux_called(self, *args: Any, **kwargs: Any) -> Any:
+        """With the weights where hooks around it have put them."""
         parameter = next(self.parameters(), None)
         if has_step_cache(self):
             refuse_step_caches(self)
@@ -81,9 +94,13 @@ class ParallelModule(View, nn.Module):
         if parameter is not None:
             check_device(ranks, parameter.device)
             if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
-                self._piflux_same_weights.check(self._piflux_target, ranks, parameter.device)
+                ranks.surviving(
+                    partial(self._piflux_same_weights.check, self._piflux_target, ranks), "weights"
+                )
         cls._piflux_unchecked = False
         cls._piflux_calls += 1
+        if ranks is not None:
+            ranks.busy, ranks.doing = True, "the model's capture"  # until its graph runs
         with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
             if not self._piflux_compiler.reports:
                 self._piflux_compiler.prepare()
@@ -123,9 +140,14 @@ class ParallelModule(View, nn.Module):
         assert fragments is not None
         inputs = tree_flatten_with_path((args, kwargs))[0]
         named = {keystr(path): x for path, x in inputs if isinstance(x, Tensor)}
-        with compiler.runtime.fragments(named) as call:
-            run = partial(fragments, *args, **kwargs)
-            result = run() if call is None else call.run_fragments(run)
+        ranks = compiler.runtime.ranks
+
+        def act() -> Any:
+            with compiler.runtime.fragments(named) as call:
+                run = partial(fragments, *args, **kwargs)
+                return run() if call is None else call.run_fragments(run)
+
+        result = act() if ranks is None else ranks.surviving(act, ranks.calls())
         compiler.check_fragments()
         return result
 

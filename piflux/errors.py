@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,10 +61,16 @@ class CannotCapture(PifluxError):
 
 
 class RanksDisagree(CompileError):
-    """The ranks were called with different inputs, settings or versions.
+    """The ranks were called with different inputs, settings or versions, or at different points.
 
-    Settings are compared when the first graph is compiled, inputs in an image's first step.
+    Settings are compared when the first graph is compiled, inputs in an image's first step, times
+    and latents in every step.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it at the same point, so that all go on together.
     """
+
+    on_all_ranks = False
 
 
 class StepsUnforeseen(PifluxError):
@@ -83,7 +90,31 @@ class PackageMissing(PifluxError, ModuleNotFoundError):
 
 
 class RankFailed(PifluxError):
-    """A rank raised, died or has nothing to run on; the others were ended."""
+    """A rank raised, died, did not come in time or has nothing to run on.
+
+    The other ranks of a model raise it in the same image, and are ready for the next one. Those
+    that `piflux` started are ended.
+    """
+
+    on_all_ranks = False
+
+
+class RankLost(RankFailed):
+    """A rank died, is stopped or cut off, where the image can't go on without it.
+
+    At their next call the ranks that are left go on as fewer.
+
+    Attributes:
+        ranks: those that are known to be lost.
+    """
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+
+
+class Excluded(RankFailed):
+    """The other ranks went on without this one, which was stopped or cut off for too long."""
 
 
 def plain(message: str) -> str:

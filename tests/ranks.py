@@ -108,13 +108,16 @@ class Pool:
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         context = _context()
+        # Here, where it outlives any of them.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self._store.port
         self._workers = []
         self._connections: list[Connection] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
             worker = context.Process(
                 target=_work,
-                args=(rank, size, Path(self._folder.name), joined, group_timeout, theirs),
+                args=(rank, size, Path(self._folder.name), joined and port, group_timeout, theirs),
                 daemon=True,
             )
             worker.start()
@@ -269,7 +272,7 @@ def _work(
     rank: int,
     size: int,
     folder: Path,
-    joined: bool,
+    port: int,
     group_timeout: float,
     connection: Connection,
 ) -> None:
@@ -277,10 +280,10 @@ def _work(
     faulthandler.register(signal.SIGUSR1, file=_stacks(folder, rank).open("w"))
     torch.set_num_threads(1)
     groups: dict[int, dist.ProcessGroup | None] = {}
-    if joined:
+    if port:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(folder / "store"), size),
+            store=dist.TCPStore("127.0.0.1", port, is_master=False),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=group_timeout),
@@ -291,7 +294,7 @@ def _work(
             job = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_do(job, rank, joined, groups))
+        connection.send_bytes(_do(job, rank, bool(port), groups))
 
 
 def _do(job: bytes, rank: int, joined: bool, groups: dict) -> bytes:

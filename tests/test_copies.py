@@ -22,6 +22,7 @@ from piflux import parts
 from piflux.policies import gather
 from piflux.ranks import copies
 from piflux.ranks import processes as runtime_ranks
+from piflux.ranks.links import Link
 from piflux.runtime import ops
 
 STEPS = 6
@@ -31,7 +32,7 @@ class Files(copies.Peers):
     """Ranks that share files in a folder."""
 
     def __init__(self, group, folder):
-        super().__init__(group, torch.device("cpu"))
+        super().__init__(runtime_ranks.ProcessRanks(group).link, torch.device("cpu"))
         self._pg = group
         self._folder = Path(folder)
         self._numbers = count()
@@ -90,13 +91,13 @@ def through_files(patch, group, folder):
     peers = Files(group, folder)
     patch.setattr(runtime_ranks, "reach", lambda *_: peers)
     patch.setattr(runtime_ranks, "Copies", Launched)
-    started, original = [], runtime_ranks.all_gather
+    started, original = [], Link.gather
 
     def counted(*args, **kwargs):
         started.append(args)
         return original(*args, **kwargs)
 
-    patch.setattr(runtime_ranks, "all_gather", counted)
+    patch.setattr(Link, "gather", counted)
     return started
 
 
@@ -197,36 +198,31 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, tmp_path, lo
 
 
 def about_peers(rank, group, folder):
-    """What peers without GPUs say: where it goes, how long it waits, and what it holds."""
+    """What peers without GPUs say: where it goes, and what it holds."""
     ranks = runtime_ranks.ProcessRanks(group)
-    assert copies.reach(ranks.group, torch.device("cpu"), ranks.any) is None
+    assert copies.reach(ranks.link, torch.device("cpu"), ranks.exchange) is None
     peers = Files(group, folder)
     first, second = (copies.Copies(count, peers) for count in (5, 7))
     both = copies.shared_bytes()
     del first
     one = copies.shared_bytes()
-    wait = copies.timeout(group, torch.device("cpu")).total_seconds()
-    return both - one, second.piece.numel(), peers.timeout_ms == 1000 * wait
+    return both - one, second.piece.numel()
 
 
 def test_peers(ranks, tmp_path):
-    assert ranks(2, about_peers, tmp_path) == [(2 * 5, 7, True)] * 2
+    assert ranks(2, about_peers, tmp_path) == [(2 * 5, 7)] * 2
 
 
 class Reported:
-    """A group whose ranks have told these hosts and GPUs."""
+    """A link whose ranks have told these hosts and GPUs."""
 
     def __init__(self, told):
         self.told = told
-        self.group = self
-        self.asked = []
+        self.size = len(told)
 
-    def size(self):
-        return len(self.told)
-
-    def any(self, flag, device):
-        self.asked.append(flag)
-        return flag
+    def exchange(self, mine, what):
+        assert not isinstance(mine, tuple) or mine == self.told[0]
+        return self.told if isinstance(mine, tuple) else [mine] * self.size
 
 
 @pytest.mark.parametrize(
@@ -263,21 +259,16 @@ def test_a_model_on_another_than_the_current_gpu_does_not_copy(monkeypatch):
 
 
 def _decided(monkeypatch, told, p2p, copies_work=True, current=0):
-    def gather(into, mine, group):
-        assert mine == told[0]
-        into[:] = told
-
-    monkeypatch.setattr(dist, "all_gather_object", gather)
     monkeypatch.setattr(copies.socket, "gethostname", lambda: "a")
     monkeypatch.setattr(copies, "_uuid", str)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
     monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: p2p)
-    monkeypatch.setattr(copies, "Peers", lambda group, device: "peers")
+    monkeypatch.setattr(copies, "Peers", lambda link, device: "peers")
     if copies_work:
         monkeypatch.setattr(copies, "Copies", lambda count, peers: None)
-    ranks = Reported(told)
-    found = copies.reach(ranks.group, torch.device("cuda", 0), ranks.any)
+    link = Reported(told)
+    found = copies.reach(link, torch.device("cuda", 0), link.exchange)
     assert found in (None, "peers")
     return found is not None
 

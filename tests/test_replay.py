@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 import piflux
 from piflux.memory.memory import Memory
-from piflux.ranks import processes as runtime_ranks
+from piflux.ranks.links import Link
 from piflux.recording import recorded as replay
 from piflux.runtime import ops
 
@@ -327,7 +327,7 @@ def farthest(images):
 @captured_once()
 def in_pieces(rank, group, options):
     """Two images: how far they are apart, what was recorded, and collectives in each step."""
-    started, advance = runtime_ranks.all_gather, Memory.advance
+    started, advance = Link.gather, Memory.advance
     steps = []
 
     def counted(*args, **kwargs):
@@ -339,7 +339,7 @@ def in_pieces(rank, group, options):
         advance(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime_ranks, "all_gather", counted)
+        patch.setattr(Link, "gather", counted)
         patch.setattr(Memory, "advance", advanced)
         recorder = on_tape(patch)
         _, *models = pair(group, **options)

@@ -153,7 +153,27 @@ def test_sketches_see_other_noise_but_no_rounding(dtype):
     assert Sketch.of(x).differs(Sketch.of(x[:, :32]))
     assert Sketch.of(x).differs(Sketch.of(x.to(dtype)))
     assert Sketch.of(x).differs(Sketch.of(torch.full_like(x, math.nan)))
-    assert not Sketch.of(torch.zeros(3)).differs(Sketch.of(torch.zeros(3)))
+    assert not Sketch.of(torch.zeros(30)).differs(Sketch.of(torch.zeros(30)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20, 3e38])
+@pytest.mark.parametrize("count", [1, 64])
+def test_the_same_extreme_on_all_ranks_is_agreement(value, count):
+    """Whatever it does to a picture; and it hides no other difference."""
+    x = torch.linspace(-1, 1, count)
+    extreme = x.index_fill(0, torch.tensor([0]), value)
+    assert not Sketch.of(extreme).differs(Sketch.of(extreme.clone()))
+    assert Sketch.of(extreme).differs(Sketch.of(x))
+    if count > 1:
+        assert Sketch.of(extreme).differs(Sketch.of(extreme.roll(1)))
+        assert Sketch.of(extreme).differs(Sketch.of(torch.where(extreme == x, 1.2 * x, extreme)))
+
+
+@pytest.mark.parametrize("a, b", [(3.5, math.inf), (3.5, 3.565), (1.0, 0.985), (1e20, 2e20)])
+def test_numbers_are_compared_exactly(a, b):
+    """A timestep, a guidance: of few elements, so that none is lost in a norm."""
+    assert Sketch.of(torch.tensor([a])).differs(Sketch.of(torch.tensor([b])))
+    assert not Sketch.of(torch.tensor(a)).differs(Sketch.of(torch.tensor(a)))
 
 
 def test_a_packet_carries_tensors_of_any_layout_and_dtype():

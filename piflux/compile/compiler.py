@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,6 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import InvalidBackend
+from torch._guards import TracingContext, tracing
 
 from piflux.capture.captured import Captured
 from piflux.capture.dynamo import let_through
@@ -86,16 +89,34 @@ class Compiler:
     @let_through()
     def install(self, captured: Captured) -> Callable[..., Any]:
         """Make a program of a graph. Returns what Dynamo calls in its place."""
+        ranks = self.runtime.ranks
+        if ranks is None:
+            return _PerCall(self, captured, self.make(captured))
+        first = not self.programs
+        program = ranks.surviving(partial(self._agree_and_make, captured, first), "compiling")
+        return _PerCall(self, captured, program)
+
+    def _agree_and_make(self, captured: Captured, first: bool) -> Program:
         runtime = self.runtime
-        if runtime.ranks is not None and not self.programs:
+        if first:
+            assert runtime.ranks is not None, "one rank alone agrees with itself"
             # Before ranks with other settings wait in other collectives.
-            settings = {"schedule": runtime.schedule, "policy is chosen": self._choices.policy}
+            schedule = replace(runtime.schedule, world_size=1)  # of which each has its own idea
+            settings = {"schedule": schedule, "policy is chosen": self._choices.policy}
             runtime.ranks.agree(fingerprint(settings, {}))
-        program = make_program(captured, runtime.schedule, runtime.ranks, self.inner, self._settle)
+        return self.make(captured)
+
+    def make(self, captured: Captured) -> Program:
+        """A program for as many ranks as there are now. All of them call it together."""
+        runtime = self.runtime
+        size = 1 if runtime.ranks is None else runtime.ranks.size
+        schedule = replace(runtime.schedule, world_size=size)
+        ranks = runtime.ranks if size > 1 else None
+        program = make_program(captured, schedule, ranks, self.inner, self._settle)
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)
-        return _PerCall(runtime, program)
+        return program
 
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
         """Install a fragment of a model; one with nothing to split runs whole on every rank."""
@@ -135,13 +156,43 @@ class Compiler:
 
 
 class _PerCall:
-    """A program; each call is one pass of one denoise step."""
+    """A program; each call is one pass of one denoise step.
 
-    def __init__(self, runtime: Runtime, program: Program) -> None:
-        self.runtime = runtime
+    A step in which a rank is lost is computed once more by those that are left, as a sync step: its
+    inputs are whole, so nothing else is needed.
+    """
+
+    def __init__(self, compiler: Compiler, captured: Captured, program: Program) -> None:
+        self._compiler = compiler
+        self._captured = captured
+        self._context = TracingContext.try_get()
+        self._has_run = False
+        self.runtime = compiler.runtime
         self.program = program
 
     def __call__(self, *args: Any) -> Any:
+        ranks = self.runtime.ranks
+        if ranks is None:
+            return self._run(*args)
+        try:
+            if self.runtime.in_fragments:  # all of the model's call is computed once more
+                return self._run_fitting(ranks, *args)
+            return ranks.surviving(lambda: self._run_fitting(ranks, *args), ranks.calls())
+        finally:
+            self._has_run, ranks.busy = True, False
+
+    def _run_fitting(self, ranks: Ranks, *args: Any) -> Any:
+        # At its first run a program's kernels may be compiled, too.
+        ranks.busy = not self._has_run or ranks.size != self.program.schedule.world_size
+        if ranks.size == 1:
+            with apart():
+                return self._captured.module(*args)  # the model itself
+        if ranks.size != self.program.schedule.world_size:
+            with tracing(self._context):
+                self.program = self._compiler.make(self._captured)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
         runtime, program = self.runtime, self.program
         if not runtime.follows:
             with apart():

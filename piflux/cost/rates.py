@@ -60,4 +60,4 @@ def slowest_rates(
     *heads, tokens, head_dim = query
     link_gbs = measure_link(ranks, device, count)
     kernels = measure_rates(tokens, heads[-1] if heads else 1, head_dim, dtype, device, FEW)
-    return Rates(*ranks.least([*kernels, link_gbs], device))
+    return Rates(*ranks.least([*kernels, link_gbs]))

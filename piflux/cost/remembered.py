@@ -39,7 +39,7 @@ def remembered_rates(
     shape = "x".join(map(str, query))
     key = f"{_machine(ranks, device)}; attention {shape} {dtype}; {count} bytes"
     known = _read().get(key, [0.0, 0.0, 0.0])
-    agreed = ranks.least(known, device)
+    agreed = ranks.least(known)
     if min(agreed) > 0:
         return Rates(*agreed)
     rates = slowest_rates(ranks, query, dtype, device, count)

@@ -123,20 +123,19 @@ class SameWeights:
     def __init__(self) -> None:
         self._known: Any = None
 
-    def check(self, model: nn.Module, ranks: ProcessRanks, device: torch.device) -> None:
+    def check(self, model: nn.Module, ranks: ProcessRanks) -> None:
         """All ranks call this together. Synchronises host and device.
 
         Args:
             model: with its weights where they compute.
             ranks: who shares it.
-            device: one whose tensors ranks can send.
 
         Raises:
             RanksDisagree: on every rank, if a weight differs; it names each that does.
         """
         weights = dict(model.named_parameters())
         known = [(name, id(x), _version(x)) for name, x in weights.items()]
-        if ranks.any(known != self._known, device):
+        if ranks.any(known != self._known):
             ranks.agree({f"weight {name}": norm for name, norm in _norms(weights).items()})
             self._known = known
 

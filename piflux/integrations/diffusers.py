@@ -11,7 +11,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflux.capture.views import View, view_of
@@ -119,13 +118,20 @@ class ParallelPipeline(View):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
+        ranks = self._piflux_modules[0]._piflux_compiler.runtime.ranks
+        if not isinstance(ranks, ProcessRanks):
+            return self._piflux_call(None, *args, **kwargs)
+        with ranks.image():
+            return self._piflux_call(ranks, *args, **kwargs)
+
+    def _piflux_call(self, ranks: ProcessRanks | None, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
-        group = _process_group(self._piflux_modules)
         signature = inspect.signature(call)
         bound = signature.bind_partial(*args, **kwargs)
         together, edits = False, None
-        if group is not None:
-            together, edits = _meet(signature, bound.arguments, self._piflux_device(), group)
+        if ranks is not None:
+            ranks.doing = "the pipeline's beginning"
+            together, edits = _meet(signature, bound.arguments, self._piflux_device(), ranks)
         self._piflux_votes = edits is not None
         if any(runtime.schedule.skips for runtime in self._piflux_runtimes()):
             _wrap_callbacks(
@@ -134,8 +140,8 @@ class ParallelPipeline(View):
         calls = sum(module._piflux_calls for module in self._piflux_modules)
         images = self._piflux_images(bound, together)
         if edits is not None:
-            assert group is not None, "callbacks are watched for other ranks"
-            check_agreement(edits.facts(), group)
+            assert ranks is not None, "callbacks are watched for other ranks"
+            ranks.surviving(lambda: ranks.agree(edits.facts()), "the pipeline's end")
         if calls == sum(module._piflux_calls for module in self._piflux_modules):
             log.warning(
                 "%s drew without calling what piflux parallelized: every rank computed all of it",
@@ -200,9 +206,22 @@ class ParallelDecoder(View):
         `Bands` knows all of the decoder's ops.
         """
         decode = super().decode  # type: ignore[misc]
-        ranks: Any = self._piflux_ranks
+        ranks = self._piflux_ranks
+
+        def act() -> Any:
+            return self._piflux_decode(decode, latents, *args, **kwargs)
+
+        if not _TOGETHER.get():
+            return decode(latents, *args, **kwargs)
+        ranks.doing = "decoding"
+        return ranks.surviving(act, "decoding")
+
+    def _piflux_decode(
+        self, decode: Callable[..., Any], latents: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        ranks = self._piflux_ranks
         split = (
-            _TOGETHER.get()
+            ranks.size > 1
             and not getattr(self, "use_tiling", False)
             and latents.dim() == 4
             and latents.shape[-2] >= ranks.size
@@ -289,16 +308,11 @@ def _defaults(device: torch.device) -> list[torch.Generator]:
     return found
 
 
-def _process_group(modules: Sequence[Any]) -> dist.ProcessGroup | None:
-    ranks = modules[0]._piflux_compiler.runtime.ranks
-    return ranks.group if isinstance(ranks, ProcessRanks) else None
-
-
 def _meet(
     signature: inspect.Signature,
     arguments: dict[str, Any],
     device: torch.device,
-    group: dist.ProcessGroup,
+    ranks: ProcessRanks,
 ) -> tuple[bool, Edits | None]:
     """Make a call's arguments fit for all ranks.
 
@@ -312,21 +326,24 @@ def _meet(
         RanksDisagree: on every rank, if they were called with different arguments.
     """
     defaults = {name: x.default for name, x in signature.parameters.items()}
-    check_agreement(facts_of(defaults | arguments), group)
+    facts = facts_of(defaults | arguments)
     calls_back = any(arguments.get(name) is not None for name in CALLBACKS)
     shares = arguments.get("generator") is None
-    states = [x.get_state() for x in _defaults(device)] if shares and group.rank() == 0 else []
+    states = [x.get_state() for x in _defaults(device)] if shares else []
     mine = arguments.get("output_type") != "latent", calls_back, states
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, mine, group=group)
+    everyones = ranks.surviving(
+        lambda: ranks.exchange((facts, mine), "a pipeline's arguments"), "the pipeline's beginning"
+    )
+    check_agreement([theirs for theirs, _ in everyones])
     if shares:
         # A rank on the CPU has one generator less than one with a GPU.
-        for generator, state in zip(_defaults(device), everyones[0][2], strict=False):
+        for generator, state in zip(_defaults(device), everyones[0][1][2], strict=False):
             generator.set_state(state)
     edits = Edits()
     _wrap_callbacks(arguments, lambda callback: edits.watching(_apart(callback)))
-    pictures, watched = (flags for flags in zip(*[(x, y) for x, y, _ in everyones], strict=True))
-    return all(pictures), edits if any(watched) else None
+    pictures = all(pictures for _, (pictures, _, _) in everyones)
+    watched = any(watched for _, (_, watched, _) in everyones)
+    return pictures, edits if watched else None
 
 
 def _wrap_callbacks(

@@ -71,6 +71,7 @@ class StepContext:
         now: the step's time, a scalar; see `piflux.runtime.times`.
         tables: what the steps of this image share; see `piflux.runtime.hoisted`.
         foreseen: what is known of the times of all steps; None if nothing.
+        header: what rides on the prediction's gather; None where all ranks are in one process.
         recorder: calls what can't be recorded: at once, or, where the step is being recorded,
             whenever the recording has come as far.
         first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
@@ -85,6 +86,7 @@ class StepContext:
     now: Tensor
     tables: dict[Any, Any]
     foreseen: Foreseen | None
+    header: Tensor | None = None
     recorder: Recorder = at_once
     first_slot: int = 0
     sent: dict[int, Packet] = field(default_factory=dict)

@@ -8,12 +8,11 @@ for each input its shape, dtype and a sketch of its content.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from piflux.errors import RanksDisagree
@@ -27,6 +26,9 @@ TOLERANCE = 0.02
 # of what is smaller than this have a sum in float32.
 HUGE = 1e15
 
+FEW = 8
+"""A tensor of so few elements says when, or how: a timestep, a guidance. Ranks have them alike."""
+
 
 @runtime_checkable
 class Approximate(Protocol):
@@ -38,42 +40,74 @@ class Approximate(Protocol):
 
 @dataclass(frozen=True)
 class Sketch:
-    """Shape, dtype and a few random projections of a tensor (Johnson and Lindenstrauss, 1984)."""
+    """Shape, dtype and a few random projections of a tensor (Johnson and Lindenstrauss, 1984).
+
+    Attributes:
+        numbers: all elements of a tensor of few, which are compared exactly.
+        usual: norm and projections of what is neither huge nor not a number.
+        huge: likewise of the signs and sizes, in powers of 2, of huge and infinite elements.
+        nan: likewise of where elements are not a number.
+    """
 
     shape: tuple[int, ...]
     dtype: str
-    norm: float
-    projections: tuple[float, ...]
-    huge: tuple[float, ...]  # likewise, norm first, of the signs of huge and infinite elements
+    numbers: tuple[float, ...]
+    usual: tuple[float, ...]
+    huge: tuple[float, ...]
+    nan: tuple[float, ...]
 
     @classmethod
     def of(cls, x: Tensor) -> Sketch:
         """The projections are onto cosines of incommensurate frequencies: the same on every
         device without a shared random generator. Synchronises host and device."""
-        flat = x.detach().reshape(-1).float()
+        flat = x.detach().reshape(-1)
+        shape, dtype = tuple(x.shape), str(x.dtype)
+        if flat.numel() <= FEW:
+            numbers = tuple(map(float, flat.double().tolist()))
+            return cls(shape, dtype, numbers, (), (), ())
+        flat = flat.float()
         index = torch.arange(flat.numel(), device=x.device, dtype=torch.float32)
-        is_huge = flat.abs() > HUGE  # a NaN is not
-        both = torch.stack([flat.masked_fill(is_huge, 0), flat.sign().masked_fill(~is_huge, 0)])
-        numbers = [both.norm(dim=1)]
-        numbers += [both @ torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)]
-        (norm, *projections), huge = torch.stack(numbers, 1).tolist()
-        return cls(tuple(x.shape), str(x.dtype), norm, tuple(projections), tuple(huge))
+        is_nan, is_huge = flat.isnan(), flat.abs() > HUGE
+        # An infinity counts as twice the largest number.
+        size = flat.abs().log2().clamp(max=129)
+        three = torch.stack(
+            [
+                flat.masked_fill(is_huge | is_nan, 0),
+                (flat.sign() * size).masked_fill(~is_huge, 0),
+                is_nan.float(),
+            ]
+        )
+        found = [three.norm(dim=1)]
+        found += [three @ torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)]
+        return cls(shape, dtype, (), *map(tuple, torch.stack(found, 1).tolist()))
 
     def differs(self, other: Sketch) -> bool:
         if (self.shape, self.dtype) != (other.shape, other.dtype):
             return True
-        mine, theirs = (self.norm, *self.projections), (other.norm, *other.projections)
-        return not (_close(mine, theirs) and _close(self.huge, other.huge))
+        if not all(map(_same, self.numbers, other.numbers)):
+            return True
+        mine, theirs = (self.usual, self.huge, self.nan), (other.usual, other.huge, other.nan)
+        return not all(map(_close, mine, theirs))
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape)) or "scalar"
-        huge = f", {self.huge[0] ** 2:.0f} huge or infinite" if self.huge[0] else ""
-        return f"{self.dtype.removeprefix('torch.')}[{shape}], norm {self.norm:.6g}{huge}"
+        told = f"{self.dtype.removeprefix('torch.')}[{shape}]"
+        if self.shape and 0 in self.shape:
+            return told
+        if self.numbers:
+            return f"{told}, {', '.join(f'{x:.9g}' for x in self.numbers)}"
+        huge = ", some huge or infinite" if self.huge[0] else ""
+        nan = f", {self.nan[0] ** 2:.0f} not a number" if self.nan[0] else ""
+        return f"{told}, norm {self.usual[0]:.6g}{huge}{nan}"
+
+
+def _same(a: float, b: float) -> bool:
+    return a == b or math.isnan(a) and math.isnan(b)
 
 
 def _close(mine: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
-    """Of two norms and projections; a NaN on either side is close to nothing."""
-    scale = TOLERANCE * max(mine[0], theirs[0])
+    """Of two norms and projections."""
+    scale = TOLERANCE * max(mine[:1] + theirs[:1], default=0.0)
     return all(abs(a - b) <= scale for a, b in zip(mine, theirs, strict=True))
 
 
@@ -85,14 +119,12 @@ def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> di
     return common
 
 
-def check_agreement(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
-    """Compare fingerprints over `group`; every rank raises, or none.
+def check_agreement(everyones: Sequence[Mapping[str, Any]]) -> None:
+    """Compare fingerprints, which all ranks have of all: every rank raises, or none.
 
     Raises:
         RanksDisagree: naming each thing that differs and its value on every rank.
     """
-    everyones: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyones, dict(mine), group=group)
     names = list(dict.fromkeys(name for theirs in everyones for name in theirs))
     differing = [name for name in names if _differs([theirs.get(name) for theirs in everyones])]
     if differing:
@@ -104,7 +136,9 @@ def check_agreement(mine: Mapping[str, Any], group: dist.ProcessGroup) -> None:
             "Give every rank the same prompt, the same starting noise (one seed for all), the same "
             "settings and the same torch version."
         )
-        raise RanksDisagree("\n".join(lines))
+        error = RanksDisagree("\n".join(lines))
+        error.on_all_ranks = True
+        raise error
 
 
 def _differs(values: list[Any]) -> bool:

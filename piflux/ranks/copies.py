@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, Protocol, cast
 from weakref import WeakSet
 
@@ -20,9 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piflux.ranks.links import Link
+
 log = logging.getLogger(__name__)
 
 _ALIVE: WeakSet[Copies] = WeakSet()
+
+FOREVER_MS = 24 * 3600 * 1000
+"""No barrier ends by itself: it would trap, after which the GPU is of no use to the process. The
+link's end ends it, see `Peers`."""
 
 
 def shared_bytes() -> int:
@@ -41,6 +47,9 @@ class Shared(Protocol):
     def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, /) -> Tensor:
         """The memory of one rank."""
 
+    def get_signal_pad(self, rank: int, /) -> Tensor:
+        """The flags by which barriers of one rank know of the others."""
+
     def barrier(self, channel: int, timeout_ms: int) -> None:
         """What the current stream was given before is done on all ranks before what comes next."""
 
@@ -49,29 +58,53 @@ class Peers:
     """What the gathers of one group of ranks have in common: who takes part, and where they run.
 
     Args:
-        group: the ranks.
+        link: between them.
         device: of this one.
     """
 
-    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.rank, self.size = group.rank(), group.size()
-        self._group = group.group_name  # a name, since who destroys the group means to
+    def __init__(self, link: Link, device: torch.device) -> None:
+        self.rank, self.size = link.rank, link.size
+        self._group = f"piflux-{link.name}"
+        self._store = dist.PrefixStore(f"copies-{device.type}", link.store)
         self.device = device
         self.module = torch.get_device_module(device)
         # Before the kernels of the step: they have just begun to wait for what is sent.
         self.stream = self.module.Stream(priority=-1)
-        # A kernel that waits for ever could not even be aborted, as NCCL's are.
-        self.timeout_ms = int(timeout(group, device).total_seconds() * 1000)
+        self._link = link
+        self._shared: list[Shared] = []
+        self._named = False
+        link.at_end(self._release)
 
     def share(self, count: int) -> tuple[Tensor, Shared]:
         """So many bytes of each rank, with this rank's own. All ranks call it together."""
-        from torch.distributed import _symmetric_memory as symmetric
         from torch.distributed._symmetric_memory import _SymmetricMemory
 
+        if not self._named:
+            _SymmetricMemory.set_group_info(self._group, self.rank, self.size, self._store)
+            self._named = True
         # Not `empty`, which takes memory from a pool: where a rank finds room in it depends on what
         # it has freed, and ranks that share different places wait for ever or overwrite.
         memory = _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, self.device)
-        return memory, cast(Shared, symmetric.rendezvous(memory, self._group))
+        shared = cast(Shared, _SymmetricMemory.rendezvous(memory, self._group))
+        self._shared.append(shared)
+        return memory, shared
+
+    def _release(self) -> None:
+        """From now on barriers wait for nobody, so that the device comes to an end of what it was
+        given; what it computes is not looked at."""
+        threading.Thread(target=self._let_go, daemon=True, name="piflux-release").start()
+
+    def _let_go(self) -> None:
+        # A barrier sets a flag of each other rank's once it is 0, and waits until its own are 1.
+        # What is dead does neither, but its memory stays as long as somebody maps it.
+        with self.module.device(self.device), self.module.stream(self.module.Stream()):
+            others = [rank for rank in range(self.size) if rank != self.rank]
+            while not (self._link.left.is_set() and self.stream.query()):
+                for shared in self._shared:
+                    shared.get_signal_pad(self.rank).fill_(1)
+                    for other in others:
+                        shared.get_signal_pad(other).fill_(0)
+                self.module.current_stream().synchronize()
 
 
 class Copies:
@@ -104,10 +137,10 @@ class Copies:
         peers = self._peers
         peers.stream.wait_stream(peers.module.current_stream())
         with peers.module.stream(peers.stream):
-            self._shared.barrier(0, peers.timeout_ms)  # all have read what came last
+            self._shared.barrier(0, FOREVER_MS)  # all have read what came last
             for there in self._theirs:
                 there.copy_(self.piece, non_blocking=True)
-            self._shared.barrier(1, peers.timeout_ms)  # all has been written
+            self._shared.barrier(1, FOREVER_MS)  # all has been written
             self._arrived.record(peers.stream)
         return self
 
@@ -118,9 +151,7 @@ class Copies:
 
 
 def reach(
-    group: dist.ProcessGroup,
-    device: torch.device,
-    vote: Callable[[bool, torch.device], bool],
+    link: Link, device: torch.device, exchange: Callable[[Any, str], Sequence[Any]]
 ) -> Peers | None:
     """Where gathers by copy engines run; None where there can't be any. All ranks call it together.
 
@@ -128,16 +159,15 @@ def reach(
     holds here too.
 
     Args:
-        group: the ranks.
+        link: between the ranks.
         device: of this one.
-        vote: whether a flag is set on any rank; see `Ranks.any`.
+        exchange: everyone's, by rank; see `Control.exchange`.
     """
     if device.type != "cuda":
         return None
     here = {_uuid(index): index for index in range(torch.cuda.device_count())}
     mine = socket.gethostname(), _uuid(device.index)
-    told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, mine, group=group)
+    told = exchange(mine, "GPUs")
     reaches = (
         os.environ.get("NCCL_P2P_DISABLE") != "1"
         and torch.cuda.current_device() == device.index  # whose streams are used
@@ -150,20 +180,15 @@ def reach(
         )
     )
     # In two rounds, so that who finds out alone that it can't leaves nobody waiting in the second.
-    if len(set(told)) < group.size() or vote(not reaches, device):
+    if len(set(told)) < link.size or not all(exchange(reaches, "whether GPUs reach each other")):
         return None
-    peers = Peers(group, device)
+    peers = Peers(link, device)
     try:
         Copies(1, peers)
     except RuntimeError as error:
         log.warning("no gathers by copy engines, GPUs can't share memory: %s", error)
         reaches = False
-    return None if vote(not reaches, device) else peers
-
-
-def timeout(group: dist.ProcessGroup, device: torch.device) -> timedelta:
-    """After which the group's collectives on such a device fail."""
-    return group._get_backend(device).options._timeout
+    return peers if all(exchange(reaches, "whether GPUs share memory")) else None
 
 
 def _uuid(index: int) -> str:

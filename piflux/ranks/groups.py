@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,24 +14,24 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from piflux.errors import RankFailed
+from piflux.ranks import environment
+from piflux.ranks.board import Silent, bounded
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 from piflux.ranks.virtual import VirtualRanks
 
 log = logging.getLogger(__name__)
 
-# A dead peer is noticed after this long at the latest.
-DEFAULT_TIMEOUT_S = 60.0
-
 
 def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -> Ranks | None:
     """The ranks to run on; None for one rank alone.
 
     Without a group it is the default one; where none is initialised but torchrun's environment is
-    present, it is initialised (NCCL on CUDA, gloo on CPU) with a timeout of `PIFLUX_TIMEOUT_S`
-    seconds (60 if unset); elsewhere there is one rank.
+    present, it is initialised (NCCL on CUDA, gloo on CPU); elsewhere there is one rank. All have to
+    join within `PIFLUX_TIMEOUT_S` seconds (60 if unset).
 
     Raises:
+        RankFailed: they did not.
         ValueError: a mesh of more than one dimension, or a group this process isn't in.
         RuntimeError: a group for CUDA where there is none.
         TypeError: something else.
@@ -71,16 +70,24 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -
 
 
 def _initialise() -> None:
-    asked = os.environ.get("PIFLUX_TIMEOUT_S", DEFAULT_TIMEOUT_S)
-    try:
-        timeout = timedelta(seconds=float(asked))
-    except ValueError:
-        raise ValueError(f"PIFLUX_TIMEOUT_S must be seconds, got {asked!r}") from None
+    environment.check()
+    within_s = environment.timeout_asked() or environment.DEFAULT_TIMEOUT_S
+    backend = "gloo"
     if torch.cuda.is_available():
         own_device()
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
+        backend = "cpu:gloo,cuda:nccl"
+    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    try:
+        # With torch's own timeout: what else the program does in this group may take longer.
+        bounded(lambda: dist.init_process_group(backend), within_s)
+    except (Silent, RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RankFailed(
+            f"rank {rank} could not join the others: {why}. It looked for the store of {size} "
+            f"ranks at {where} (MASTER_ADDR, MASTER_PORT). Is it theirs, do all of them run, and "
+            f"is {environment.TIMEOUT}={within_s:.3g} s enough for all to start?"
+        ) from error
     # A program that never heard of the group can't destroy it. gloo's threads may hold the last
     # collective's tensors, and to free them in an interpreter that ends is to abort.
     atexit.register(_destroy)
@@ -99,7 +106,7 @@ def own_device() -> torch.device:
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    local_rank, gpus = environment.count("LOCAL_RANK", 0), torch.cuda.device_count()
     if local_rank >= gpus:
         raise RankFailed(
             f"rank {local_rank} of this host has no GPU of its own: there are {gpus}; start as "

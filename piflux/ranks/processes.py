@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_store
 
+from piflux.errors import RankFailed, RankLost
 from piflux.ranks.agreement import check_agreement
+from piflux.ranks.control import Control
 from piflux.ranks.copies import Copies, Peers, reach
+from piflux.ranks.environment import timeout_s
+from piflux.ranks.header import BYTES
+from piflux.ranks.links import Link
 from piflux.ranks.protocol import Gathering, Result
 
-# Under its name of torch 2.13, or else of before.
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+ALIGNMENT = 16
+"""Of a header, and of each rank's piece before one, in bytes."""
+
+log = logging.getLogger(__name__)
 
 
 class ProcessRanks:
     """A rank a process.
 
-    The group is held weakly: who destroys it means to, and gloo's threads must end before the
-    interpreter does, which they can't while something keeps their group.
+    Of the group come only the membership and the store: what ranks send to each other goes over
+    connections of piflux's own, new ones in each epoch. The group is held weakly: who destroys it
+    means to, and that ends them.
     """
 
     in_one_process = False
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)
-        self.size = group.size()
-        self.rank = group.rank()
+        self._control = _control(group)
         self._peers: dict[torch.device, Peers | None] = {}
+        self._peers_of: Link | None = None
+
+    @property
+    def size(self) -> int:
+        return self._control.size
+
+    @property
+    def rank(self) -> int:
+        return self._control.index
 
     @property
     def group(self) -> dist.ProcessGroup:
-        """Raises RuntimeError after the group's end."""
+        """The group whose ranks these are, or were at first.
+
+        Raises RuntimeError after its end.
+        """
         group = self._group()
         if group is None:
             raise RuntimeError(
@@ -43,62 +66,163 @@ class ProcessRanks:
             )
         return group
 
-    def gather(self, piece: Tensor) -> Gathering:
-        return _Collective(piece, self)
+    @property
+    def doing(self) -> str:
+        return self._control.doing
+
+    @doing.setter
+    def doing(self, what: str) -> None:
+        self._control.doing = what
+
+    @property
+    def busy(self) -> bool:
+        return self._control.busy
+
+    @busy.setter
+    def busy(self, busy: bool) -> None:
+        self._control.busy = busy
+
+    def image(self) -> AbstractContextManager[None]:
+        return self._control.image_under_way()
+
+    def stop(self, error: BaseException) -> None:
+        self._control.stop(error)
+
+    @property
+    def epoch(self) -> int:
+        """Ranks that are in none meet first."""
+        assert self.link is not None, "raises"
+        return self._control.epoch
+
+    @property
+    def control(self) -> Control:
+        """Who is there."""
+        return self._control
+
+    @property
+    def link(self) -> Link:
+        """Of the present epoch."""
+        assert self.group is not None, "raises"
+        return self._control.link()
+
+    def gather(self, piece: Tensor, header: Tensor | None = None) -> Gathering:
+        return _Collective(piece, self, "pieces" if header is None else "the prediction", header)
 
     def persistent_gather(self, count: int, device: torch.device) -> Gathering:
-        if device not in self._peers:
-            self._peers[device] = reach(self.group, device, self.any)
-        peers = self._peers[device]
+        peers = self._reached(device)
         if peers is not None:
             return Copies(count, peers)
-        return _Collective(torch.empty(count, dtype=torch.uint8, device=device), self)
+        piece = torch.empty(count, dtype=torch.uint8, device=device)
+        return _Collective(piece, self, "keys and values")
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(votes.item())
+    def _reached(self, device: torch.device) -> Peers | None:
+        link = self.link
+        if self._peers_of is not link:
+            self._peers_of, self._peers = link, {}
+        if device not in self._peers:
+            self._peers[device] = reach(link, device, self.exchange)
+        return self._peers[device]
 
-    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
-        found = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(found, op=dist.ReduceOp.MIN, group=self.group)
-        return cast(list[float], found.tolist())
+    def exchange(self, mine: Any, what: str) -> list[Any]:
+        return self._control.exchange(mine, what)
+
+    def any(self, flag: bool) -> bool:
+        return any(self.exchange(flag, "votes"))
+
+    def least(self, values: Sequence[float]) -> list[float]:
+        everyones = self.exchange(list(values), "numbers")
+        return [min(several) for several in zip(*everyones, strict=True)]
 
     def agree(self, fingerprint: Mapping[str, Any]) -> None:
-        check_agreement(fingerprint, self.group)
+        check_agreement(self.exchange(dict(fingerprint), "fingerprints"))
 
     def run(self, step: Callable[[], Result]) -> Result:
         return step()
 
+    def at(self) -> tuple[int, int]:
+        return self._control.image, self._control.calls
+
+    def settle(self) -> None:
+        self._control.settle()
+
+    def calls(self) -> str:
+        self._control.calls += 1
+        return f"call {self._control.calls} of image {self._control.image}"
+
+    def surviving(self, act: Callable[[], Result], what: str) -> Result:
+        control = self._control
+        while True:
+            try:
+                return act()
+            except RankLost as error:
+                lost = error
+            while True:
+                try:
+                    told = control.exchange(what, "points to go on from")
+                    break
+                except RankLost as error:
+                    lost = error
+            if len(set(told)) > 1:
+                failed = RankFailed(
+                    f"{lost}\nThe ranks that are left were at different points ("
+                    f"{', '.join(sorted(set(told)))}), so that this image has to be drawn again"
+                )
+                failed.on_all_ranks = True
+                raise failed from lost
+
+
+_CONTROLS: WeakKeyDictionary[dist.ProcessGroup, Control] = WeakKeyDictionary()
+
+
+def _control(group: dist.ProcessGroup) -> Control:
+    """Of a group there is one in a process, whatever models share it."""
+    if group not in _CONTROLS:
+        pairs = dist.get_backend_config(group).split(",")
+        backends = dict(pair.split(":") for pair in pairs if ":" in pair)
+        control = Control(
+            _get_process_group_store(group), group.rank(), group.size(), backends, timeout_s(group)
+        )
+        _CONTROLS[group] = control
+        weakref.finalize(group, control.close).atexit = False
+    return _CONTROLS[group]
+
 
 class _Collective:
-    """From the same memory into the same each time, so that what is recorded can read it.
-
-    It holds the ranks, not their group; see `ProcessRanks`.
-    """
+    """From the same memory into the same each time, so that what is recorded can read it."""
 
     # It may be recorded, but then by all ranks or none.
     recordable = False
 
-    def __init__(self, piece: Tensor, ranks: ProcessRanks) -> None:
+    def __init__(
+        self, piece: Tensor, ranks: ProcessRanks, what: str, header: Tensor | None = None
+    ) -> None:
         # Kept, because its memory must stay untouched until the collective has read it.
         self.piece = piece.contiguous()
-        whole = piece.new_empty((ranks.size, *piece.shape))
-        self.whole: Tensor | None = whole
-        self.pieces: Sequence[Tensor] = whole.unbind(0)
-        # Because gloo knows neither bfloat16 nor the 8-bit floats.
-        self._to = whole.view(-1).view(torch.uint8)
         self._of = self.piece.view(-1).view(torch.uint8)
+        count = self._of.numel()
+        if header is not None:
+            padding = self._of.new_empty(-count % ALIGNMENT)
+            self._of = torch.cat([self._of, padding, header.to(piece.device).view(torch.uint8)])
+        self._to = self._of.new_empty(ranks.size, self._of.numel())
+        pieces = self._to[:, :count]
+        self.whole: Tensor | None = (
+            pieces.view(piece.dtype).unflatten(1, piece.shape) if piece.dim() else None
+        )
+        self.pieces: Sequence[Tensor] = [x.view(piece.dtype).view(piece.shape) for x in pieces]
+        self._headers = None if header is None else self._to[:, -BYTES:].view(torch.float64)
         self._ranks = ranks
-        self._work: dist.Work | None = None
+        self._what = what
+        self._works: Sequence[dist.Work] = ()
 
     def start(self) -> Gathering:
-        self._work = all_gather(self._to, self._of, group=self._ranks.group, async_op=True)
+        self._works = self._ranks.control.start(self._to, self._of, self._what)
         return self
 
     def wait(self) -> Sequence[Tensor]:
-        """Raises RuntimeError where a peer died or timed out."""
-        assert self._work is not None, "nothing was sent"
-        self._work.wait()
-        self._work = None
+        """Raises RankFailed, RankLost or RanksDisagree where a rank doesn't send the like."""
+        control = self._ranks.control
+        control.finish(self._works, self._to.device, self._what)
+        self._works = ()
+        if self._headers is not None:
+            control.compare(self._headers)
         return self.pieces

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -43,17 +44,67 @@ class Ranks(Protocol):
     """The ranks of one model, as this process sees them.
 
     Attributes:
-        size: how many there are.
+        size: how many there are; fewer, when one was lost.
         rank: whose part is being computed.
         in_one_process: whether this process computes all of them, so that no link lies between.
     """
 
-    size: int
-    rank: int
     in_one_process: bool
 
-    def gather(self, piece: Tensor) -> Gathering:
-        """An all-gather of every rank's `piece`, to be started; all have one shape and dtype."""
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def epoch(self) -> int:
+        """Changes when ranks have met anew; what they shared before is of no use then."""
+
+    doing: str
+    """What they are at, for messages."""
+
+    busy: bool
+    """Whether that is compiling, which others wait for longer than for anything else."""
+
+    def image(self) -> AbstractContextManager[None]:
+        """An image, with all its calls: what leaves it is told to all."""
+
+    def at(self) -> tuple[int, int]:
+        """The number of the image, and of the call in it."""
+
+    def settle(self) -> None:
+        """An image ends: raise what was left to be looked at until then.
+
+        Raises:
+            RanksDisagree: headers differed, on a GPU.
+            RankFailed: a rank stopped meanwhile, or is lost.
+        """
+
+    def calls(self) -> str:
+        """One more call of a model begins. Returns how many there have been, the same on all."""
+
+    def surviving(self, act: Callable[[], Result], what: str) -> Result:
+        """Do what all ranks do together, and once more without a rank that is lost meanwhile.
+
+        Args:
+            act: may be begun again, as long as it didn't return.
+            what: it is, for ranks to know that they are at the same point.
+
+        Raises:
+            RankFailed: the ranks that are left are at different points.
+        """
+
+    def stop(self, error: BaseException) -> None:
+        """What a rank raises, that none waits for it; nothing if all raise it alike."""
+
+    def gather(self, piece: Tensor, header: Tensor | None = None) -> Gathering:
+        """An all-gather of every rank's `piece`, to be started; all have one shape and dtype.
+
+        Args:
+            piece: what this rank sends.
+            header: what is to be the same on all ranks; see `piflux.ranks.header`.
+        """
 
     def persistent_gather(self, count: int, device: torch.device) -> Gathering:
         """An all-gather to be started over and over, as MPI's persistent collectives are.
@@ -65,11 +116,11 @@ class Ranks(Protocol):
         All ranks make as many, in one order.
         """
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` is set on any rank. Synchronises host and device."""
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set on any rank. The host waits for the others'."""
 
-    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Of each value the least on any rank. Synchronises host and device."""
+    def least(self, values: Sequence[float]) -> list[float]:
+        """Of each value the least on any rank. The host waits for the others'."""
 
     def agree(self, fingerprint: Mapping[str, Any]) -> None:
         """Raises RanksDisagree on every rank where fingerprints differ."""

@@ -23,24 +23,44 @@ class VirtualRanks:
     """
 
     in_one_process = True
+    epoch = 0
 
     def __init__(self, size: int) -> None:
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"virtual_ranks needs at least 1 rank, got {size!r}")
         self.size = size
         self.rank = 0
+        self.doing, self.busy = "", False
         self._turns: _Turns | None = None
 
-    def gather(self, piece: Tensor) -> Gathering:
+    def image(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def at(self) -> tuple[int, int]:
+        return 0, 0
+
+    def settle(self) -> None:
+        pass  # nothing was left
+
+    def calls(self) -> str:
+        return ""
+
+    def surviving(self, act: Callable[[], Result], what: str) -> Result:
+        return act()  # none is lost
+
+    def stop(self, error: BaseException) -> None:
+        pass  # nobody waits for it
+
+    def gather(self, piece: Tensor, header: Tensor | None = None) -> Gathering:
         return _Letters(self, piece.contiguous())
 
     def persistent_gather(self, count: int, device: torch.device) -> Gathering:
         return _Letters(self, torch.empty(count, dtype=torch.uint8, device=device))
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool) -> bool:
         return flag
 
-    def least(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def least(self, values: Sequence[float]) -> list[float]:
         return list(values)
 
     def agree(self, fingerprint: Mapping[str, Any]) -> None:

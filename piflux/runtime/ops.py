@@ -43,7 +43,7 @@ def _(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
 def unshard(x: Tensor, dim: int, lengths: Sequence[int], world_size: int) -> Tensor:
     """The whole from the ranks' parts: (.., part tokens, ..) -> (.., sum(lengths), ..)."""
     context = current()
-    pieces = context.ranks.gather(x).start().wait()
+    pieces = context.ranks.gather(x, context.header).start().wait()
     return join(pieces, context.step.parts, dim, lengths)
 
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from piflux.errors import StepsUnforeseen
+from piflux.errors import RankLost, StepsUnforeseen
 from piflux.policies.masks import mask_of
 from piflux.policies.policy import Policy
 from piflux.policies.schedule import Schedule, Unrolled
 from piflux.policies.step import Foreseen, Step, StepContext
 from piflux.ranks.agreement import fingerprint
-from piflux.ranks.groups import serves
+from piflux.ranks.header import header as made_header
 from piflux.ranks.protocol import Ranks
 from piflux.runtime.streams import Roles, Stream, Streams
 
@@ -65,8 +65,9 @@ class Runtime:
         self.votes = False
         self.notes: list[str] = []
         self._roles: dict[Any, tuple[object, Roles]] = {}
-        self._fragments: tuple[Stream, Counter[object]] | None = None
+        self._fragments: tuple[Call, Counter[object]] | None = None
         self._went_on = False  # whether a stream had a second step since the image began
+        self._epoch = -1  # of the ranks, in which the streams began
 
     def settle(self, schedule: Schedule) -> None:
         """Take a schedule whose policy, or way to sync, was chosen."""
@@ -98,8 +99,11 @@ class Runtime:
         self.explicit, self.foreseen = True, foreseen
         self._went_on, begun = False, self.streams.calls
         try:
-            yield
+            with self._image():
+                yield
             self._tell_of_no_steps(self.streams.calls - begun)
+            if self.ranks is not None:
+                self.ranks.settle()
             tables = [x for stream in self.streams for x in stream.tables.values() if x is not None]
             self.streams.end()
             # Waits for the device, as whoever looks at the image does next.
@@ -112,6 +116,11 @@ class Runtime:
         finally:
             self.streams.abandon()  # of an image that was given up, else there are none
             self.explicit, self.foreseen = outer
+
+    def _image(self) -> contextlib.AbstractContextManager[None]:
+        """Where ranks are processes: what leaves the image is told to the others."""
+        ranks = self.ranks
+        return ranks.image() if ranks is not None else contextlib.nullcontext()
 
     def _tell_of_no_steps(self, calls: int) -> None:
         """Each call of an image was taken for the first of something: nothing was remembered."""
@@ -131,23 +140,34 @@ class Runtime:
         Raises:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
         """
+        ranks = self.ranks
         try:
             if self._fragments is not None:
                 leader, counts = self._fragments
+                self._check_epoch()
                 counts[graph] += 1  # a graph of a block is called once for each block
-                stream = self.streams.following(leader, (graph, counts[graph]), roles, args)
-                yield Call(self, stream, stream.follow(leader, self.schedule))
+                stream = self.streams.following(leader.stream, (graph, counts[graph]), roles, args)
+                step = stream.follow(leader.stream, self.schedule)
+                yield Call(self, stream, step, leader.header)
                 return
-            remembers = self.ranks is not None or self.schedule.skips
-            stream = self.streams.find(
-                graph, roles, args, explicit=self.explicit, remembers=remembers
-            )
-            if remembers:
-                self._advance(stream, roles, args)
+            while True:
+                self._renew()
+                remembers = ranks is not None or self.schedule.skips
+                stream = self.streams.find(
+                    graph, roles, args, explicit=self.explicit, remembers=remembers
+                )
+                if remembers:
+                    self._advance(stream, roles, args)
+                if ranks is None or ranks.epoch == self._epoch:
+                    break
             self._went_on |= stream.index > 0
-            yield Call(self, stream, self._step(stream, roles, args))
-        except BaseException:
+            header = self._header(stream, roles, args)
+            yield Call(self, stream, self._step(stream), header)
+        except BaseException as error:
             self.streams.abandon()
+            # A step in which a rank is lost is computed once more.
+            if ranks is not None and not isinstance(error, RankLost):
+                ranks.stop(error)
             raise
 
     @contextlib.contextmanager
@@ -169,11 +189,38 @@ class Runtime:
         graph, roles = self._roles.setdefault(key, (object(), _roles(*key)))
         with self.call(graph, roles, args) as call:
             call.stream.computed += call.step.computed
-            self._fragments = call.stream, Counter()
+            self._fragments = call, Counter()
             try:
                 yield call
             finally:
                 self._fragments = None
+
+    def _header(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> Tensor | None:
+        if self.ranks is None or self.ranks.in_one_process:
+            return None
+        clocks = roles.pick(roles.clocks, args)
+        # Of a model in fragments nobody says which inputs are latents.
+        latents = roles.pick(roles.latents or roles.conditions, args)
+        latents = [x for x in latents if x.is_floating_point()]
+        if not latents:
+            return None
+        return made_header((*self.ranks.at(), stream.index), clocks, latents)
+
+    @property
+    def in_fragments(self) -> bool:
+        """Whether the call under way is one of several of a call of the model."""
+        return self._fragments is not None
+
+    def _check_epoch(self) -> None:
+        """Raises RankLost if the call's other fragments were of other ranks: it begins anew."""
+        if self.ranks is not None and self._epoch != self.ranks.epoch:
+            raise RankLost("a rank was lost in the midst of a call")
+
+    def _renew(self) -> None:
+        """What streams share with other ranks ends with the epoch of these."""
+        if self.ranks is not None and self._epoch != self.ranks.epoch:
+            self.streams.renew()
+            self._epoch = self.ranks.epoch
 
     def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
         """The stream's next step begins."""
@@ -183,9 +230,15 @@ class Runtime:
             goes_on = not self.explicit and stream.observe(clocks, latents)
             # One rank in doubt is enough: a rank alone in a sync step would wait for ever. Who is
             # sure votes too, so that a rank outside of the others' generation is found out.
-            if self._any(not goes_on, _device(roles, args)):
+            if self.ranks is not None:
+                self.ranks.doing = f"step {stream.index + 1}"
+                if not self.explicit:
+                    self.ranks.settle()  # the host has waited for the device already
+            if self._any(not goes_on):
                 self.streams.restart(stream)
         stream.index += 1
+        if self.ranks is not None:
+            self.ranks.doing = f"step {stream.index}"
         if self.schedule.predicts or self.schedule.skips:
             stream.tick(clocks)
         if stream.index > 0:
@@ -199,8 +252,8 @@ class Runtime:
             }
             self.ranks.agree(fingerprint(settings, roles.inputs(args)))
 
-    def _any(self, flag: bool, device: torch.device) -> bool:
-        return flag if self.ranks is None else self.ranks.any(flag, device)
+    def _any(self, flag: bool) -> bool:
+        return flag if self.ranks is None else self.ranks.any(flag)
 
     def _unrolled(self, clocks: Sequence[Tensor]) -> Unrolled:
         """The steps of a stream that begins at these times. May wait for the device."""
@@ -225,7 +278,7 @@ class Runtime:
             )
         return Unrolled(schedule, mask or "", begins)
 
-    def _step(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> Step:
+    def _step(self, stream: Stream) -> Step:
         """The step that a call is: computed or left out, on all ranks alike."""
         if stream.steps is None:
             return self.schedule.step(0)  # one rank computes every step
@@ -235,22 +288,13 @@ class Runtime:
         skip = stream.steps.may_skip
         if skip:
             in_doubt = not stream.continued.is_ready
-            skip = not (self._any(in_doubt, self._host(roles, args)) if self.votes else in_doubt)
+            skip = not (self._any(in_doubt) if self.votes else in_doubt)
         return stream.steps.next(skip=skip)
-
-    def _host(self, roles: Roles, args: Sequence[Any]) -> torch.device:
-        """Where ranks vote, without waiting for a GPU if their group knows CPUs."""
-        cpu = torch.device("cpu")
-        return cpu if serves(self.ranks, cpu) else _device(roles, args)
 
     def _note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)
             log.warning("%s", text)
-
-
-def _device(roles: Roles, args: Sequence[Any]) -> torch.device:
-    return next(iter(roles.inputs(args).values())).device
 
 
 def place_of(clocks: Sequence[Tensor], foreseen: Foreseen | None) -> tuple[int, int] | None:
@@ -284,11 +328,13 @@ class Call:
     Attributes:
         stream: which.
         step: likewise.
+        header: for other ranks to compare with theirs; see `piflux.ranks.header`.
     """
 
-    def __init__(self, runtime: Runtime, stream: Stream, step: Step) -> None:
+    def __init__(self, runtime: Runtime, stream: Stream, step: Step, header: Tensor | None) -> None:
         self.stream = stream
         self.step = step
+        self.header = header
         self._runtime = runtime
 
     def run(self, step: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -347,4 +393,5 @@ class Call:
             stream.now,
             stream.tables,
             runtime.foreseen,
+            self.header,
         )

@@ -383,6 +383,11 @@ class Streams:
         """
         self._streams = []
 
+    def renew(self) -> None:
+        """Forget what the ranks shared, too: they have met anew."""
+        self.abandon()
+        self._spare = {}
+
     def _end(self, ended: Sequence[Stream]) -> None:
         """Keep what these streams leave for the next ones, in place of what was left before."""
         if self.recycles and ended:

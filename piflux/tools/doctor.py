@@ -140,7 +140,7 @@ def _link(pair: tuple[int, int], device: torch.device) -> Link:
         gbs = measure_link(ProcessRanks(group), device, PROBE_BYTES)
     reaches = torch.cuda.can_device_access_peer(*pair) if device.type == "cuda" else None
     # The two's own slower one, which the others' infinity leaves alone.
-    (least,) = ProcessRanks(_joined()).least([gbs or math.inf], device)
+    (least,) = ProcessRanks(_joined()).least([gbs or math.inf])
     return Link(pair, reaches, least)
 
 

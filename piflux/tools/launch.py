@@ -175,15 +175,19 @@ def join() -> torch.device:
     """Join the group that this rank's environment announces, if any; the rank's device.
 
     Raises:
-        RankFailed: the rank has no GPU of its own.
+        ValueError: the environment doesn't fit together; it names the variable.
+        RankFailed: the rank has no GPU of its own, or the others did not come in time.
     """
     import torch
 
+    from piflux.ranks import environment
     from piflux.ranks.groups import own_device, resolve_group
 
+    if is_joined():
+        environment.check()
     device = own_device()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        here = environment.count("LOCAL_WORLD_SIZE", 1, least=1)
         torch.set_num_threads(max(1, cores() // here))
     resolve_group(None)
     return device

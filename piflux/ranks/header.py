@@ -1,0 +1,96 @@
+"""What rides on the gather of a prediction: where a rank is, and with what.
+
+Ranks agree on an image's first step. Later one may leave a step out, or a callback, an adapter or
+the hardware may change what it computes with: all collectives fit together, and the picture is
+wrong on all ranks. So each prediction comes with a few numbers, which are compared where they
+arrive: at once on CPUs, on a GPU into a flag that is read at the image's end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from piflux.ranks.agreement import TOLERANCE
+
+PROJECTIONS = 4
+CLOCKS = 4
+"""So many of the clocks' numbers are told as they are, the others in a sum."""
+
+PLACES = ("image", "call of the image", "step")
+"""Where a rank is: whole numbers."""
+
+NUMBERS = len(PLACES) + CLOCKS + 1
+"""That are compared exactly; those of the latents follow."""
+
+BYTES = 8 * (NUMBERS + 1 + PROJECTIONS)
+
+
+def header(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
+    """(numbers,) in float64, made without waiting for the device.
+
+    Args:
+        places: see PLACES.
+        clocks: of the call.
+        latents: likewise, at least one.
+    """
+    device = latents[0].device
+    where = torch.tensor(places, dtype=torch.float64).to(device, non_blocking=True)
+    times = [x.reshape(-1).to(device, torch.float64) for x in clocks]
+    time = torch.cat([*times, torch.zeros(CLOCKS, dtype=torch.float64, device=device)])
+    first, rest = time[:CLOCKS], time[CLOCKS:].sum().reshape(1)
+    found = [
+        torch.cat([x.norm().reshape(1), _waves(x.numel(), device) @ x])
+        for x in (latent.detach().reshape(-1).float() for latent in latents)
+    ]
+    return torch.cat([where, first, rest, torch.stack(found).sum(0).double()])
+
+
+@cache
+def _waves(count: int, device: torch.device) -> Tensor:
+    """(PROJECTIONS, count): cosines, as `Sketch` has them."""
+    index = torch.arange(count, device=device, dtype=torch.float32)
+    return torch.stack([torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)])
+
+
+def apart(headers: Tensor) -> Tensor:
+    """Whether any of (ranks, numbers) differs from the first: one flag, on their device."""
+    exact, latents = headers[:, :NUMBERS], headers[:, NUMBERS:]
+    scale = TOLERANCE * latents[:, :1].max()
+    near = (latents - latents[0]).abs() <= scale
+    return ~(_same(exact, exact[0]).all() & (near | _same(latents, latents[0])).all())
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """By element; what is not a number on both sides is the same."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def tell(headers: Tensor) -> str:
+    """What differs, rank by rank."""
+    lines = ["the ranks are not at the same point of the same image:"]
+    names = [*PLACES, *["time"] * CLOCKS, "sum of other times"]
+    told = {name: headers[:, i] for i, name in reversed(list(enumerate(names)))}
+    for i in range(len(PLACES), NUMBERS):
+        if not _same(headers[:, i], headers[0, i]).all():
+            told["time"] = headers[:, i]
+            break
+    told["norm of the latents"] = headers[:, NUMBERS]
+    for k in range(1, PROJECTIONS + 1):
+        told[f"projection {k} of the latents"] = headers[:, NUMBERS + k]
+    scale = TOLERANCE * headers[:, NUMBERS].max()
+    for name, values in told.items():
+        exact = "latents" not in name
+        near = (values - values[0]).abs() <= (0 if exact else scale)
+        if not (near | _same(values, values[0])).all():
+            numbers = ", ".join(f"{x:.9g}" for x in values.tolist())
+            lines.append(f"  {name}: {numbers}, by rank")
+    lines.append(
+        "Every rank must make the same calls with the same latents: the same steps, callbacks that "
+        "change the same, the same interrupts"
+    )
+    return "\n".join(lines)
