@@ -126,6 +126,11 @@ def halve(pipe, step, timestep, kwargs):
     return {"latents": kwargs["latents"] * (0.5 if step == 2 else 1)}
 
 
+def halve_last(pipe, step, timestep, kwargs):
+    """A callback whose edit no step of the model sees."""
+    return {"latents": kwargs["latents"] * (0.5 if step == STEPS - 1 else 1)}
+
+
 def look(pipe, step, timestep, kwargs):
     """A callback that edits nothing."""
     return {"latents": kwargs["latents"]}
@@ -149,6 +154,7 @@ def unlike(rank, group):
     attempt(num_inference_steps=STEPS if first else STEPS + 1)
     attempt(**{"callback_on_step_end": halve} if first else {})
     attempt(callback_on_step_end=halve if first else look)
+    attempt(callback_on_step_end=halve_last if first else look)
     attempt(callback_on_step_end=halve)
     attempt(**{"callback_on_step_end": look} if first else {})
     weight = pipe.transformer.single_transformer_blocks[0].attn.to_k.weight
@@ -165,9 +171,10 @@ def test_ranks_that_do_unlike_things_are_told(ranks):
     """All of them, what it was; who does the same, or only looks, is let be."""
     want = [draw(tiny_pipeline(), 0, callback_on_step_end=halve), *[draw(tiny_pipeline(), 0)] * 2]
     for told, drawn in ranks(2, unlike):
-        steps, one, other, weights = told
+        steps, one, other, late, weights = told
         assert "argument num_inference_steps" in steps and "rank 1: 6" in steps
-        assert "edits by callbacks" in one and "edits by callbacks" in other
+        assert "norm of the latents" in one and "norm of the latents" in other
+        assert "edits by callbacks" in late
         assert "weight single_transformer_blocks.0.attn.to_k.weight" in weights
         assert "transformer_blocks.0.attn.to_q" not in weights
         assert_close(drawn, want)

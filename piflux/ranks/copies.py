@@ -73,7 +73,8 @@ class Peers:
         self._link = link
         self._shared: list[Shared] = []
         self._named = False
-        link.at_end(self._release)
+        if device.type == "cuda":
+            link.at_end(self._release)
 
     def share(self, count: int) -> tuple[Tensor, Shared]:
         """So many bytes of each rank, with this rank's own. All ranks call it together."""
