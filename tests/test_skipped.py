@@ -371,9 +371,9 @@ def edited_alone(rank, group):
 
 
 def test_an_edit_on_one_rank_leaves_none_waiting(ranks):
-    """It alone knows that its next step can't be continued: they vote, and tell it at the end."""
+    """It alone knows that its next step can't be continued: they vote, and that step tells it."""
     for edited, looked in ranks(2, edited_alone):
-        assert "edits by callbacks" in edited
+        assert "norm of the latents" in edited
         want = draw(by_hand("xx...."), 0, num_inference_steps=6)
         assert (looked - want).abs().max() <= EXACT
 
