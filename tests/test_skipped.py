@@ -73,7 +73,7 @@ def test_masks():
     assert mask_of("xx.x", 5) is None
     assert mask_of("auto", 9) == "x" * 9
     assert mask_of("auto", 28).count("x") == 18
-    for steps in range(2, 60):
+    for steps in (2, 3, 9, 28, 50):
         for computed in range(2, steps + 3):
             mask = default_mask(computed, steps)
             assert len(mask) == steps and mask.count("x") == min(computed, steps)
@@ -466,6 +466,8 @@ PIPELINES = {
     "Qwen-Image, guided": (pipelines.qwen, "xxx.x.", ("xxx.x.",), log_snr),
     "SD3.5": (pipelines.stable_diffusion_3, "xxx.x.", ("xxx.x." * 2,), thousandth),
     "Wan": (pipelines.wan_text_to_video, "xxx.x.", ("xxx.x.",), float),
+    # The second expert begins at the fifth step, and so computes that and the last.
+    "Wan, two experts": (pipelines.wan_experts, "xx.x..", ("xx.x", "xx"), float),
     "image to image": (pipelines.image_to_image, "xxxx..", ("xxx..",), log_snr),
     "Heun": (heun, "xxx.x.x", ("xxx.x.x",), thousandth),
 }
