@@ -18,6 +18,7 @@ SOME = [
     Fault("killed", "gather", 3, 1, 2, 1),
     Fault("ended", "displaced", 2, 1, 4, 2),
     Fault("stopped", "rotate", 2, 1, 3, None),
+    Fault("stopped", "gather", 3, 0, 2, 1),
     Fault("raises", "gather", 3, 2, 3, 1),
     Fault("interrupted", "rotate", 2, 0, 2, None),
     Fault("out of memory", "displaced", 2, 1, 1, 0),

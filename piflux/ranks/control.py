@@ -21,6 +21,7 @@ import pickle
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from operator import methodcaller
 from pathlib import Path
@@ -51,6 +52,11 @@ LOST_S = 5.0
 
 COMPILING_S = 1800.0
 """How long one that compiles is waited for, where the timeout is shorter."""
+
+LOOK_S = 0.0005
+"""How often the host looks whether a GPU is done, at an image's end."""
+
+DEVICE = "the device"
 
 State = dict[str, Any]
 
@@ -103,9 +109,12 @@ class Control:
         self._beats = 0
         self._answered = time.monotonic()
         self._round: Answer[dict[int, State]] | None = None
+        self._given: deque[torch.cuda.Event] = deque()  # after each step that a GPU was given
+        self._progress = time.monotonic()
+        self._spoiled = False  # whether the GPU went on with what nobody sent
         self._headers: tuple[Tensor, Tensor] | None = None  # on a GPU: whether any differed, which
         self._why: tuple[str, str] | None = None  # the link was ended: by which kind of reason
-        self._lock = threading.Lock()
+        self._lock, self._looking = threading.Lock(), threading.Lock()
         self._ended = threading.Event()
         self._hurry = threading.Event()
         self._me = _process()
@@ -170,7 +179,7 @@ class Control:
                     with contextlib.suppress(Exception):  # the store's end is noticed by its age
                         self._take(self._round.get(0))
                     self._round = None
-                waiting = self._waiting
+                waiting = self._waiting or self._waiting_device()
                 impatient = waiting is not None and now - waiting["since"] > PATIENCE_S
                 if self._round is None and now - latest >= (HURRY_S if impatient else BEAT_S):
                     latest, self._round = now, self._board.ask(self._write_and_read)
@@ -182,16 +191,25 @@ class Control:
     def _call_back(self, waiting: State, now: float) -> None:
         """End the link if it is no use to wait any longer."""
         link, why = self._link, self._reason(waiting, now)
-        if why is None or link is None or link.broken:
+        if why is None or link is None:
             return
         with self._lock:
-            if self._waiting is waiting:
+            if self._waiting is waiting or waiting["what"] == DEVICE:
                 self._why = self._why or why
+                self._spoiled = self._is_device_busy()
                 link.end()
+
+    def _waiting_device(self) -> State | None:
+        """As `_waiting`, where a GPU is what waits."""
+        if not self._is_device_busy():
+            return None
+        return {"what": DEVICE, "number": -1, "doing": self.doing, "since": self._progress}
 
     def _reason(self, waiting: State, now: float) -> tuple[str, str] | None:
         """Kind and text of what speaks against waiting on."""
         others = {r: s for r, s in self._states.items() if r in self.members}
+        if any(state["epoch"] > self._epoch for state in others.values()):
+            return "excluded", self._tell_excluded()
         if gone := self._gone(now):
             return "lost", self._tell_lost(gone)
         for rank, state in others.items():
@@ -250,6 +268,12 @@ class Control:
     def silence_s(self) -> float:
         """After which a rank is lost that says nothing."""
         return max(2 * BEAT_S, min(LOST_S, self.timeout_s / 2))
+
+    def _tell_excluded(self) -> str:
+        return (
+            f"rank {self.rank} was away for so long that the others went on without it: end this "
+            "process; to have it back, start all ranks anew"
+        )
 
     def _tell_lost(self, gone: Mapping[int, str]) -> str:
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(gone.items()))
@@ -343,6 +367,13 @@ class Control:
         raise self._error(*why) from error
 
     def _error(self, kind: str, text: str) -> PifluxError:
+        if kind == "excluded":
+            return Excluded(text)
+        if self._spoiled:
+            return RankFailed(
+                f"{text}: this image is lost, since the GPU was steps ahead. The ranks that are "
+                "left go on at the next one"
+            )
         if kind == "lost":
             gone = self._gone(time.monotonic(), 2 * BEAT_S)
             return RankLost(
@@ -405,8 +436,21 @@ class Control:
             if before is not None and before[1].shape == headers.shape:
                 flag, headers = before[0] | flag, torch.where(before[0], before[1], headers)
             self._headers = flag, headers.clone()
+            event = torch.cuda.Event()
+            event.record()
+            if not self._given:
+                self._progress = time.monotonic()
+            self._given.append(event)
         elif differ:
             self._disagree(tell(headers))
+
+    def _is_device_busy(self) -> bool:
+        """Whether steps were given to a GPU that it hasn't come to an end of."""
+        with self._looking:  # both threads do
+            while self._given and self._given[0].query():
+                self._given.popleft()
+                self._progress = time.monotonic()
+            return bool(self._given)
 
     def _disagree(self, text: str) -> NoReturn:
         self._leave("disagree", text)
@@ -414,6 +458,12 @@ class Control:
 
     def settle(self) -> None:
         """An image ends: see `Ranks.settle`."""
+        # The host looks, rather than wait where nothing could call it back.
+        while self._is_device_busy() and not (self._link is None or self._link.broken):
+            time.sleep(LOOK_S)
+        if self._link is not None and self._link.broken:
+            with self.awaiting(DEVICE):
+                raise RuntimeError("the connections between ranks have been ended")
         kept, self._headers = self._headers, None
         if kept is not None and bool(kept[0]):
             self._disagree(tell(kept[1].cpu()))
@@ -449,9 +499,9 @@ class Control:
     def _alone(self) -> None:
         """Nobody is left."""
         self._leave("lost", "the others are gone")
-        self.members = (self.rank,)
-        self._epoch += 1
-        self._link = Link(self._store, f"{self._epoch}", 0, 1, self._backends, 1.0)
+        epoch = self._epoch + 1
+        link = Link(self._store, f"epoch-{epoch}", 0, 1, self._backends, 1.0)
+        self._enter(epoch, (self.rank,), link)
 
     def _meet(self) -> None:
         if self.members == (self.rank,):
@@ -461,10 +511,7 @@ class Control:
         try:
             members = self._agreed_members(epoch, began)
             if self.rank not in members:
-                raise Excluded(
-                    f"rank {self.rank} was away for so long that the others went on without it: "
-                    "end this process; to have it back, start all ranks anew"
-                )
+                raise Excluded(self._tell_excluded())
             if len(members) < len(self.members):
                 left = [rank for rank in self.members if rank not in members]
                 log.warning(
@@ -534,9 +581,14 @@ class Control:
                 f"rank {self.rank} could not connect to the others within {self.timeout_s:.3g} s: "
                 f"{_line(error)}"
             ) from error
+        self._enter(epoch, members, link)
+
+    def _enter(self, epoch: int, members: tuple[int, ...], link: Link) -> None:
         with self._lock:
             self._epoch, self.members, self._link = epoch, members, link
             self._why, self._left, self._waits = None, None, 0
+            self._given.clear()
+            self._headers, self._spoiled = None, False
 
     # --- images ----------------------------------------------------------------------------------
 

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _ALIVE: WeakSet[Copies] = WeakSet()
 
+CHANNELS = 2
+"""Of barriers: before a gather and after it."""
+
 FOREVER_MS = 24 * 3600 * 1000
 """No barrier ends by itself: it would trap, after which the GPU is of no use to the process. The
 link's end ends it, see `Peers`."""
@@ -47,7 +50,7 @@ class Shared(Protocol):
     def get_buffer(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, /) -> Tensor:
         """The memory of one rank."""
 
-    def get_signal_pad(self, rank: int, /) -> Tensor:
+    def get_signal_pad(self, rank: int, sizes: Sequence[int], dtype: torch.dtype, /) -> Tensor:
         """The flags by which barriers of one rank know of the others."""
 
     def barrier(self, channel: int, timeout_ms: int) -> None:
@@ -70,6 +73,9 @@ class Peers:
         self.module = torch.get_device_module(device)
         # Before the kernels of the step: they have just begun to wait for what is sent.
         self.stream = self.module.Stream(priority=-1)
+        self._main, self._releasing = self.module.current_stream(), self.module.Stream()
+        self._ones = torch.ones(CHANNELS * self.size, dtype=torch.int32, device=device)
+        self._zeros = torch.zeros_like(self._ones)
         self._link = link
         self._shared: list[Shared] = []
         self._named = False
@@ -97,15 +103,16 @@ class Peers:
 
     def _let_go(self) -> None:
         # A barrier sets a flag of each other rank's once it is 0, and waits until its own are 1.
-        # What is dead does neither, but its memory stays as long as somebody maps it.
-        with self.module.device(self.device), self.module.stream(self.module.Stream()):
-            others = [rank for rank in range(self.size) if rank != self.rank]
-            while not (self._link.left.is_set() and self.stream.query()):
-                for shared in self._shared:
-                    shared.get_signal_pad(self.rank).fill_(1)
-                    for other in others:
-                        shared.get_signal_pad(other).fill_(0)
-                self.module.current_stream().synchronize()
+        # What is dead does neither, but its memory stays as long as somebody maps it. By copies,
+        # since kernels that are first used now may wait for the device to be loaded.
+        flags = [CHANNELS * self.size]
+        with self.module.device(self.device), self.module.stream(self._releasing):
+            while not (self._link.left.is_set() and self.stream.query() and self._main.query()):
+                for shared in list(self._shared):
+                    for rank in range(self.size):
+                        there = shared.get_signal_pad(rank, flags, torch.int32)
+                        there.copy_(self._ones if rank == self.rank else self._zeros)
+                self._releasing.synchronize()
 
 
 class Copies:

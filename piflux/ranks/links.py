@@ -7,10 +7,12 @@ which gloo would end the process. On GPUs it is NCCL's all-gather.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -73,6 +75,8 @@ class Link:
         Both must stay as they are until all that is returned was waited for.
         """
         if piece.is_cuda:
+            if self.broken:
+                raise RuntimeError("the connections between ranks have been ended")
             return [self._on_gpu(piece.device)._allgather_base(whole.view(-1), piece)]
         works = self._send(whole, piece, f"{what} {next(self._started)}")
         whole[self.rank].copy_(piece)
@@ -125,7 +129,8 @@ class Link:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = FOREVER
             store = dist.PrefixStore("nccl", self.store)
-            self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+            with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # which ends the process
+                self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
         return self._nccl
 
     def at_end(self, act: Callable[[], None]) -> None:
@@ -138,13 +143,30 @@ class Link:
         self.broken = True
         if self.size == 1:
             return
-        # To time out is what closes the connections of a group of gloo's, and at once.
-        try:
-            work = self._gloo.recv([torch.empty(1)], self._others[0], NEVER)
-            work.wait(timedelta(milliseconds=1))
-        except RuntimeError:
-            pass  # as was meant
-        if self._nccl is not None:
-            self._nccl.abort()
-        for act in self._at_end:
+        # To time out is what closes the connections of a group of gloo's, all of them and at once.
+        # One that is closed doesn't time out, and says nothing of the others.
+        for other in self._others:
+            with contextlib.suppress(RuntimeError):
+                work = self._gloo.recv([torch.empty(1)], other, NEVER)
+                work.wait(timedelta(milliseconds=1))
+        ends, self._at_end = self._at_end, []
+        for act in ends:
             act()
+        nccl, self._nccl = self._nccl, None
+        if nccl is not None:
+            nccl.abort()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Inside, these are set."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
