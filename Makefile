@@ -7,21 +7,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CHECK := $(MAKE) --keep-going --no-print-directory
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint docs snapshots
+.PHONY: demo test lint format types docs snapshots
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 # Two files at a time: most tests leave one core to the other. A file's tests share ranks and models.
-# The order of files is that of tests/conftest.py.
-test: lint docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# The order of files is that of tests/conftest.py. Beside them run the other checks, which say what
+# they found at the end; what is quick to find comes first.
+test: format
+	@checked=$$(mktemp) && { $(CHECK) types docs >$$checked 2>&1 & } && checks=$$! && \
+		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+		wait $$checks; checks=$$?; cat $$checked; rm -f $$checked; exit $$((tests | checks))
 
-lint: $(INSTALLED)
+lint: format types
+
+format: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(INSTALLED)
 	$(BIN)/mypy piflux
 	$(BIN)/lint-imports --no-cache
 
