@@ -5,6 +5,7 @@ torch is imported where it is needed, since the process that hands tests to othe
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,10 @@ import pytest
 
 if TYPE_CHECKING:
     from ranks import Ranks
+
+# As ranks have it, here and in commands: models this small lose their time between threads that
+# wait for each other. Read when torch is loaded.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 LONGEST = ("pipelines", "cli", "numerics", "model_zoo", "replay", "errors", "bench", "outline")
 """The files that take longest, in order: begun last, one would leave a core without work.
@@ -39,17 +44,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """As ranks have it: models this small lose their time between threads that wait for each other.
-
-    Before each test, since a command that runs in this process may take what cores there are.
-    """
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -593,6 +593,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen:
     """Python in a session of its own, as from a terminal, its output in `folder`/log."""
     log = (folder / "log").open("w")
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+    del environment["OMP_NUM_THREADS"]  # which torchrun sets, or the command
     command = [sys.executable, *arguments]
     return subprocess.Popen(
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

@@ -6,11 +6,9 @@ left after two sync steps and two others.
 """
 
 import contextlib
-from collections.abc import Iterator
 from itertools import islice
 
 import pytest
-import torch
 from captures import captured_once
 from models import HEAD_DIM, denoise, flux_inputs, tiny_flux
 from oracle import Oracle
@@ -29,15 +27,6 @@ HELD = {
     # And, in buffers of their own, what a rank has sent and what arrives.
     "displaced": ATTENTIONS * (2 * TOKENS + (1 + RANKS) * PART) * TOKEN,
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a core or two that others use as well, more can take ten times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def steps(make_step):
