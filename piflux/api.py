@@ -55,7 +55,7 @@ class ParallelModule(View, nn.Module):
 
     _piflux_compiler: Compiler
     _piflux_compiled: Callable[..., Any]
-    _piflux_fragments: Callable[..., Any] | None = None
+    _piflux_fragments: tuple[Callable[..., Any], Exception] | None = None
     _piflux_settings: contextlib.AbstractContextManager[Any]
     _piflux_core: Callable[..., Any]
     _piflux_outer: tuple[Any, Any] | None = None
@@ -131,13 +131,12 @@ class ParallelModule(View, nn.Module):
         )
         compiler.runtime.notes.append(note)
         log.warning("%s", note)
-        type(self)._piflux_fragments = staticmethod(
-            dynamo.in_fragments(dynamo.call_of(self._piflux_target), compiler)
-        )
+        call = dynamo.call_of(self._piflux_target)
+        type(self)._piflux_fragments = dynamo.in_fragments(call, compiler), reason
 
     def _piflux_in_fragments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        fragments, compiler = type(self)._piflux_fragments, self._piflux_compiler
-        assert fragments is not None
+        assert self._piflux_fragments is not None
+        (fragments, why_broken), compiler = self._piflux_fragments, self._piflux_compiler
         inputs = tree_flatten_with_path((args, kwargs))[0]
         named = {keystr(path): x for path, x in inputs if isinstance(x, Tensor)}
         ranks = compiler.runtime.ranks
@@ -148,7 +147,7 @@ class ParallelModule(View, nn.Module):
                 return run() if call is None else call.run_fragments(run)
 
         result = act() if ranks is None else ranks.surviving(act, ranks.calls())
-        compiler.check_fragments()
+        compiler.check_fragments(why_broken)
         return result
 
 

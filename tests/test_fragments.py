@@ -164,8 +164,19 @@ def test_no_fragment_has_attention():
             torch._dynamo.graph_break()
             return x + block(x)[..., :DIM]
 
-    with pytest.raises(NoAttention):
+    with pytest.raises(NoAttention, match=r"(?s)none of the \d graphs.*graph_break"):
         parallel(Plain().eval())(*inputs())
+
+
+def test_attention_that_dynamo_leaves_out_of_all_graphs():
+    class Hidden(Model):
+        @torch._dynamo.disable
+        def step(self, block, x):
+            q = block(x)[:, None, :, :DIM]
+            return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+    with pytest.raises(NoAttention, match=r"(?s)because of:.*disable.*in none of them"):
+        parallel(Hidden().eval())(*inputs())
 
 
 def test_a_fragment_that_cannot_be_split_is_refused():

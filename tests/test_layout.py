@@ -235,20 +235,6 @@ is an op that piflux has no rule for, so that nothing is known of where it takes
   line: test_layout.py, in model: return attend(attend(x).tril())""",
         )
 
-    def test_causal_attention(self):
-        def model(x):
-            q = x[:, None]
-            return F.scaled_dot_product_attention(q, q, q, is_causal=True)
-
-        self.assertExpectedInline(
-            self.refusal(model, torch.randn(1, 6, 8)),
-            """\
-causal attention depends on the order of tokens over parts
-  node: %scaled_dot_product_attention
-  op:   torch._C._nn.scaled_dot_product_attention
-  line: test_layout.py, in model: return F.scaled_dot_product_attention(q, q, q, is_causal=True)""",
-        )
-
     def test_fewer_tokens_than_parts(self):
         self.assertExpectedInline(
             self.refusal(attend, torch.randn(1, 1, 8)),
@@ -401,13 +387,66 @@ def test_attention_over_something_else_than_the_tokens(n, batch):
     assert_exact(refined_layers, torch.randn(batch, 7, 8), torch.randn(batch, 6, 4, 8), n=n)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("n", [2, 3])
-def test_space_and_time_by_turns(n):
-    """Of two kinds of tokens those that are more are cut: attention over the others is local."""
-    x = torch.randn(1, 4, 6, 8)
+def test_space_and_time_by_turns(n, batch):
+    """Of two kinds of tokens those that are more are cut: attention over the others is local.
+
+    In a batch of two the places of both pictures lie in a row, and each is cut likewise.
+    """
+    x = torch.randn(batch, 4, 6, 8)
     plan = transformed(capture(space_then_time, x), passes=DECIDE, world_size=n).plan
     assert [plan.lengths(found.keys) for found in plan.attentions] == [(6,), (6,)]
     assert_exact(space_then_time, x, n=n)
+
+
+def by_frame(x, faces):
+    """A row of 3 frames' tokens; each frame's attend to a face of its own, as Wan Animate's do."""
+    for _ in range(2):
+        x = attend(x)
+        each = x.unflatten(1, (3, -1)).flatten(0, 1)[:, None]
+        seen = F.scaled_dot_product_attention(each, faces[:, None], faces[:, None])[:, 0]
+        x = x + seen.unflatten(0, (-1, 3)).flatten(1, 2)
+    return x.reshape(x.shape[0], 3, -1, 2, 4).transpose(1, 3).flatten(1, 3)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_frame_by_frame(dynamic):
+    """A part has the same places of all frames. What unpacks them in the end takes none apart."""
+    x, faces = torch.randn(2, 21, 8), torch.randn(6, 5, 8)
+    gm = capture(by_frame, x, faces, dynamic=dynamic)
+    plan = transformed(gm, world_size=2).plan
+    lengths = [plan.lengths(found.keys) for found in plan.attentions]
+    fake = tensors(plan.attentions[0].node)[0]
+    assert [[example_size(n, fake) for n in runs] for runs in lengths] == [[7] * 3] * 2
+    for n in (2, 3):
+        assert_exact(by_frame, x, faces, n=n)
+
+
+def test_tokens_that_are_taken_apart_otherwise_are_refused():
+    """Every second one first: these are no runs side by side."""
+
+    def model(x):
+        y = attend(x).unflatten(1, (-1, 2)).transpose(1, 2)
+        return attend(y.flatten(1, 2))
+
+    with pytest.raises(CannotShard, match="mixes tokens"):
+        transformed(capture(model, torch.randn(1, 6, 8)), passes=DECIDE)
+
+
+def test_an_upstream_network_of_few_tokens():
+    """Two of its attentions and two others: what counts is how many tokens they have."""
+
+    def model(x, text):
+        for _ in range(2):
+            text = attend(text)
+        x = x + text.softmax(1).sum(1, keepdim=True)
+        return attend(attend(x))
+
+    x = torch.randn(1, 32, 8)
+    assert_exact(model, x, torch.randn(1, 6, 8), n=2)
+    with pytest.raises(CannotShard, match="mixes tokens"):
+        transformed(capture(model, x, torch.randn(1, 30, 8)), passes=DECIDE)
 
 
 def test_what_must_not_run_whole():

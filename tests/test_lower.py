@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from piflux.compile.program import FIRST, PASSES
 from piflux.errors import CannotShard
+from piflux.passes.split.layout import layout
 from piflux.passes.split.lower import lower
 
 
@@ -38,7 +39,7 @@ def flash_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Registered under the name, and with the arguments, that flash-attn has for its own."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+    out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale, is_causal=causal)
     return out.transpose(1, 2).contiguous(), q.new_zeros(q.shape[:3])
 
 
@@ -47,10 +48,11 @@ def _(q, *args):
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1])
 
 
-def flash(x, heads=2, window=-1, causal=False, softcap=0.0, output=0):
+def flash(x, heads=2, window=-1, causal=False, softcap=0.0, output=0, keys=None):
     q = x.unflatten(-1, (heads, -1))
+    k = q if keys is None else q[:, :keys]
     options = (0.0, 0.5, causal, window, window, softcap, None, False)
-    return torch.ops.flash_attn._flash_attn_forward(q, q, q, *options)[output].flatten(2)
+    return torch.ops.flash_attn._flash_attn_forward(q, k, k, *options)[output].flatten(2)
 
 
 @torch._dynamo.allow_in_graph
@@ -221,6 +223,28 @@ def test_made_like_another():
     transformed(gm, passes=(*FIRST, *PASSES))
 
 
+def test_causal_attention_has_a_mask():
+    """On several ranks, of as many keys as queries and of more; one rank computes it as it is."""
+
+    def model(x, past):
+        y = attend(x)[:, None]
+        y = F.scaled_dot_product_attention(y, y, y, is_causal=True, scale=0.7)[:, 0]
+        both = torch.cat([y, past], 1)[:, None]
+        y = F.scaled_dot_product_attention(y[:, None], both, both, None, 0.0, True)[:, 0]
+        return attend(y)
+
+    inputs = torch.randn(1, 7, 8), torch.randn(1, 4, 8)
+    for n in (2, 3):
+        assert_exact(model, *inputs, n=n)
+        assert_exact(lambda x: attend(flash(attend(x), causal=True)), inputs[0], n=n)
+    gm = capture(model, *inputs, dynamic=True)
+    transformed(gm, passes=(*FIRST, *PASSES))
+    assert sum(n.target is torch.ge for n in gm.graph.nodes) == 2
+    alone = capture(model, *inputs)
+    transformed(alone, passes=(*FIRST, layout), world_size=1)
+    assert not any(n.target is torch.ge for n in alone.graph.nodes)
+
+
 def test_padding_between_attentions():
     """At either end, with what is given, of tokens and of others; upstream it stays."""
 
@@ -244,7 +268,8 @@ REFUSED = [
     ("_flash_attn_forward", lambda x: flash(x, window=3)),
     ("_flash_attn_forward", lambda x: flash(x, softcap=1.0)),
     ("_flash_attn_forward", lambda x: x + flash(x, output=1).sum()),
-    ("scaled_dot_product_attention", lambda x: flash(x, causal=True)),
+    # Its last query sees the last key; PyTorch's first query sees the first one.
+    ("_flash_attn_forward", lambda x: flash(x, causal=True, keys=5)),
     (
         "memory_efficient_attention",
         lambda x: memory_efficient_attention(*[x[:, :, None]] * 3, x @ x.mT)[:, :, 0],

@@ -21,7 +21,7 @@ from piflux.compile.choices import Choices
 from piflux.compile.pieces import Inner
 from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
-from piflux.errors import CompileError, NoAttention, NothingToShare
+from piflux.errors import CannotShard, CompileError, NoAttention, NothingToShare, plain
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
@@ -132,10 +132,23 @@ class Compiler:
         """What a fragment gives."""
         return self._fragments[number](*args)
 
-    def check_fragments(self) -> None:
-        """Raises what stood in the way if no fragment could be split."""
-        if not self.programs and self._whole:
-            raise next((x for x in self._whole if not isinstance(x, NoAttention)), self._whole[0])
+    def check_fragments(self, why_broken: Exception) -> None:
+        """Raises what stood in the way if no fragment could be split.
+
+        Args:
+            why_broken: why the model is no one graph. Dynamo may have left attention out of all.
+        """
+        if self.programs:
+            return
+        if isinstance(why_broken, CannotShard):
+            raise why_broken
+        refusals = (str(x) for x in self._whole if isinstance(x, CannotShard))
+        raise NoAttention(
+            f"none of the {len(self._whole)} graphs that Dynamo makes of the model has attention "
+            "that can be split, so that every rank would compute all of it. It makes several, or "
+            f"leaves code out of them, because of:\n{plain(str(why_broken))}\n"
+            + next(refusals, "Whatever attends is in none of them, or no attention of PyTorch's")
+        )
 
     def _settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -15,16 +16,16 @@ from piflux.graph.axes import Axis, Value, axes, operands
 from piflux.graph.nodes import attention_arguments, is_attention, op_name
 from piflux.graph.plan import Attention, Context, Layout, Plan
 from piflux.graph.sizes import example_size, known_equal, less, same, sizes
-from piflux.graph.values import known, ndim, near
+from piflux.graph.values import known, ndim, near, tensors
 from piflux.parts import part_length
-from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, why_refused
+from piflux.passes.split.rules import Flow, Link, flow, foreign_ops, runs, why_refused
 from piflux.passes.split.segments import Segments, is_none
 from piflux.passes.split.writes import Writes
 
 MOST_FAMILIES = 4
 """Of so many all choices are tried, of more each by itself. Two were seen. Chosen, not measured."""
 MOST_ALONE = 1 / 4
-"""Of the attentions so many may run as a whole on every rank. Chosen, not measured."""
+"""Of the attentions, or of their work, so much may be whole on every rank. Chosen, not measured."""
 MOST_SHARES = 2
 """A part must be less than so many times as long as its share. Chosen, not measured."""
 
@@ -48,9 +49,9 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
 
     Raises:
         NoAttention: the graph has no scaled_dot_product_attention.
-        CannotShard: tokens are mixed between two attentions, an attention is causal or drops out,
-            tokens meet their neighbours, a part that is written has another copy, or there are
-            fewer tokens than parts.
+        CannotShard: tokens are mixed between two attentions, an attention drops out, tokens meet
+            their neighbours, a part that is written has another copy, or there are fewer tokens
+            than parts.
     """
     if not any(is_attention(node) for node in gm.graph.nodes):
         for node in foreign_ops(gm.graph):
@@ -65,13 +66,47 @@ def layout(gm: fx.GraphModule, ctx: Context) -> int:
     graph, writes = gm.graph, Writes(gm.graph)
     flows = {n: flow(n) for n in graph.nodes if n.op in ("call_function", "call_method")}
     flows = _born_at_early_runs(graph, flows, writes)
-    plan = _decide(graph, flows, writes)
+    plan = _decide_by_runs(graph, flows, writes)
     _check_lengths(plan, ctx.world_size)
     ctx.plan = plan
     return len(ctx.plan.local)
 
 
-def _decide(graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes) -> Plan:
+def _decide_by_runs(graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes) -> Plan:
+    """The plan, in which a row of tokens may be the same tokens time after time.
+
+    Where a reshape stands in the way, it may put the tokens of each frame in a row, or take such a
+    row apart; see `runs`. That is tried where it is needed only, for it makes segments shorter.
+    """
+    first: CannotShard | None = None
+    attentions = set(filter(is_attention, graph.nodes))
+    others = _reach(graph.nodes, attentions, writes.sources) & flows.keys()
+    while True:
+        refusals: list[CannotShard] = []
+        try:
+            return _decide(graph, flows, writes, refusals)
+        except CannotShard as error:
+            first = first or error
+        names = {refusal.node for refusal in refusals}
+        kinds = {_regroups(node) for node in others if node.name in names and runs(node)}
+        alike = {node for node in others if kinds and _regroups(node) in kinds}
+        if not alike:
+            raise first
+        others -= alike
+        flows = flows | {
+            node: replace(flows[node], links=[*flows[node].links, *runs(node)]) for node in alike
+        }
+
+
+def _regroups(node: fx.Node) -> tuple[object, ...]:
+    """What a reshape makes of which sizes: those of all blocks do the same."""
+    before = [tuple(sizes(n)) for n in node.all_input_nodes[:1] if tensors(n)]
+    return *before, *(tuple(sizes(node, item)) for item in range(len(tensors(node))))
+
+
+def _decide(
+    graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes, refusals: list[CannotShard]
+) -> Plan:
     """The plan that cuts most families of tokens; for any number of ranks the same.
 
     All of them, as a rule. Where that is refused, an attention may be over something else than the
@@ -80,7 +115,6 @@ def _decide(graph: fx.Graph, flows: dict[fx.Node, Flow], writes: Writes) -> Plan
     others may run as a whole.
     """
     families = _families(graph, flows)
-    refusals: list[CannotShard] = []
     for chosen in _choices(families):
         try:
             plan = _place(graph, flows, writes, _name(graph, flows, set().union(*chosen)))
@@ -97,7 +131,17 @@ def _gains(graph: fx.Graph, writes: Writes, plan: Plan) -> bool:
     attentions = {node for node in graph.nodes if is_attention(node)}
     alone = attentions - plan.local
     downstream = _reach(graph.nodes, attentions - alone, writes.sources)
-    return alone.isdisjoint(downstream) and len(alone) <= MOST_ALONE * len(attentions)
+    few = any(
+        sum(map(cost, alone)) <= MOST_ALONE * sum(map(cost, attentions))
+        for cost in (lambda node: 1, _work)
+    )
+    return few and alone.isdisjoint(downstream)
+
+
+def _work(attention: fx.Node) -> int:
+    """What the layers around an attention grow with: the rows of its queries."""
+    query = attention_arguments(attention).query
+    return math.prod(_example(query, size) for size in sizes(query)[:-1])
 
 
 def _choices(families: list[dict[Axis, None]]) -> Iterator[Sequence[dict[Axis, None]]]:
@@ -111,8 +155,8 @@ def _choices(families: list[dict[Axis, None]]) -> Iterator[Sequence[dict[Axis, N
 def _check_attention(graph: fx.Graph) -> None:
     for node in filter(is_attention, graph.nodes):
         call = attention_arguments(node)
-        if known(call.is_causal) is not False:
-            raise CannotShard(node, "causal attention depends on the order of tokens over parts")
+        if not isinstance(known(call.is_causal), bool):
+            raise CannotShard(node, "is causal or not, as data say: no rank knows in advance")
         if known(call.dropout_p) != 0:
             raise CannotShard(node, "attention with dropout: call .eval() on the model")
 

@@ -15,9 +15,16 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from piflux.graph.nodes import is_attention, mutates, op_name, qualified_name, run_node
+from piflux.graph.nodes import (
+    attention_arguments,
+    is_attention,
+    mutates,
+    op_name,
+    qualified_name,
+    run_node,
+)
 from piflux.graph.plan import Context
-from piflux.graph.sizes import expr
+from piflux.graph.sizes import expr, known_equal
 from piflux.graph.values import known, tensors
 from piflux.passes.split.lengths import Lengths
 
@@ -32,7 +39,8 @@ def lower(gm: fx.GraphModule, ctx: Context) -> int:
     `nn.TransformerEncoderLayer`, flex attention that changes no score, and attention of other
     libraries without bias. Whatever is asked for beyond that stays, for `layout` to refuse. Tensors
     that are made like another (`x.new_zeros`) are made by themselves, since nothing of x is read.
-    Padding downstream of an attention is a run of its own.
+    Padding downstream of an attention is a run of its own. On several ranks causal attention has a
+    mask, whose rows can be cut.
 
     Before:
 
@@ -67,6 +75,7 @@ class _Lowering:
     def __init__(self, gm: fx.GraphModule, ctx: Context) -> None:
         self.count = 0
         self._gm = gm
+        self._parts = ctx.world_size
         self._lengths = Lengths(gm.graph, ctx.world_size)
         self._replaced: dict[fx.Node, None] = {}
         self._downstream: set[fx.Node] = set()
@@ -80,7 +89,7 @@ class _Lowering:
         """Write what `node` calls before it. Returns whether anything was."""
         if node in self._replaced or node.op not in ("call_function", "call_method"):
             return False
-        body, meaning = _body(node), _meaning(self._gm, node)
+        body, meaning = _body(node), _meaning(self._gm, node, self._parts)
         if meaning is None and node in self._downstream and _pads_one_dim(node):
             meaning = _padded
         if body is None and meaning is None:
@@ -238,12 +247,14 @@ def _body(node: fx.Node) -> tuple[str, tuple[Any, ...]] | None:
     return str(called.target), tuple(arguments)
 
 
-def _meaning(gm: fx.GraphModule, node: fx.Node) -> Meaning | None:
+def _meaning(gm: fx.GraphModule, node: fx.Node, parts: int) -> Meaning | None:
     """What a call is in terms of other ops, if it is one that is known."""
     target: Any = node.target
     if op_name(node) in _NEW:
         # Inside of a `vmap` what is made like another is mapped, too.
         return None if is_batchedtensor(known(node)) else _NEW[op_name(node)]
+    if is_attention(node):
+        return _causal if parts > 1 and known(attention_arguments(node).is_causal) is True else None
     if node.op != "call_function":
         return None
     if (getattr(target, "__module__", None) or "").split(".")[0] == "einops":
@@ -258,6 +269,21 @@ def _meaning(gm: fx.GraphModule, node: fx.Node) -> Meaning | None:
     if qualified_name(target) in _FOREIGN:
         return _foreign(node)
     return None
+
+
+def _causal(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: None = None,
+    dropout_p: Any = 0.0,
+    is_causal: bool = True,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention to earlier tokens, by a mask of where queries and keys stand."""
+    queries, keys = (torch.arange(x.shape[-2], device=query.device) for x in (query, key))
+    mask = torch.ge(queries.unsqueeze(1), keys)
+    return F.scaled_dot_product_attention(query, key, value, mask, dropout_p, **kwargs)
 
 
 def _new(make: Callable[..., Tensor], values: int = 0) -> Meaning:
@@ -518,6 +544,11 @@ def _foreign(node: fx.Node) -> Meaning | None:
     if known(query).dim() != 4 or several and not _only_first_is_read(node):
         return None
     heads_first = given.get("tensor_layout") == "HND"
+    key = next(given[name] for name in _NAMES["key"] if name in given)
+    if any(given.get(name) not in (None, False) for name in _NAMES["is_causal"]):
+        tokens = 2 if heads_first else 1
+        if not known_equal(*(expr(known(x).shape[tokens]) for x in (query, key))):
+            return None  # which of several queries and keys are aligned differs
 
     def attention(*args: Any, **kwargs: Any) -> Any:
         found = named(*args, **kwargs)

@@ -75,6 +75,9 @@ class Resizer(NamedTuple):
     position: Callable[[Axis, sympy.Expr], Any]
 
 
+MOST_RUNS = 64
+"""Into more a dimension is not taken apart: such runs are short. Chosen, not measured."""
+
 Rule = Callable[..., Flow]
 RULES: dict[str, Rule] = {}
 
@@ -121,8 +124,9 @@ def why_refused(node: fx.Node) -> str:
 
 
 def foreign_ops(graph: fx.Graph) -> list[fx.Node]:
-    """The calls that give tensors by an op of another library, such as another attention."""
-    return [n for n in graph.nodes if is_foreign(n) and tensors(n)]
+    """The calls that may be another attention: of another library, or flex attention with masks."""
+    flex = torch.ops.higher_order.flex_attention
+    return [n for n in graph.nodes if (is_foreign(n) or n.target is flex) and tensors(n)]
 
 
 def _find(node: fx.Node) -> Rule | None:
@@ -457,20 +461,64 @@ def squeeze(node: fx.Node, x: fx.Node, dim: Any = None) -> Flow:
 
 
 def _regrouped(x: fx.Node, node: fx.Node) -> list[tuple[int, int]]:
-    """The dimensions that a row-major reshape leaves as they are.
+    """The dimensions that a row-major reshape leaves as they are."""
+    groups = _groups(x, node)
+    return [(before[0], after[0]) for before, after in groups if len(before) == len(after) == 1]
+
+
+def runs(node: fx.Node) -> list[Link]:
+    """What else a reshape does: one dimension is what another is time after time.
+
+    Of what is put together or taken apart, the last dimension lies in runs side by side: the places
+    of each frame in a row of tokens, or of each picture of a batch. All runs are taken for the same
+    tokens, so a part has the same window of each.
+    """
+    if _find(node) not in (reshape, flatten, unflatten):
+        return []
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    links: list[Link] = []
+    for before, after in _groups(x, node, lambda a, b: known_equal(a, b) or _are_equal(node, a, b)):
+        source, target = Axis(x, before[-1]), Axis(node, after[-1])
+        many, few = sizes(x)[source.dim], sizes(node)[target.dim]
+        takes_apart = example_size(many, tensors(x)[0]) > example_size(few, tensors(x)[0])
+        many, few = (many, few) if takes_apart else (few, many)
+        count = example_size(many, tensors(x)[0]) // example_size(few, tensors(x)[0])
+        if not 1 < count <= MOST_RUNS or not _are_equal(node, many, count * few):
+            continue
+        for number in range(count):
+            edge = sympy.expand(number * few)
+            links.append(
+                Link(source, target, few, start=edge)
+                if takes_apart
+                else Link(source, target, few, at=edge)
+            )
+    return links
+
+
+def _are_equal(node: fx.Node, a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two sizes that are equal here are so by algebra, or become so by a guard."""
+    near = tensors(node)[0]
+    return example_size(a, near) == example_size(b, near) and same(node, a, b)
+
+
+def _groups(
+    x: fx.Node, node: fx.Node, equal: Callable[[Any, Any], bool] = known_equal
+) -> list[tuple[list[int], list[int]]]:
+    """Which dimensions of a value and of its reshape are the same taken together.
 
     Both shapes are read from the left; as soon as as many elements were read on both sides, what
-    was read is a group. A dimension that is a group by itself on both sides is untouched.
+    was read is a group.
     """
     a = [(d, s) for d, s in enumerate(sizes(x)) if s != 1]
     b = [(d, s) for d, s in enumerate(sizes(node)) if s != 1]
     near = tensors(x)[0]
-    pairs: list[tuple[int, int]] = []
+    groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(a) and j < len(b):
         start_i, start_j = i, j
         left, right = a[i][1], b[j][1]
-        while not known_equal(left, right):
+        while not equal(left, right):
             # Which side is behind is asked of the example sizes; equality is proved.
             behind = example_size(left, near) < example_size(right, near)
             if behind and i + 1 < len(a):
@@ -480,11 +528,10 @@ def _regrouped(x: fx.Node, node: fx.Node) -> list[tuple[int, int]]:
                 j += 1
                 right = right * b[j][1]
             else:
-                return pairs
-        if (i, j) == (start_i, start_j):
-            pairs.append((a[i][0], b[j][0]))
+                return groups
         i, j = i + 1, j + 1
-    return pairs
+        groups.append(([d for d, _ in a[start_i:i]], [d for d, _ in b[start_j:j]]))
+    return groups
 
 
 def _resized(
