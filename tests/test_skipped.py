@@ -73,6 +73,8 @@ def test_masks():
     assert mask_of("xx.x", 5) is None
     assert mask_of("auto", 9) == "x" * 9
     assert mask_of("auto", 28).count("x") == 18
+    assert default_mask(18, 28) == "xxxxxxxxx.x.x.x.x..x.x.x.x.x"
+    assert default_mask(10, 28) == "xxx.x..x...x....x......x.x.x"
     for steps in (2, 3, 9, 28, 50):
         for computed in range(2, steps + 3):
             mask = default_mask(computed, steps)
