@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,13 +21,18 @@ from piflux.demo import IMAGE_SIZE, NOTE, PROMPTS, TEXT_TOKENS, demo_file, demo_
 RUN_FLUX = Path(__file__).parent.parent / "examples" / "run_flux.py"
 
 
+@cache
+def demo() -> Any:
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def image(
     noise_seed: int = 0, prompt: str = PROMPTS[0], size: int | None = 64, steps: int = 3
 ) -> Tensor:
     """(3, size, size), values from 0 to 1; None is the pipeline's own size."""
-    pipe = demo_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(
+    return demo()(
         prompt,
         height=size,
         width=size,
@@ -71,7 +78,7 @@ def test_weights_are_small_files_without_paths() -> None:
 
 def test_guidance_is_without_effect() -> None:
     """As the model card says: it was trained with one value of it."""
-    transformer = demo_pipeline().transformer
+    transformer = demo().transformer
     pooled, clock = torch.randn(1, 192), torch.tensor([500.0])
     first, second = (
         transformer.time_text_embed(clock, torch.tensor([scale]), pooled) for scale in (1e3, 5e3)

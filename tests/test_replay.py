@@ -405,7 +405,7 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, policy, long
 def test_what_changed_is_recorded_anew(recorder, options, each):
     """Images of two sizes, of moved parameters and of two prompts."""
     images, counts = [], []
-    model = tiny_flux(double=2, single=2)
+    model = tiny_flux()
     models = [parallel(model, 2, inner, **options) for inner in ("eager", as_captured)]
     small, large = flux_inputs(), flux_inputs(image_hw=(6, 7), text=9)
 
