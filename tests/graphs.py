@@ -6,11 +6,14 @@ import ast
 import operator
 import re
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
 from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
+from models import flux_inputs, tiny_flux
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -44,6 +47,17 @@ def capture(
         compiled(*args, **kwargs)
     (gm,) = graphs
     return gm
+
+
+def captured_flux(*, double: int = 1, single: int = 1, dynamic: bool = False) -> fx.GraphModule:
+    """FLUX's graph, captured once in this process; a copy to be changed."""
+    gm = _flux(double, single, dynamic)
+    return fx.GraphModule(gm, deepcopy(gm.graph))
+
+
+@cache
+def _flux(double: int, single: int, dynamic: bool) -> fx.GraphModule:
+    return capture(tiny_flux(double=double, single=single), **flux_inputs(), dynamic=dynamic)
 
 
 def parsed(source: str, **dtypes: torch.dtype) -> fx.GraphModule:

@@ -1,7 +1,5 @@
 """What the compiler tells: explain, the log and the trace."""
 
-import copy
-import functools
 import json
 import os
 import subprocess
@@ -9,8 +7,8 @@ import sys
 
 import pytest
 from expecttest import TestCase
-from graphs import capture, transformed
-from models import flux_inputs, tiny_flux
+from graphs import captured_flux, transformed
+from models import tiny_flux
 
 import piflux
 from piflux.compile.report import GraphReport
@@ -29,13 +27,8 @@ print(piflux.parallelize(Model(), inner="eager")(torch.randn(1, 8, 4)).shape)
 """
 
 
-@functools.cache
-def captured():
-    return capture(tiny_flux(), **flux_inputs())
-
-
 def report(policy, world_size=2, **options):
-    gm = copy.deepcopy(captured())
+    gm = captured_flux()
     ctx = transformed(gm, world_size)
     return GraphReport.of(ctx, Schedule(policy, world_size=world_size, **options))
 

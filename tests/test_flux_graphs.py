@@ -6,12 +6,11 @@ import unittest
 
 import torch
 from expecttest import TestCase
-from graphs import capture, text, transformed
-from models import flux_inputs, tiny_flux
+from graphs import captured_flux, text, transformed
 
 
 def flux(dynamic):
-    gm = capture(tiny_flux(), **flux_inputs(), dynamic=dynamic)
+    gm = captured_flux(dynamic=dynamic)
     transformed(gm)
     return text(gm)
 

@@ -4,13 +4,14 @@
 
 import itertools
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from expecttest import TestCase
-from graphs import capture, text, transformed
+from graphs import capture, captured_flux, text, transformed
 from models import flux_inputs, sd3_inputs, tiny_flux, tiny_pipeline, tiny_sd3
 from test_numerics import EXACT
 from test_replay import Recorder, as_captured, parallel
@@ -105,24 +106,26 @@ return (linear_1,)
         )
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_the_modulations_of_flux(dynamic):
+def flux_of_any_length():
+    model, example = tiny_flux(double=2, single=3), flux_inputs()
+    for name, dim in {
+        "hidden_states": 1,
+        "encoder_hidden_states": 1,
+        "img_ids": 0,
+        "txt_ids": 0,
+    }.items():
+        torch._dynamo.mark_dynamic(example[name], dim)
+    return capture(model, **example)
+
+
+@pytest.mark.parametrize("build", [partial(captured_flux, double=2, single=3), flux_of_any_length])
+def test_the_modulations_of_flux(build):
     """Two a double block, one a single one, the last norm's; and two for each of three embedders."""
-    model = tiny_flux(double=2, single=2)
-    example = flux_inputs()
-    if dynamic:
-        for name, dim in {
-            "hidden_states": 1,
-            "encoder_hidden_states": 1,
-            "img_ids": 0,
-            "txt_ids": 0,
-        }.items():
-            torch._dynamo.mark_dynamic(example[name], dim)
-    captured = capture(lambda **kw: model(**kw, return_dict=False)[0], **example)
+    captured = build()
     for world_size in (1, 3):
         count, gm = moved_of(fx.GraphModule(captured, deepcopy(captured.graph)), world_size)
-        assert count == 2 * 2 + 2 + 1 + 6
-        assert len(gm.hoisted.graph.output_node().args[0]) == 2 * 2 + 2 + 1
+        assert count == 2 * 2 + 3 + 1 + 6
+        assert len(gm.hoisted.graph.output_node().args[0]) == 2 * 2 + 3 + 1
 
 
 def test_of_sd3():

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from expecttest import TestCase
-from graphs import capture, layouts, transformed
-from models import flux_inputs, tiny_flux
+from graphs import capture, captured_flux, layouts, transformed
 from test_rules import assert_exact
 
 from piflux.errors import CannotShard, NoAttention
@@ -311,7 +310,7 @@ writes in place into a value that is cut: write out of place
 def test_flux_boundaries_are_those_its_authors_wrote_down(dynamic):
     """diffusers' context parallel plan for FLUX is found by dataflow alone."""
     plan = FluxTransformer2DModel._cp_plan
-    gm = capture(tiny_flux(), **flux_inputs(), dynamic=dynamic)
+    gm = captured_flux(dynamic=dynamic)
     decided = transformed(gm, passes=DECIDE).plan
     cuts = {
         value.node.name.removeprefix("l_kwargs_").strip("_"): dims

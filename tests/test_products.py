@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from captures import captured_once
 from expecttest import TestCase
-from graphs import capture, text, transformed
+from graphs import capture, captured_flux, text, transformed
 from models import Int8Weight, flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from safetensors.torch import load_file, save_file
 from test_numerics import EXACT
@@ -594,14 +594,8 @@ def test_of_sd3(on_cpu):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_of_flux(on_cpu, world_size):
     """Projections of each stream of a double block and of a single one, and their MLPs."""
-    model = tiny_flux(double=2, single=3)
-    example = flux_inputs()
-
-    def graph(**inputs):
-        return model(**inputs, return_dict=False)[0]
-
     for run, want in ((fuse_linears, 3 * (2 * 2 + 3)), (fuse_gelu, 2 * 2 + 3)):
-        gm = capture(graph, **example)
+        gm = captured_flux(double=2, single=3)
         ctx = transformed(gm, world_size, PASSES if world_size > 1 else PASSES[:1])
         ctx.rotates = True
         assert run(gm, ctx) == want

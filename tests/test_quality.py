@@ -291,6 +291,7 @@ def invoke(*arguments):
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_measured_cost_in_the_command(tmp_path):
     bench = tmp_path / "bench.json"
     arguments = ["--json", "--count=1", "--variant=gather", "--ranks=2", "--steps=2", "--size=64"]
@@ -330,6 +331,7 @@ def test_tuning_wants_the_measured_cost_of_all_candidates(tmp_path):
     assert "did not measure 'displaced-int8' on 2 ranks" in output
 
 
+@pytest.mark.usefixtures("captured_once")
 def test_the_command(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("camera, 3d style, red background\n\nrose, flat style, white background\n")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import capture, transformed
+from graphs import captured_flux, transformed
 from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
 from test_products import check, fused
 from torch import nn
@@ -228,15 +228,9 @@ def test_of_a_model_without_rotary_embedding(on_cpu):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [False, True])
 def test_of_flux(on_cpu, world_size, dynamic):
     """Queries and keys of each block; with symbols for all numbers, for eps as well, none."""
-    model = tiny_flux(double=2, single=3)
-    example = flux_inputs()
-
-    def graph(**inputs):
-        return model(**inputs, return_dict=False)[0]
-
-    gm = capture(graph, dynamic=bool(dynamic), **example)
+    gm = captured_flux(double=2, single=3, dynamic=dynamic)
     ctx = transformed(gm, world_size, PASSES if world_size > 1 else PASSES[:1])
     assert fuse_rotary(gm, ctx) == (0 if dynamic else 2 * (2 + 3))
