@@ -465,6 +465,7 @@ def thousandth(clock: float) -> float:
 PIPELINES = {
     # what is drawn, the mask of the announced steps, by hand the transformer's own, and its time
     "FLUX.1, true CFG": (pipelines.true_guidance, "xxx.x.", ("xxx.x.",), log_snr),
+    "FLUX.2": (pipelines.klein_2, "xxx.", ("xxx.",), log_snr),
     "Qwen-Image, guided": (pipelines.qwen, "xxx.x.", ("xxx.x.",), log_snr),
     "SD3.5": (pipelines.stable_diffusion_3, "xxx.x.", ("xxx.x." * 2,), thousandth),
     "Wan": (pipelines.wan_text_to_video, "xxx.x.", ("xxx.x.",), float),
