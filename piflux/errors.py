@@ -106,11 +106,13 @@ class RankLost(RankFailed):
 
     Attributes:
         ranks: those that are known to be lost.
+        resumable: whether what was under way may be done once more without them.
     """
 
-    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+    def __init__(self, message: str, ranks: Sequence[int] = (), *, resumable: bool = True) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+        self.resumable = resumable
 
 
 class Excluded(RankFailed):

@@ -193,6 +193,8 @@ def wanted(policy, size, seed, kind=None):
             group = piflux.virtual_ranks(n)
             parallel = piflux.parallelize(model, group=group, policy=policy, inner="eager")
             images.append(draw(parallel, seed, fault))
+    if kind:
+        return images[1], 0.0
     return images[0], max(1e-4, 1.5 * float((images[1] - images[0]).abs().max()))
 
 

@@ -194,7 +194,7 @@ class Ranks:
     def launch(self, n: int, fn, *args, timeout: float = 120) -> list:
         """`fn(*args)` on n ranks that are as torchrun starts them, in no group yet."""
         with Pool(n, joined=False) as pool:
-            job = (_launched, n, free_port(), fn, args)
+            job = (launched, n, free_port(), fn, args)
             return _succeeded(pool.run(n, *job, timeout=timeout))
 
     def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
@@ -232,7 +232,8 @@ def _succeeded(outcomes: list) -> list:
     return outcomes
 
 
-def _launched(rank: int, group: None, world: int, port: int, fn, args):
+def launched(rank: int, group: None, world: int, port: int, fn, args):
+    """`fn(*args)` on a rank that is as torchrun starts it, in no group yet."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -22,6 +23,7 @@ import torch
 from models import tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from ranks import Pool, free_port, launched
 from rich.console import Console
 from test_cost import CONFIG
 from typer.testing import CliRunner
@@ -30,6 +32,7 @@ import piflux
 from piflux.cost.cost import Choice, Rates
 from piflux.demo import demo_file, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave, RankFailed
+from piflux.ranks import links
 from piflux.tools import cli, options
 from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
@@ -89,8 +92,8 @@ def drawn_by_few_blocks(request):
 def test_two_ranks_draw_several_prompts(ranks, monkeypatch, tmp_path):
     """How ranks are launched is below."""
 
-    def launch(job, count, request):
-        assert job is work.generate
+    def launch(job, count, request, outlives):
+        assert job is work.generate and outlives
         first, second = ranks.launch(count, drawn_by_few_blocks, request)
         assert second is None
         return first
@@ -110,6 +113,33 @@ def test_two_ranks_draw_several_prompts(ranks, monkeypatch, tmp_path):
     names = [Path(picture["path"]).name for picture in record["pictures"]]
     assert names == ["x-1.png", "x-2.png"]
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+
+def drawn_until_killed(rank, group, port, request, dies):
+    """As `generate`, on ranks of which one dies in the midst of its second picture."""
+    started, gather = count(), links.Link.gather
+
+    def counted(*args):
+        if rank == dies and next(started) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(*args)
+
+    with mock.patch.object(links.Link, "gather", counted):
+        return launched(rank, group, 2, port, drawn_by_few_blocks, (request,))
+
+
+@on_cpu
+def test_pictures_outlive_a_rank(tmp_path):
+    """Of two prompts on two ranks; what is left draws on, and has both saved."""
+    out = tmp_path / "x.png"
+    settings = {"policy": "gather", "inner": "eager"}
+    request = Request("demo", ("camera", "rose"), out, settings, steps=2, size=(64, 64))
+    with Pool(2, joined=False) as pool:
+        made, died = pool.run(2, drawn_until_killed, free_port(), request, 1, timeout=120)
+    assert died.died
+    assert made.ranks == 1
+    assert [picture.prompt for picture in made.pictures] == ["camera", "rose"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["x-1.png", "x-2.png"]
 
 
 def test_a_picture_is_shown(capsys):
@@ -159,6 +189,13 @@ def test_a_rank_that_fails_is_quoted():
 def test_a_rank_that_says_what_to_do_is_quoted_alone():
     with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
         launch(failing.says, 1)
+
+
+def test_ranks_outlive_the_first():
+    """Which is why none of them holds the store."""
+    assert launch(failing.loses_the_first, 2, outlives=True) == ["rank 1 of 1"]
+    with pytest.raises(RankFailed, match=r"^rank 0 was killed by SIGKILL"):
+        launch(failing.loses_the_first, 2)
 
 
 def test_one_rank_is_interrupted(monkeypatch, tmp_path):

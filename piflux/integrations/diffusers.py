@@ -109,6 +109,12 @@ def refuse_step_caches(model: nn.Module) -> None:
 _TOGETHER = ContextVar("piflux_together", default=False)
 
 
+def ranks_of(pipe: Any) -> ProcessRanks | None:
+    """Those that share a parallelized pipeline; None if they are all in this process."""
+    ranks = pipe._piflux_modules[0]._piflux_compiler.runtime.ranks
+    return ranks if isinstance(ranks, ProcessRanks) else None
+
+
 class ParallelPipeline(View):
     """The class that a parallelized pipeline's own class is mixed with."""
 
@@ -118,8 +124,8 @@ class ParallelPipeline(View):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
-        ranks = self._piflux_modules[0]._piflux_compiler.runtime.ranks
-        if not isinstance(ranks, ProcessRanks):
+        ranks = ranks_of(self)
+        if ranks is None:
             return self._piflux_call(None, *args, **kwargs)
         with ranks.image():
             return self._piflux_call(ranks, *args, **kwargs)

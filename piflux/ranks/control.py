@@ -48,7 +48,8 @@ PATIENCE_S = 0.3
 """After which a rank that waits begins to look for the reason."""
 
 LOST_S = 5.0
-"""A rank whose state has been the same for so long is lost: stopped, cut off, or its host died."""
+"""A rank that is stopped, and has said nothing for so long, is lost. One of another host, of which
+nobody knows whether it runs, is after twice the time: it died, or is cut off."""
 
 COMPILING_S = 1800.0
 """How long one that compiles is waited for, where the timeout is shorter."""
@@ -66,6 +67,7 @@ class Control:
 
     Args:
         store: of the group; it is cloned.
+        name: of the group.
         rank: of this process in the group.
         size: of the group.
         backends: see `Link`.
@@ -83,12 +85,14 @@ class Control:
     def __init__(
         self,
         store: dist.Store,
+        name: str,
         rank: int,
         size: int,
         backends: dict[str, str],
         timeout_s: float,
     ) -> None:
         self.rank, self.timeout_s = rank, timeout_s
+        self._name = name
         self.members: tuple[int, ...] = tuple(range(size))
         self.image = self.calls = 0
         self.doing = "the beginning"
@@ -257,16 +261,18 @@ class Control:
             if runs == "no":
                 gone[rank] = "died: its process is gone"
                 continue
+            if runs == "yes":
+                continue  # however slow it is
             # A store that doesn't answer says nothing of anyone.
             silence = (now if runs == "stopped" else self._answered) - self._changed[rank]
-            if silence > silent_s:
+            if silence > (silent_s if runs == "stopped" else 2 * silent_s):
                 how = "is stopped, and" if runs == "stopped" else "lives no more or is cut off, and"
                 gone[rank] = f"{how} has said nothing for {silence:.0f} s"
         return gone
 
     @property
     def silence_s(self) -> float:
-        """After which a rank is lost that says nothing."""
+        """After which a rank is lost that is stopped and says nothing."""
         return max(2 * BEAT_S, min(LOST_S, self.timeout_s / 2))
 
     def _tell_excluded(self) -> str:
@@ -369,13 +375,15 @@ class Control:
     def _error(self, kind: str, text: str) -> PifluxError:
         if kind == "excluded":
             return Excluded(text)
-        if self._spoiled:
-            return RankFailed(
+        gone = self._gone(time.monotonic(), 2 * BEAT_S)
+        if kind == "lost" and self._spoiled:
+            return RankLost(
                 f"{text}: this image is lost, since the GPU was steps ahead. The ranks that are "
-                "left go on at the next one"
+                "left go on at the next one",
+                list(gone),
+                resumable=False,
             )
         if kind == "lost":
-            gone = self._gone(time.monotonic(), 2 * BEAT_S)
             return RankLost(
                 f"{text}. Without it this image can't go on as it was; at their next call the "
                 "ranks that are left go on without it",
@@ -500,7 +508,7 @@ class Control:
         """Nobody is left."""
         self._leave("lost", "the others are gone")
         epoch = self._epoch + 1
-        link = Link(self._store, f"epoch-{epoch}", 0, 1, self._backends, 1.0)
+        link = Link(self._store, f"{self._name}-{epoch}", 0, 1, self._backends, 1.0)
         self._enter(epoch, (self.rank,), link)
 
     def _meet(self) -> None:
@@ -564,8 +572,8 @@ class Control:
             time.sleep(HURRY_S / 5)
 
     def _connect(self, epoch: int, members: tuple[int, ...], began: float) -> None:
-        name = f"epoch-{epoch}"
-        store = dist.PrefixStore(name, self._store)
+        name = f"{self._name}-{epoch}"
+        store = dist.PrefixStore(f"epoch-{epoch}", self._store)
         index, size = members.index(self.rank), len(members)
         try:
             link = bounded(

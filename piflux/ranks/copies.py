@@ -19,6 +19,7 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d as distributed
 
 from piflux.ranks.links import Link
 
@@ -87,6 +88,10 @@ class Peers:
         from torch.distributed._symmetric_memory import _SymmetricMemory
 
         if not self._named:
+            # It looks for the ranks' store by a group's name; of the group it needs no more.
+            group = dist.ProcessGroup(self._store, self.rank, self.size)
+            group._set_group_name(self._group)
+            distributed._register_process_group(self._group, group)
             _SymmetricMemory.set_group_info(self._group, self.rank, self.size, self._store)
             self._named = True
         # Not `empty`, which takes memory from a pool: where a rank finds room in it depends on what

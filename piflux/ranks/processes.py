@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from piflux.errors import RankFailed, RankLost
+from piflux.errors import RankLost
 from piflux.ranks.agreement import check_agreement
 from piflux.ranks.control import Control
 from piflux.ranks.copies import Copies, Peers, reach
@@ -155,6 +155,8 @@ class ProcessRanks:
             try:
                 return act()
             except RankLost as error:
+                if not error.resumable:
+                    raise
                 lost = error
             while True:
                 try:
@@ -163,9 +165,11 @@ class ProcessRanks:
                 except RankLost as error:
                     lost = error
             if len(set(told)) > 1:
-                failed = RankFailed(
+                failed = RankLost(
                     f"{lost}\nThe ranks that are left were at different points ("
-                    f"{', '.join(sorted(set(told)))}), so that this image has to be drawn again"
+                    f"{', '.join(sorted(set(told)))}), so that this image has to be drawn again",
+                    lost.ranks,
+                    resumable=False,
                 )
                 failed.on_all_ranks = True
                 raise failed from lost
@@ -180,7 +184,12 @@ def _control(group: dist.ProcessGroup) -> Control:
         pairs = dist.get_backend_config(group).split(",")
         backends = dict(pair.split(":") for pair in pairs if ":" in pair)
         control = Control(
-            _get_process_group_store(group), group.rank(), group.size(), backends, timeout_s(group)
+            _get_process_group_store(group),
+            group.group_name,
+            group.rank(),
+            group.size(),
+            backends,
+            timeout_s(group),
         )
         _CONTROLS[group] = control
         weakref.finalize(group, control.close).atexit = False

@@ -166,7 +166,7 @@ class Runtime:
         except BaseException as error:
             self.streams.abandon()
             # A step in which a rank is lost is computed once more.
-            if ranks is not None and not isinstance(error, RankLost):
+            if ranks is not None and not _is_resumable(error):
                 ranks.stop(error)
             raise
 
@@ -320,6 +320,10 @@ def _clocks(args: Sequence[Tensor]) -> tuple[int, ...]:
 def _roles(names: Sequence[str], clocks: Sequence[int]) -> Roles:
     conditions = tuple(i for i in range(len(names)) if i not in clocks)
     return Roles((), tuple(clocks), conditions, dict(enumerate(names)))
+
+
+def _is_resumable(error: BaseException) -> bool:
+    return isinstance(error, RankLost) and error.resumable
 
 
 class Call:

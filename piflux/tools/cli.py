@@ -190,7 +190,7 @@ def generate(
     if is_joined() or total == 1:
         made = work.generate(request)
     else:
-        made = launch(work.generate, total, request)
+        made = launch(work.generate, total, request, outlives=True)
     if made is None:  # another rank's to tell
         return
     made = replace(made, model=model)

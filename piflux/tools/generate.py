@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import TEXT_TOKENS, demo_pipeline
-from piflux.errors import CannotLoad, CannotSave
+from piflux.errors import CannotLoad, CannotSave, RankLost
+from piflux.integrations.diffusers import ranks_of
+from piflux.ranks.processes import ProcessRanks
 from piflux.tools.launch import is_first, join
 from piflux.tools.options import numbered
 
@@ -116,7 +119,6 @@ def generate(request: Request) -> Made | None:
     """
     device = join()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    first = is_first()
     kind = pipeline_class(request.model)
     target, call = arguments(kind, request)
     out = _destination(target, request.out)
@@ -125,40 +127,95 @@ def generate(request: Request) -> Made | None:
     pipe = as_kind(pipe, target)
     pipe = piflux.parallelize(pipe, **request.settings)
     pipe.set_progress_bar_config(disable=True)
+    shared = ranks_of(pipe)
     pictures: list[Picture] = []
     settings, reason = request.settings, None
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
     timed = _takes(target, "callback_on_step_end")
-    with _progress(calls * steps, shown=first) as advance:
+    with _progress(calls * steps, shown=is_first()) as advance:
         for start in range(0, len(paths), request.batch):
             prompts = list(request.prompts[start : start + request.batch])
             seeds = [request.seed + start + i for i in range(len(prompts))]
             clock = StepClock(device.type == "cuda", advance)
             began = time.perf_counter()
-            watched = {"callback_on_step_end": clock} if timed else {}
-            drawn = pipe(**call, **more, **_batched(request, prompts, seeds), **watched)
+            given = call | more | ({"callback_on_step_end": clock} if timed else {})
+            own = partial(_batched, request, prompts, seeds)
+            drawn = _drawn(own, pipe, given, shared)
             synchronize(device.type == "cuda")
             total_s, times = time.perf_counter() - began, clock.step_ms()
-            if not first:
-                continue
             if not pictures:
                 settings, reason = _taken(pipe, request.settings)
             step_s = statistics.median(times) / 1000 if times else None
             found = drawn.frames if hasattr(drawn, "frames") else drawn.images
-            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                path = paths[start + i]
-                picture = Picture(str(path), prompt, seed, step_s, total_s, len(prompts))
-                if path.suffix.lower() == ".mp4":
-                    save_video(found[i], path, request.fps)
-                else:
-                    save(found[i], path, _told(request, picture, ranks, settings))
-                pictures.append(picture)
-    if not first:
+            made = [
+                Picture(str(path), prompt, seed, step_s, total_s, len(prompts))
+                for path, prompt, seed in zip(paths[start:], prompts, seeds, strict=False)
+            ]
+            size = ranks if shared is None else shared.size
+            told = [_told(request, picture, size, settings) for picture in made]
+            _save_all(list(zip(found, made, told, strict=True)), request.fps, shared)
+            pictures += made
+    if shared is not None and shared.rank != 0:
         return None
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    return Made(request.model, name, ranks, settings, reason, tuple(pictures))
+    left = ranks if shared is None else shared.size
+    return Made(request.model, name, left, settings, reason, tuple(pictures))
+
+
+def _drawn(
+    own: Callable[[], dict[str, Any]], pipe: Any, given: dict[str, Any], ranks: ProcessRanks | None
+) -> Any:
+    """What the pipeline draws: once more without a rank that was lost, where it could not go on.
+
+    Args:
+        own: makes the arguments that are used up, such as generators.
+        pipe: the pipeline.
+        given: the other arguments.
+        ranks: who shares it.
+    """
+    if ranks is None:
+        return pipe(**given, **own())
+    while True:
+        drawn, lost = None, False
+        try:
+            drawn = pipe(**given, **own())
+        except RankLost:
+            lost = True
+        done = partial(ranks.exchange, not lost, "whether all have the picture")
+        if all(ranks.surviving(done, "the picture's end")):
+            return drawn
+
+
+def _save_all(unsaved: list[Any], fps: int, ranks: ProcessRanks | None) -> None:
+    """On the first rank; if it is lost meanwhile, on the next one.
+
+    Args:
+        unsaved: images, with their `Picture` and what their files say of themselves.
+        fps: of videos.
+        ranks: who has them.
+    """
+
+    def save_each() -> None:
+        while unsaved:
+            image, picture, told = unsaved[0]
+            path = Path(picture.path)
+            if path.suffix.lower() == ".mp4":
+                save_video(image, path, fps)
+            else:
+                save(image, path, told)
+            unsaved.pop(0)
+
+    if ranks is None:
+        return save_each()
+
+    def act() -> None:
+        if ranks.rank == 0:
+            save_each()
+        ranks.exchange(True, "whether it is saved")
+
+    ranks.surviving(act, "the picture's file")
 
 
 def _taken(pipe: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

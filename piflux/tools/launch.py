@@ -1,4 +1,4 @@
-"""Starting one process a rank on this host, and ending them all with the first that fails.
+"""Starting one process a rank on this host, and ending them all together.
 
 Imports torch only where ranks are started or joined: arguments are checked before.
 """
@@ -6,27 +6,26 @@ Imports torch only where ranks are started or joined: arguments are checked befo
 from __future__ import annotations
 
 import contextlib
-import logging
+import math
 import multiprocessing
+import multiprocessing.connection
 import os
-import re
 import signal
-import threading
+import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import piflux.errors
-from piflux.errors import RankFailed, plain
+from piflux.errors import Excluded, PifluxError, RankFailed, plain
 
 if TYPE_CHECKING:
     import torch
 
-START_S = 2.0
-"""How long an interrupt waits for ranks that are being started."""
+END_S = 3.0
+"""How long ranks may take to end once the result is there."""
 
 
 def is_joined() -> bool:
@@ -39,135 +38,224 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def launch(function: Callable[..., Any], ranks: int, *args: Any) -> Any:
+def launch(function: Callable[..., Any], ranks: int, *args: Any, outlives: bool = False) -> Any:
     """Call `function(*args)` in new processes of this host, each with torchrun's environment.
+
+    This process holds their store, so that each of them may be lost.
 
     Args:
         function: at a module's top level; raises to end all ranks.
         ranks: how many.
         args: picklable.
+        outlives: whether the others go on without a rank that dies; else they are ended.
 
     Returns:
-        What rank 0's call returned.
+        What the call of the first rank returned that returned anything.
 
     Raises:
         RankFailed: a rank raised or died.
         KeyboardInterrupt: this process got SIGINT, SIGTERM or SIGHUP, and all ranks are gone.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    import torch.distributed as dist
 
-    # They report each signal and death as warnings; here those become one message.
-    for launcher in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(launcher).addHandler(logging.NullHandler())
-        logging.getLogger(launcher).propagate = False
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3")
-    # A rank that is ended by a signal leaves tqdm's lock behind, which the tracker then frees.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-        monitor_interval=0.1,
-        signals_to_handle="SIGQUIT",  # the others are ours, below,
-    )
-    try:
-        with _interrupts_as_sigterm(ranks):
-            return elastic_launch(config, _rank)(function, args)[0]
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RankFailed(_tell(rank, failure)) from None
-    except SignalException:
-        raise KeyboardInterrupt from None
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        # Which is how torch knows that no rank has to hold the store.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore:resource_tracker"),
+    }
+    job = function, args
+    with _interrupts() as interrupted:
+        started = [
+            _Rank(rank, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, job)
+            for rank in range(ranks)
+        ]
+        try:
+            interrupted.begin()
+            return _watch(started, interrupted, outlives)
+        finally:
+            for rank in started:
+                rank.end()
+
+
+def _watch(ranks: Sequence[_Rank], interrupted: _Interrupts, outlives: bool) -> Any:
+    """Until there is a result, or none to come."""
+    first: _Rank | None = None  # that failed
+    latest = math.inf
+    while any(rank.runs for rank in ranks) and time.monotonic() < latest:
+        multiprocessing.connection.wait([rank.process.sentinel for rank in ranks if rank.runs], 0.1)
+        if interrupted.came:
+            raise KeyboardInterrupt
+        for rank in ranks:
+            if not rank.runs or not rank.look():
+                continue
+            if rank.failure is not None:
+                first = first or rank
+                if rank.ended_by_itself or not outlives:
+                    raise RankFailed(first.failure)
+            elif rank.result is not None and outlives:
+                latest = min(latest, time.monotonic() + END_S)
+    results = [rank.result for rank in ranks if rank.result is not None]
+    if not results and first is not None:
+        raise RankFailed(first.failure)
+    return results[0] if results else None
+
+
+class _Rank:
+    """A rank's process.
+
+    Attributes:
+        runs: whether it has neither ended nor told how its call came out.
+        result: what its call returned.
+        failure: what to tell of it, if it failed.
+        ended_by_itself: whether it raised, and didn't die or leave the others.
+    """
+
+    def __init__(self, rank: int, environment: dict[str, str], job: Any) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.rank = rank
+        self.runs, self.ended_by_itself = True, False
+        self.result: Any = None
+        self.failure: str | None = None
+        self._told, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_rank, args=(os.getpid(), theirs, environment, *job), daemon=False
+        )
+        before = dict(os.environ)
+        os.environ.update(environment)  # which libraries read as soon as they are imported
+        try:
+            self.process.start()
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        theirs.close()
+
+    def look(self) -> bool:
+        """Whether it has come to an end since."""
+        try:
+            if self._told.poll():
+                kind, told = self._told.recv()
+            elif self.process.is_alive():
+                return False
+            else:
+                raise EOFError
+        except (EOFError, OSError):
+            self.process.join()
+            self.failure = _died(self.rank, self.process.exitcode)
+        else:
+            if kind == "returned":
+                self.result = told
+            else:
+                self.failure = told
+                self.ended_by_itself = kind == "raised"
+        self.runs = False
+        return True
+
+    def end(self) -> None:
+        # One that has told all is let go, that it may free what it shares with others.
+        self.process.join(0 if self.runs else END_S)
+        self.process.kill()
+        self.process.join()
+        self._told.close()
+
+
+class _Interrupts:
+    """SIGINT, SIGTERM and SIGHUP of this process, which `_watch` looks at.
+
+    They are blocked as long as ranks are being started, which inherit that, and none is lost: a
+    terminal's Ctrl-C reaches ranks as well, which would print a traceback each while they import.
+    """
+
+    def __init__(self) -> None:
+        self.came = False
+
+    def begin(self) -> None:
+        """All ranks have been started."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def _interrupts_as_sigterm(ranks: int) -> Iterator[None]:
-    """Take SIGINT for SIGTERM, and start processes that have it blocked.
-
-    A terminal's Ctrl-C reaches the ranks as well; while they import, each would print a traceback.
-    So would a rank whose start is interrupted: signals wait until all are there.
-    """
-    # Started here, because it leaves the signal unblocked.
+def _interrupts() -> Iterator[_Interrupts]:
+    # Started here, because it leaves the signals unblocked.
     resource_tracker.ensure_running()
-    ended, interrupted, ready = threading.Event(), threading.Event(), threading.Event()
-    others = set(multiprocessing.active_children())
+    interrupts = _Interrupts()
 
-    def started() -> list[Any]:
-        return [child for child in multiprocessing.active_children() if child not in others]
+    def take(*_: Any) -> None:
+        interrupts.came = True
 
-    def wait() -> None:
-        # A signal needs a thread that takes it; Python's handler then runs in the main one.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        interrupted.wait()
-        latest = time.monotonic() + START_S
-        while len(started()) < ranks and time.monotonic() < latest:
-            if ended.wait(0.01):
-                return
-        if not ended.is_set():
-            ready.set()
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def take(signum: int, _: Any) -> None:
-        # In the midst of a start it would leave a rank that prints a traceback, too.
-        if ready.is_set():
-            raise SignalException("ranks are ended", signal.Signals(signum))
-        interrupted.set()
-
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    ours = (signal.SIGTERM, signal.SIGHUP)
-    handlers = {signum: signal.signal(signum, take) for signum in ours}
-    handlers[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    waiter = threading.Thread(target=wait, daemon=True)
-    waiter.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    handlers = {signum: signal.signal(signum, take) for signum in SIGNALS}
     try:
-        yield
+        yield interrupts
     finally:
-        ended.set()
-        interrupted.set()
-        waiter.join()
-        # The launcher knows of its ranks only when all have started.
-        for child in started():
-            child.kill()
-            child.join()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _rank(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _rank(
+    parent: int, told: Any, environment: dict[str, str], function: Callable[..., Any], args: Any
+) -> None:
+    """A rank's life."""
+    _end_with(parent)
     # Python's own handler would run only after a collective that may never end. SIGINT stays
     # blocked: whoever started the rank gets a terminal's Ctrl-C as well, and ends it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return function(*args)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.environ.update(environment)
+    try:
+        result = function(*args)
+    except Excluded as error:
+        told.send(("excluded", str(error)))
+    except BaseException as error:
+        told.send(("raised", _raised(int(environment["RANK"]), error)))
+    else:
+        told.send(("returned", result))
+    told.close()
 
 
-def _tell(rank: int, failure: Any) -> str:
+def _end_with(parent: int) -> None:
+    """Let the system end this process with the one that started it, however that ends."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before
+        os._exit(1)
+
+
+PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+
+
+def _died(rank: int, exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return f"rank {rank} was killed by {name}; the others were ended"
+    return f"rank {rank} ended with exit code {exitcode}"
+
+
+def _raised(rank: int, error: BaseException) -> str:
     """What a rank met: piflux's own message, else one line with the place in the code."""
-    if failure.exitcode < 0:
-        return f"rank {rank} was killed by {failure.signal_name()}; the others were ended"
-    recorded = failure.error_file_data.get("message", "")
-    if not isinstance(recorded, dict):
-        return f"rank {rank} ended with exit code {failure.exitcode}"
-    kind, _, text = recorded["message"].partition(": ")
-    if hasattr(piflux.errors, kind):
-        return plain(text)
-    what = next((x for x in recorded["message"].splitlines() if x.strip()), kind)
-    frames = re.findall(
-        r'File "([^"]+)", line (\d+), in (\S+)', recorded["extraInfo"]["py_callstack"]
-    )
+    if isinstance(error, PifluxError):
+        return plain(str(error))
+    if isinstance(error, SystemExit):
+        return f"rank {rank} ended with exit code {error.code}"
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
     place = ""
     if frames:
-        file, line, name = frames[-1]
-        place = f" ({Path(file).name}:{line}, in {name})"
+        last = frames[-1]
+        place = f" ({Path(last.filename).name}:{last.lineno}, in {last.name})"
     return f"rank {rank} failed: {what}{place}; under torchrun the whole traceback is shown"
 
 
