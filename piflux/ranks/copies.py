@@ -68,7 +68,7 @@ class Peers:
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self.rank, self.size = link.rank, link.size
-        self._group = f"piflux-{link.name}"
+        self._group: Any = f"piflux-{link.name}"  # torch has a type of its own for names
         self._store = dist.PrefixStore(f"copies-{device.type}", link.store)
         self.device = device
         self.module = torch.get_device_module(device)
