@@ -1,7 +1,8 @@
 """Real diffusers pipelines over several ranks, and the table of what is supported.
 
-`docs/support.md` says for each pipeline of `pipelines.CASES` what came of it here, and a row that
-says anything else fails. `python tests/test_pipelines.py --write` writes it anew.
+The first half of `docs/support.md` says for each pipeline of `pipelines.CASES` what came of it
+here, and a row that says anything else fails. `python tests/test_pipelines.py --write` writes it
+anew.
 """
 
 import argparse
@@ -11,17 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipelines import CASES, Case, Drawn, drawn_on, plainly
 from ranks import Failure, Ranks, virtual
+from support import PAGE as TABLE
+from support import page
 
 from piflux.errors import PifluxError
 
-TABLE = Path(__file__).parents[1] / "docs" / "support.md"
 EXACT = 1e-4
 UNLIKE = 0.2  # mean difference of pixels; that of two independent noise pictures is 1/3
 
@@ -72,18 +73,20 @@ def cells(line: str) -> list[str]:
 
 
 def table() -> dict[str, Row]:
-    """The table in the repository."""
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("|")]
+    """The table in the repository; what follows it is `support.py`'s."""
+    first, _ = page()
+    lines = [line for line in first.splitlines() if line.startswith("|")]
     rows = [cells(line) for line in lines[2:]]
     assert len({name for name, *_ in rows}) == len(rows)
     return {name: Row(*row) for name, *row in rows}
 
 
 def written(rows: dict[str, Row]) -> str:
+    """The first half of the page."""
     lines = ["| pipeline | ranks | `gather` | `rotate` | remark |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         lines.append(f"| {name} | {row.ranks} | {row.gather} | {row.rotate} | {row.remark} |")
-    return HEAD + "\n" + "\n".join(lines) + "\n"
+    return HEAD + "\n" + "\n".join(lines) + "\n\n"
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -169,7 +172,8 @@ def test_a_pipeline_does_what_the_table_says(request, name):
 
 def test_the_table_has_no_row_that_no_test_ran():
     assert list(rows()) == list(CASES)
-    assert TABLE.read_text() == written(rows())
+    first, _ = page()
+    assert first == written(rows())
 
 
 if __name__ == "__main__":
@@ -182,6 +186,7 @@ if __name__ == "__main__":
         rows = {
             name: found(pools if case.processes else virtual, case) for name, case in CASES.items()
         }
-        TABLE.write_text(written(rows))
+        first, _ = page()
+        TABLE.write_text(TABLE.read_text().replace(first, written(rows)))
     finally:
         pools.close()

@@ -146,7 +146,7 @@ class Compiler:
         raise NoAttention(
             f"none of the {len(self._whole)} graphs that Dynamo makes of the model has attention "
             "that can be split, so that every rank would compute all of it. It makes several, or "
-            f"leaves code out of them, because of:\n{plain(str(why_broken))}\n"
+            f"leaves code out of them, because of: {plain(str(why_broken))}\n"
             + next(refusals, "Whatever attends is in none of them, or no attention of PyTorch's")
         )
 
