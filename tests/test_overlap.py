@@ -22,6 +22,7 @@ from piflux.passes.split.layout import layout
 from piflux.passes.split.overlap import overlap
 from piflux.policies.schedule import Schedule
 from piflux.policies.step import current
+from piflux.ranks.virtual import VirtualRanks
 from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import Roles
 
@@ -204,25 +205,20 @@ def test_nothing_moves_past_what_does_more_than_compute(between):
 # ---------------------------------------------------------------------------------- what it is for
 
 
-class Alone:
+class Alone(VirtualRanks):
     """A rank of two whose peer holds the same; it writes down what happens."""
 
-    size, rank, in_one_process = 2, 0, False
+    in_one_process = False
 
     def __init__(self):
+        super().__init__(2)
         self.events = []
 
-    def gather(self, piece):
+    def gather(self, piece, header=None):
         return Late(piece, self.events)
 
     def persistent_gather(self, count, device):
         return Late(torch.empty(count, dtype=torch.uint8), self.events)
-
-    def any(self, flag, device):
-        return flag
-
-    def agree(self, fingerprint):
-        pass
 
     def run(self, step):
         return step()
