@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 # wait for each other. Read when torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-LONGEST = ("pipelines", "cli", "numerics", "model_zoo", "replay", "errors", "bench", "outline")
+LONGEST = (
+    *("pipelines", "cli", "numerics", "replay", "quality", "outline", "model_zoo", "skipped"),
+    *("faults", "errors", "products"),
+)
 """The files that take longest, in order: begun last, one would leave a core without work.
 
 `cli` stands beside `pipelines`: others have more ranks at once, and it counts seconds until a
