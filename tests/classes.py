@@ -1400,7 +1400,7 @@ CLASSES: dict[str, Case] = {
     "SanaWMTransformer3DModel": Case(
         {
             "in_channels": LATENT,
-            "num_layers": DEPTH,
+            "num_layers": 2 * DEPTH,
             "hidden_size": WIDTH,
             "num_attention_heads": HEADS,
             "linear_head_dim": HEAD_DIM,
