@@ -54,6 +54,9 @@ nobody knows whether it runs, is after twice the time: it died, or is cut off.""
 COMPILING_S = 1800.0
 """How long one that compiles is waited for, where the timeout is shorter."""
 
+SURE = 3
+"""After so many beats at one place a rank is taken to stay there."""
+
 LOOK_S = 0.0005
 """How often the host looks whether a GPU is done, at an image's end."""
 
@@ -109,6 +112,7 @@ class Control:
         self._waiting: State | None = None
         self._waits = 0
         self._states: dict[int, State] = {}
+        self._still: dict[int, tuple[int, int]] = {}  # since which beat a rank waits in which place
         self._changed: dict[int, float] = {}
         self._beats = 0
         self._answered = time.monotonic()
@@ -243,7 +247,16 @@ class Control:
         long_s = self.timeout_s / 4
         waiting = [x for x in theirs.values() if x is not None and x["waited_s"] > long_s]
         all_wait = len(waiting) == len(theirs) and now - mine["since"] > long_s
-        return all_wait and any(x["what"] != mine["what"] for x in waiting)
+        if not all_wait or all(x["what"] == mine["what"] for x in waiting):
+            self._still = {}
+            return False
+        # Nor by what was written long ago: who has been slow since may have gone on.
+        for rank, at in theirs.items():
+            assert at is not None, "all wait"
+            beat, number = self._states[rank]["beat"], at["number"]
+            if self._still.get(rank, (0, -1))[1] != number:
+                self._still[rank] = beat, number
+        return all(self._states[r]["beat"] - beat >= SURE for r, (beat, _) in self._still.items())
 
     # --- who is there ----------------------------------------------------------------------------
 
@@ -657,7 +670,7 @@ class Control:
             link, image = self.link(), self.image
             if link.size == 1:
                 return [mine]
-            data = pickle.dumps((image if first else None, what, mine))
+            data = pickle.dumps((image, what, mine))
             try:
                 with self.awaiting(f"exchange of {what}"):
                     everyones = link.exchange(data)
@@ -668,9 +681,11 @@ class Control:
                 continue
             told = [pickle.loads(x) for x in everyones]
             images = [x for x, _, _ in told]
-            if not first or len(set(images)) == 1:
+            if len(set(images)) == 1:
                 break
-            if None in images or image < max(images):
+            if not first or image < max(images):
+                if not self._depth:  # nobody counts on: their next call is of the same image
+                    self.image = max(images)
                 self._apart("image number", images)
             # The others are told that they are in an image which this rank has left.
             self.exchanged = False
