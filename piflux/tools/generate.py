@@ -32,6 +32,7 @@ from piflux.integrations.diffusers import ranks_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.tools.launch import is_first, join
 from piflux.tools.options import numbered
+from piflux.tools.weights import check_numbers, models_of
 
 
 @dataclass(frozen=True)
@@ -399,7 +400,7 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
         device: on a GPU it is loaded in bfloat16, elsewhere in float32.
 
     Raises:
-        CannotLoad: the folder holds no pipeline that can be loaded.
+        CannotLoad: the folder holds no pipeline that can be loaded, or not all of its weights.
     """
     import diffusers
 
@@ -408,8 +409,13 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
         return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **_in(dtype))
-        return pipe.to(device), {}
+        models = models_of(model, **_in(dtype))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **models, **_in(dtype))
+        pipe = pipe.to(device)
+        check_numbers(pipe, model)
+        return pipe, {}
+    except CannotLoad:
+        raise
     except Exception as error:  # whatever diffusers trips over in a broken folder
         raise CannotLoad(
             f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
