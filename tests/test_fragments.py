@@ -95,6 +95,47 @@ def test_blocks_that_share_a_graph_remember_each_their_own():
     assert "no one graph" in str(piflux.explain(split))
 
 
+class Block(nn.Module):
+    """Projections that are fused, and one of the time, in a graph that all blocks share."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.time = (nn.Linear(DIM, DIM) for _ in range(4))
+
+    def forward(self, x, t):
+        torch._dynamo.graph_break()
+        y = x * (1 + self.time(t[:, None].expand(-1, DIM))[:, None])
+        q, k, v = (layer(y)[:, None] for layer in (self.q, self.k, self.v))
+        return x + F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x, t, prompt):
+        for block in self.blocks:
+            x = block(torch.cat([prompt, x], 1), t)[:, prompt.shape[1] :]
+        return x
+
+
+def test_weights_and_products_of_the_time_are_each_blocks_own():
+    """Compiled, with times that are known, in two images."""
+    model = Blocks().eval()
+    split = piflux.parallelize(
+        model, group=piflux.virtual_ranks(2), policy="gather", inner="inductor"
+    )
+    times = [0.9, 0.7]
+    for _ in range(2):
+        with piflux.generation(split, timesteps=torch.tensor(times)):
+            for time in times:
+                args = inputs(time=time)
+                assert off(model, split(*args), args) < EXACT
+    assert len(piflux.explain(split).graphs) == 1
+
+
 def test_all_fragments_are_at_the_step_of_the_call():
     """Of two passes a step, whose first fragment knows neither the time nor the prompt."""
     split = parallel(Model().eval())
