@@ -56,6 +56,10 @@ class NoAttention(CompileError):
     """The captured graph holds no scaled_dot_product_attention, so there is nothing to split."""
 
 
+class DoesNotFit(CompileError):
+    """What a rank would hold is more than its GPU has left; it says what would fit."""
+
+
 class CannotCapture(PifluxError):
     """The model does something from step to step that no captured graph does."""
 

@@ -481,6 +481,9 @@ def test_explain_as_data():
     report = record["report"]
     assert (report["schedule"]["policy"], report["schedule"]["world_size"]) == ("displaced", 4)
     assert report["attentions"] == 3
+    kinds = [f"--policy {policy}" for policy in ("gather", "rotate --order 0", "rotate")]
+    least, less, most = (record["memory_bytes"][kind] for kind in kinds)
+    assert report["weight_bytes"] < least < less < most
     assert report["sync_bytes"] == report["steady_bytes"] > 0
     shards = [b for b in report["boundaries"] if b["verb"] == "shard"]
     assert [16] in [b["lengths"] for b in shards] and [4] in [b["part_lengths"] for b in shards]
@@ -496,8 +499,10 @@ def test_explain_as_data():
 
 
 def test_explain_as_text():
-    result = invoke("explain", "--size=64x64")
+    result = invoke("explain", "--size=64x64", "--memory=0.078")
     assert result.exit_code == 0, result.output
+    assert "--policy gather 0.08 GiB, fits in 0.078" in words(result)
+    assert "--policy displaced 0.08 GiB, does not fit in 0.078" in words(result)
     assert "rotate on 2 ranks, sync at 0, 2, predicted between" in result.output
     assert "attentions rewritten   10" in result.output
     assert "shard %hidden_states dim 1: 16 -> 8 tokens" in words(result)

@@ -12,6 +12,7 @@ from models import tiny_flux
 
 import piflux
 from piflux.compile.report import GraphReport
+from piflux.cost.memory import Own
 from piflux.policies.schedule import Schedule
 
 PROGRAM = """
@@ -30,7 +31,8 @@ print(piflux.parallelize(Model(), inner="eager")(torch.randn(1, 8, 4)).shape)
 def report(policy, world_size=2, **options):
     gm = captured_flux()
     ctx = transformed(gm, world_size)
-    return GraphReport.of(ctx, Schedule(policy, world_size=world_size, **options))
+    schedule = Schedule(policy, world_size=world_size, **options)
+    return GraphReport.of(ctx, schedule, Own.of(gm.graph))
 
 
 class TestExplain(TestCase):
@@ -44,6 +46,7 @@ rotate on 2 ranks, sync at 0, 2, predicted between
   sent in a sync step    20.35 kB a rank
   sent in a steady step  1.152 kB a rank
   cache                  73.73 kB a rank and stream
+  memory                 192.9 kB a rank: weights 0 B, cache, sending 57.6 kB, a step 61.57 kB
   boundaries
     shard    %hidden_states dim 1: 35 -> 18 (1 twice) tokens
     shard    %encoder_hidden_states dim 1: 13 -> 7 (1 twice) tokens

@@ -8,9 +8,12 @@ from dataclasses import replace as with_fields
 import torch
 
 from piflux.compile.program import Counted
+from piflux.compile.report import GraphReport
 from piflux.cost.cost import SyncChoice, choose, choose_sync, layers_of
+from piflux.cost.memory import Own, free_bytes
 from piflux.cost.rates import slowest_rates
 from piflux.cost.remembered import device_name, rates_file, remembered_rates
+from piflux.errors import DoesNotFit
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
 from piflux.policies.schedule import PolicyName, Schedule
@@ -18,6 +21,9 @@ from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 
 log = logging.getLogger(__name__)
+
+DEVICE = "cuda"
+"""Whose memory is counted: no allocator tells how much a host has left for one process."""
 
 
 class Choices:
@@ -46,13 +52,58 @@ class Choices:
             whole: the graph that computes all tokens, where sync steps may.
             steps: of an image, where they are known.
         """
+        chosen = self.policy
         if self.policy:
             self.policy = False
             schedule = self._choose_policy(schedule, part, steps)
         if schedule.sync == "auto":
             choice = self._choose_sync(part, whole)
             schedule, self.why_sync = with_fields(schedule, sync=choice.sync), choice.reason
-        return schedule, self.why_sync
+        return self._fitting(schedule, part, chosen), self.why_sync
+
+    def _fitting(self, schedule: Schedule, part: Counted, chosen: bool) -> Schedule:
+        """The schedule, if its memory fits; one that does, if the policy was piflux's to choose.
+
+        Raises:
+            DoesNotFit: on all ranks, if it does not on one.
+        """
+        ranks, (gm, ctx) = self._ranks, part
+        device = _query(part)[2]
+        if ranks is None or device.type != DEVICE:
+            return schedule
+        free, own = free_bytes(device), Own.of(gm.graph)
+        if isinstance(ranks, ProcessRanks):
+            (free,) = ranks.least([free])
+        streams = ranks.size if ranks.in_one_process else 1
+
+        def report(schedule: Schedule) -> GraphReport:
+            return GraphReport.of(ctx, schedule, own)
+
+        def fits(schedule: Schedule) -> bool:
+            found = report(schedule)
+            more = streams * (found.cache_bytes + found.packet_bytes) + found.step_bytes
+            return more <= free
+
+        if fits(schedule):
+            return schedule
+        others = [x for x in _less_memory(schedule) if fits(x)]
+        if chosen and others:
+            line = f"policy 'auto' took {_settings(others[0])} in its place, which fits in memory"
+            self._notes.append(line)
+            if ranks.rank == 0:
+                log.warning("%s", line)
+            return others[0]
+        need = report(schedule)
+        choices = "; ".join(f"{_settings(x)}, {_gib(report(x).memory_bytes)}" for x in others)
+        raise DoesNotFit(
+            f"{_settings(schedule)} on {ranks.size} ranks takes {_gib(need.memory_bytes)} a rank: "
+            f"weights {_gib(need.weight_bytes)}, remembered keys and values "
+            f"{_gib(need.cache_bytes)} for each stream, sending them {_gib(need.packet_bytes)}, a "
+            f"step {_gib(need.step_bytes)}. Beside the weights a GPU has {_gib(free)} left. "
+            + (f"This would fit: {choices}" if choices else "No policy needs so little")
+            + ". Weights in 8 bits take about half; text encoders and autoencoder need not stay on "
+            "the GPU (enable_model_cpu_offload)"
+        )
 
     def _choose_policy(self, schedule: Schedule, part: Counted, steps: int | None) -> Schedule:
         ranks, (_, ctx) = self._ranks, part
@@ -89,6 +140,26 @@ class Choices:
         sent = layers[0].kv_bytes // (ranks.size - 1)
         rates = slowest_rates(ranks, shape, dtype, device, sent)
         return choose_sync(layers, layers_of(*whole), rates)
+
+
+def _less_memory(schedule: Schedule) -> list[Schedule]:
+    """Others that remember less: in 8 bits, without a second version, nothing."""
+    found = []
+    if schedule.kind.remembers:
+        found.append(with_fields(schedule, order=1, compression="int8"))
+        found.append(with_fields(schedule, order=0, compression="none"))
+    found.append(with_fields(schedule, policy="gather", sync="gather", order=1, compression="none"))
+    return [x for x in found if x != schedule]
+
+
+def _settings(schedule: Schedule) -> str:
+    """As `parallelize` takes them."""
+    more = f", compression={schedule.compression!r}" if schedule.compresses else ""
+    return f"policy={schedule.policy!r}{more}" + ("" if schedule.order else ", order=0")
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def _query(part: Counted) -> tuple[list[int], torch.dtype, torch.device]:

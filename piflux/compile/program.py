@@ -14,6 +14,7 @@ from piflux.capture.captured import Captured
 from piflux.compile.pieces import Inner, compile_piece, compile_pieces
 from piflux.compile.report import GraphReport
 from piflux.compile.segments import segments_of
+from piflux.cost.memory import Own
 from piflux.graph.blocks import Block, find_blocks
 from piflux.graph.plan import Context
 from piflux.graph.roles import roles_of
@@ -129,7 +130,7 @@ def make_program(
     run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
     schedule, why = settle(schedule, (gm, ctx), uncut)
     ctx.rotates = schedule.kind.rotates
-    report = GraphReport.of(ctx, schedule, why)
+    report = GraphReport.of(ctx, schedule, Own.of(gm.graph), why)
     roles = roles_of(gm, ctx.plan)
     turns = ranks is not None and ranks.in_one_process
     compiling = _Compiling(schedule, inner, captured.example_inputs, turns)

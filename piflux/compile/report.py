@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from piflux.cost.cost import keys_and_values, token_bytes
+from piflux.cost.memory import Own
 from piflux.graph.axes import Axis, Value
 from piflux.graph.nodes import plain_name
 from piflux.graph.plan import Context, Plan
@@ -13,6 +14,10 @@ from piflux.graph.values import tensors
 from piflux.parts import part_length
 from piflux.policies.masks import COMPUTED, SHARE, Compute
 from piflux.policies.schedule import Schedule
+
+PACKETS = 2
+"""Packets of keys and values that are under way at once in a step that gathers them: one arrives
+while the next is written."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class GraphReport:
         steady_bytes: what a rank sends in any other step.
         cache_bytes: keys and values that a rank holds for each stream, between steps.
         why_sync: how `sync='auto'` was decided; empty if it was given.
+        weight_bytes: parameters that the graph reads, as they are stored.
+        packet_bytes: what keys and values travel in, in a step that gathers them.
+        step_bytes: most that is alive at once of what a step computes.
     """
 
     schedule: Schedule
@@ -61,9 +69,12 @@ class GraphReport:
     steady_bytes: int
     cache_bytes: int
     why_sync: str = ""
+    weight_bytes: int = 0
+    packet_bytes: int = 0
+    step_bytes: int = 0
 
     @classmethod
-    def of(cls, ctx: Context, schedule: Schedule, why_sync: str = "") -> GraphReport:
+    def of(cls, ctx: Context, schedule: Schedule, own: Own, why_sync: str = "") -> GraphReport:
         """Of a graph that the passes have run on."""
         plan, world_size, policy = ctx.plan, ctx.world_size, schedule.kind
         boundaries: dict[tuple[str, Value, int], BoundaryReport] = {}
@@ -74,13 +85,14 @@ class GraphReport:
                         (verb, value, dim), _boundary(plan, verb, value, dim, world_size)
                     )
         final = sum(boundary.bytes for boundary in boundaries.values())
-        sent = steadily = held = 0
+        sent = steadily = held = packet = 0
         for found in plan.attentions:
             kv = keys_and_values(plan, found, world_size)
             token = kv.token_bytes(schedule)
             sent += kv.sent_bytes
             steadily += policy.sent_bytes(token, kv.part, world_size)
             if world_size > 1:
+                packet = max(packet, token.version * kv.part * (world_size + 1))
                 held += policy.held_bytes(token, kv.whole, kv.part, world_size)
         return cls(
             schedule,
@@ -91,7 +103,15 @@ class GraphReport:
             final + steadily,
             held,
             why_sync,
+            own.weights,
+            PACKETS * packet,
+            own.step,
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a rank holds with one stream; each further one has `cache_bytes` more."""
+        return self.weight_bytes + self.cache_bytes + self.packet_bytes + self.step_bytes
 
     def __str__(self) -> str:
         s = self.schedule
@@ -110,6 +130,9 @@ class GraphReport:
             f"  sent in a sync step    {_human(self.sync_bytes)} a rank",
             f"  sent in a steady step  {_human(self.steady_bytes)} a rank",
             f"  cache                  {_human(self.cache_bytes)} a rank and stream",
+            f"  memory                 {_human(self.memory_bytes)} a rank: weights "
+            f"{_human(self.weight_bytes)}, cache, sending {_human(self.packet_bytes)}, a step "
+            f"{_human(self.step_bytes)}",
             "  boundaries",
         ]
         for b in self.boundaries:

@@ -41,7 +41,7 @@ def roles_of(gm: fx.GraphModule, plan: Plan) -> Roles:
     conditions: list[int] = []
     names: dict[int, str] = {}
     for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
-        if not tensors(node) or _is_of_the_model(node):
+        if not tensors(node) or is_of_the_model(node):
             continue
         names[position] = plain_name(node)
         if _is_a_number_an_entry(tensors(node)[0]) and not _is_looked_up(node):
@@ -66,7 +66,7 @@ def _is_looked_up(node: fx.Node) -> bool:
     )
 
 
-def _is_of_the_model(node: fx.Node) -> bool:
+def is_of_the_model(node: fx.Node) -> bool:
     """Whether an input is a module's tensor, or a Python number that Dynamo made a tensor.
 
     A parameter need not be the model's: prompts are learned, too.

@@ -254,6 +254,9 @@ def explain(
     attention_tflops: Annotated[
         float | None, typer.Option(min=1e-6, help="Likewise of its attention.")
     ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1e-6, help="GiB of a GPU: says which settings fit.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """What the compiler does to a FLUX.1: no weights are read, and no step runs.
@@ -316,17 +319,23 @@ def explain(
             foreseen = foreseen.under(Schedule(**settings, world_size=ranks))
         alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
         cost = modelled_cost(foreseen.report, steps, alone, link)
+    held = {name: foreseen.under(x).report.memory_bytes for name, x in _all_settings(ranks).items()}
     if json_:
         record: dict[str, Any] = {
             "model": model,
             "size": [width, height],
             "report": asdict(foreseen.report),
+            "memory_bytes": held,
         }
         for name, found in (("rates", rates), ("predicted", cost), ("choice", choice)):
             record[name] = None if found is None else asdict(found)
         print(json.dumps(record))
         return
     print(foreseen.report)
+    if memory is not None:
+        for name, count in held.items():
+            fits = "fits" if count <= memory * 2**30 else "does not fit"
+            print(f"  {name:38} {count / 2**30:6.2f} GiB, {fits} in {memory:g}")
     if cost is not None:
         print(
             f"predicted: {1000 * cost.mean_s:.4g} ms a step (a sync step {1000 * cost.sync_s:.4g}, "
@@ -334,6 +343,17 @@ def explain(
         )
     if choice is not None:
         print(f"--policy auto: {choice.policy}; {choice.reason}")
+
+
+def _all_settings(ranks: int) -> dict[str, Schedule]:
+    """Those that differ in memory, as options give them."""
+    kinds: list[dict[str, Any]] = [{"policy": "gather"}]
+    for policy in ("displaced", "rotate"):
+        for more in ({}, {"compression": "int8"}, {"order": 0}):
+            kinds.append({"policy": policy, **more})
+    names = [" ".join(f"--{name} {value}" for name, value in kind.items()) for kind in kinds]
+    schedules = [Schedule(**kind, world_size=ranks) for kind in kinds]
+    return dict(zip(names, schedules, strict=True))
 
 
 @app.command()

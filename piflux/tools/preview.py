@@ -14,6 +14,7 @@ from piflux.capture.dynamo import let_through
 from piflux.compile.program import PASSES
 from piflux.compile.report import GraphReport
 from piflux.cost.cost import Layer, layers_of
+from piflux.cost.memory import Own
 from piflux.graph.plan import Context
 from piflux.passes.runner import run_passes
 from piflux.passes.split.layout import layout
@@ -40,7 +41,8 @@ class Preview:
     def under(self, schedule: Schedule) -> Preview:
         """The same under another schedule, on as many ranks."""
         assert schedule.world_size == self.ctx.world_size
-        return replace(self, report=GraphReport.of(self.ctx, schedule))
+        own = Own(self.report.weight_bytes, self.report.step_bytes)
+        return replace(self, report=GraphReport.of(self.ctx, schedule, own))
 
 
 def preview(
@@ -76,7 +78,8 @@ def preview(
         run_passes(whole, alone, (layout, rewrite_attention))
         # As the compiler does: on one rank the layout is all there is to find.
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
-        report, everything = GraphReport.of(ctx, schedule), layers_of(whole, alone)
+        report = GraphReport.of(ctx, schedule, Own.of(gm.graph))
+        everything = layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
         found.append(Preview(report, mine, everything, ctx))
         return original.forward

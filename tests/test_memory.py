@@ -1,0 +1,122 @@
+"""What a rank holds is counted before it is held; what does not fit is refused, or not taken."""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+from graphs import captured_flux, transformed
+from models import flux_inputs, tiny_flux
+from test_auto import Attention, X
+from test_virtual_ranks import image
+from torch import fx
+
+import piflux
+from piflux.compile import choices
+from piflux.cost.memory import Own, free_bytes
+from piflux.errors import DoesNotFit
+from piflux.ranks.virtual import virtual_ranks
+
+
+def held(memory):
+    """Bytes of the slots of one rank."""
+    slots = [slot for (rank, _), slot in memory.slots.items() if rank == 0]
+    return sum(x.nbytes for slot in slots for x in (*slot.first, *slot.second))
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize(
+    "options", [{}, {"order": 0}, {"compression": "int8"}, {"policy": "gather"}], ids=str
+)
+def test_what_is_counted_is_what_is_held(options):
+    model = tiny_flux()
+    parallel = piflux.parallelize(model, group=virtual_ranks(2), inner="eager", **options)
+    found = []
+    end = type(parallel._piflux_compiler.runtime.streams).end
+
+    def ending(streams):
+        found.extend(held(stream.memory) for stream in streams)
+        end(streams)
+
+    with mock.patch.object(type(parallel._piflux_compiler.runtime.streams), "end", ending):
+        image(parallel, flux_inputs(), 3)
+    (report,) = piflux.explain(parallel).graphs
+    assert found == [report.cache_bytes]
+    assert report.weight_bytes == sum(x.nbytes for x in model.parameters())
+
+
+def test_weights_that_are_tied_count_once_and_views_are_no_memory():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    a = graph.call_function(torch.exp, (x,))
+    view = graph.call_method("reshape", (a, 4, 2))
+    b = graph.call_function(torch.exp, (view,))
+    c = graph.call_function(torch.exp, (b,))
+    graph.output(c)
+    values = [torch.zeros(8), torch.zeros(8)]
+    values.append(values[1].reshape(4, 2))
+    values += [torch.zeros(4, 2), torch.zeros(4, 2)]
+    for node, value in zip((x, a, view, b, c), values, strict=True):
+        node.meta["example_value"] = value
+    # The input was there before; of three results two are alive at once.
+    assert Own.of(graph) == (0, 2 * 8 * 4)
+
+
+def test_a_part_keeps_less_alive_than_the_whole():
+    gm = captured_flux()
+    whole = Own.of(gm.graph)
+    transformed(gm, 2)
+    part = Own.of(gm.graph)
+    assert 0.4 * whole.step < part.step < 0.8 * whole.step
+
+
+def test_other_devices_are_not_counted():
+    assert free_bytes(torch.device("cpu")) == math.inf
+
+
+def refused(n, room, **options):
+    """What a model says that has so many bytes left on each rank."""
+    patched = mock.patch.multiple(choices, DEVICE="cpu", free_bytes=lambda _: room)
+    parallel = piflux.parallelize(Attention(), group=virtual_ranks(n), inner="eager", **options)
+    with patched, torch.no_grad():
+        parallel(X, torch.ones(1))
+    return parallel
+
+
+def test_what_does_not_fit_is_refused_before_it_is_held():
+    with pytest.raises(DoesNotFit) as error:
+        refused(2, 0)
+    said = str(error.value)
+    assert "policy='rotate' on 2 ranks takes" in said
+    assert "No policy needs so little" in said
+    parallel = refused(2, math.inf)
+    (report,) = piflux.explain(parallel).graphs
+    room = 2 * (report.cache_bytes + report.packet_bytes) + report.step_bytes
+    assert refused(2, room) is not None
+    with pytest.raises(DoesNotFit, match="This would fit: policy='rotate', compression='int8', "):
+        refused(2, room - 1)
+
+
+def test_auto_takes_what_fits():
+    """Where it takes `rotate`, that in 8 bits if two versions are too much."""
+    (report,) = piflux.explain(refused(2, math.inf)).graphs
+    left = 2 * (report.cache_bytes + report.packet_bytes) + report.step_bytes - 1
+    with mock.patch.object(choices.Choices, "_choose_policy", lambda self, schedule, *_: schedule):
+        parallel = refused(2, left, policy="auto")
+    assert parallel._piflux_compiler.runtime.schedule.compression == "int8"
+    assert "which fits in memory" in str(piflux.explain(parallel))
+
+
+def told(rank, group):
+    """What one rank says where only rank 1 is short of memory."""
+    room = 0 if rank else math.inf
+    patched = mock.patch.multiple(choices, DEVICE="cpu", free_bytes=lambda _: room)
+    parallel = piflux.parallelize(Attention(), group=group, inner="eager")
+    with patched, torch.no_grad(), pytest.raises(DoesNotFit) as error:
+        parallel(X, torch.ones(1))
+    return str(error.value)
+
+
+def test_all_ranks_are_told_where_one_is_short(ranks):
+    first, second = ranks(2, told)
+    assert first == second and "0.0 GiB left" in first
