@@ -40,7 +40,6 @@ from piflux.tools.generate import Request, add_loras, arguments, as_kind, save, 
 from piflux.tools.launch import launch
 from piflux.tools.options import numbered
 
-COMMAND = [sys.executable, "-m", "piflux"]
 SMALL = ["--steps=3", "--size=64x64"]
 SECONDS_TO_END = 5  # after a signal
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
