@@ -1,14 +1,17 @@
 """What a fault of one rank makes of the image, and of the next one; `faults.py` runs many more."""
 
+import math
 import os
 import socket
 import time
 
 import pytest
+import torch
 from faults import KINDS, LOST, Fault, faults, try_out
 from ranks import Pool
 
 from piflux.errors import RankFailed
+from piflux.integrations.alike import Norm, _scales
 from piflux.ranks import environment
 from piflux.ranks.board import Board, Silent, bounded
 from piflux.ranks.groups import resolve_group
@@ -137,3 +140,20 @@ def test_who_asks_does_not_wait_for_ever():
     board.close(5)
     with pytest.raises(Silent):
         bounded(lambda: time.sleep(1), 0.05)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_how_much_adapters_count_is_compared():
+    layer = torch.nn.Linear(2, 2)
+    layer.scaling = {"style": 0.5}
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer)
+    assert _scales(model) == {"scale of adapter style in 1": "0.5"}
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
+def test_the_same_norm_is_agreement(value):
+    assert not Norm(value).differs(Norm(value))
+    assert Norm(value).differs(Norm(1.001))
+    assert Norm(1.0).differs(Norm(math.nan)) and Norm(1.0).differs(Norm(math.inf))

@@ -150,6 +150,21 @@ def look(pipe, step, timestep, kwargs):
     return {"latents": kwargs["latents"]}
 
 
+def others_of(pipe):
+    """Gives the autoencoder another weight, and the old one back."""
+    bias = pipe.vae.decoder.conv_out.bias
+
+    @torch.no_grad()
+    def change():
+        bias.add_(1)
+
+    @torch.no_grad()
+    def undo():
+        bias.sub_(1)
+
+    return change, undo
+
+
 @captured_once()
 def unlike(rank, group):
     """What several calls were refused for, in which rank 1 does something else, and what the
@@ -171,6 +186,12 @@ def unlike(rank, group):
     attempt(callback_on_step_end=halve_last if first else look)
     attempt(callback_on_step_end=halve)
     attempt(**{"callback_on_step_end": look} if first else {})
+    for changes, undoes in ((pipe.vae.enable_tiling, pipe.vae.disable_tiling), others_of(pipe)):
+        if not first:
+            changes()
+        attempt(output_type="pt")
+        if not first:
+            undoes()
     weight = pipe.transformer.single_transformer_blocks[0].attn.to_k.weight
     with torch.no_grad():
         weight.mul_(1 if first else 1.001)
@@ -185,10 +206,12 @@ def test_ranks_that_do_unlike_things_are_told(ranks):
     """All of them, what it was; who does the same, or only looks, is let be."""
     want = [draw(tiny_pipeline(), 0, callback_on_step_end=halve), *[draw(tiny_pipeline(), 0)] * 2]
     for told, drawn in ranks(2, unlike):
-        steps, one, other, late, weights = told
+        steps, one, other, late, tiling, decoder, weights = told
         assert "argument num_inference_steps" in steps and "rank 1: 6" in steps
         assert "norm of the latents" in one and "norm of the latents" in other
         assert "edits by callbacks" in late
+        assert "the autoencoder's use_tiling" in tiling
+        assert "the autoencoder's decoder.conv_out.bias" in decoder
         assert "weight single_transformer_blocks.0.attn.to_k.weight" in weights
         assert "transformer_blocks.0.attn.to_q" not in weights
         assert_close(drawn, want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -134,18 +135,54 @@ class SameWeights:
             RanksDisagree: on every rank, if a weight differs; it names each that does.
         """
         weights = dict(model.named_parameters())
-        known = [(name, id(x), _version(x)) for name, x in weights.items()]
+        known = [(name, id(x), _version(x)) for name, x in weights.items()], _scales(model)
         if ranks.any(known != self._known):
-            ranks.agree({f"weight {name}": norm for name, norm in _norms(weights).items()})
+            norms = {f"weight {name}": norm for name, norm in _norms(weights).items()}
+            ranks.agree(norms | known[1])
             self._known = known
+
+
+def _scales(model: nn.Module) -> dict[str, str]:
+    """By how much peft's adapters count: numbers of Python's, which are no weights."""
+    return {
+        f"scale of adapter {adapter} in {name}": repr(scale)
+        for name, module in model.named_modules()
+        if isinstance(scales := getattr(module, "scaling", None), dict)
+        for adapter, scale in scales.items()
+    }
+
+
+class Decoder:
+    """What ranks must have in common of a pipeline's autoencoder, compared with each call."""
+
+    def __init__(self) -> None:
+        self._known: Any = None
+        self._norms: dict[str, Norm] = {}
+
+    def facts(self, vae: Any) -> dict[str, Any]:
+        """How it decodes, and its weights; those are read only where they may have changed."""
+        facts = {
+            f"the autoencoder's {name}": repr(getattr(vae, name))
+            for name in ("use_tiling", "use_slicing")
+            if hasattr(vae, name)
+        }
+        weights = dict(vae.named_parameters()) if isinstance(vae, nn.Module) else {}
+        weights = {name: x for name, x in weights.items() if not x.is_meta}  # offloaded
+        known = [(name, id(x), _version(x)) for name, x in weights.items()]
+        if known != self._known:
+            self._known, self._norms = known, _norms(weights)
+        return facts | {f"the autoencoder's {name}": norm for name, norm in self._norms.items()}
 
 
 class Norm(float):
     """A weight's norm, which may differ by rounding."""
 
     def differs(self, other: Norm) -> bool:
-        """By more; also where one is not a number."""
-        return not abs(self - other) <= ACCURACY * max(self, other)
+        """By more; also where one alone is infinite, or not a number."""
+        if self == other or math.isnan(self) and math.isnan(other):
+            return False
+        finite = math.isfinite(self) and math.isfinite(other)
+        return not finite or abs(self - other) > ACCURACY * max(self, other)
 
 
 def _version(x: Tensor) -> int:

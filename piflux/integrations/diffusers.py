@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from piflux.capture.views import View, view_of
 from piflux.errors import CannotCapture, StepsUnforeseen
-from piflux.integrations.alike import Edits, facts_of, telling_of_edits
+from piflux.integrations.alike import Decoder, Edits, facts_of, telling_of_edits
 from piflux.integrations.bands import Bands, MixesRows
 from piflux.integrations.times import shown
 from piflux.policies.step import Foreseen
@@ -119,6 +119,7 @@ class ParallelPipeline(View):
     """The class that a parallelized pipeline's own class is mixed with."""
 
     _piflux_modules: list[Any]
+    _piflux_decoder: Decoder
     _piflux_foresees = True
     _piflux_votes = False  # whether a rank has a callback, which may edit on that rank alone
 
@@ -137,7 +138,8 @@ class ParallelPipeline(View):
         together, edits = False, None
         if ranks is not None:
             ranks.doing = "the pipeline's beginning"
-            together, edits = _meet(signature, bound.arguments, self._piflux_device(), ranks)
+            more = self._piflux_decoder.facts(getattr(self, "vae", None))
+            together, edits = _meet(signature, bound.arguments, more, self._piflux_device(), ranks)
         self._piflux_votes = edits is not None
         if any(runtime.schedule.skips for runtime in self._piflux_runtimes()):
             _wrap_callbacks(
@@ -255,7 +257,7 @@ def parallel_pipeline(pipe: Any, modules: Mapping[str, Any]) -> Any:
     """
     parallel = list(modules.values())
     ranks = parallel[0]._piflux_compiler.runtime.ranks
-    view = view_of(pipe, ParallelPipeline, _piflux_modules=parallel)
+    view = view_of(pipe, ParallelPipeline, _piflux_modules=parallel, _piflux_decoder=Decoder())
     view.__dict__ = dict(pipe.__dict__)
     for name, component in pipe.components.items():
         for module in parallel:
@@ -317,6 +319,7 @@ def _defaults(device: torch.device) -> list[torch.Generator]:
 def _meet(
     signature: inspect.Signature,
     arguments: dict[str, Any],
+    more: Mapping[str, Any],
     device: torch.device,
     ranks: ProcessRanks,
 ) -> tuple[bool, Edits | None]:
@@ -332,7 +335,7 @@ def _meet(
         RanksDisagree: on every rank, if they were called with different arguments.
     """
     defaults = {name: x.default for name, x in signature.parameters.items()}
-    facts = facts_of(defaults | arguments)
+    facts = {**facts_of(defaults | arguments), **more}
     calls_back = any(arguments.get(name) is not None for name in CALLBACKS)
     shares = arguments.get("generator") is None
     states = [x.get_state() for x in _defaults(device)] if shares else []
