@@ -17,7 +17,7 @@ from piflux.capture import dynamo
 from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
-from piflux.errors import DependsOnData, plain
+from piflux.errors import CannotShard, CompileError, DependsOnData, plain
 from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
@@ -132,7 +132,12 @@ class ParallelModule(View, nn.Module):
         compiler.runtime.notes.append(note)
         log.warning("%s", note)
         call = dynamo.call_of(self._piflux_target)
-        type(self)._piflux_fragments = dynamo.in_fragments(call, compiler), reason
+        dynamo.forget_with(self, call)
+        # What was raised holds what the model was called with: its frames, and what Dynamo adds.
+        why = reason if isinstance(reason, CannotShard) else CompileError(str(reason))
+        why.__traceback__ = why.__cause__ = why.__context__ = None
+        vars(why).pop("_torch_dynamo_tracer_output", None)
+        type(self)._piflux_fragments = dynamo.in_fragments(call, compiler), why
 
     def _piflux_in_fragments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._piflux_fragments is not None

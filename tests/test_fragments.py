@@ -1,6 +1,8 @@
 """Models of which Dynamo makes several graphs: each is split, and all are of one step."""
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -231,6 +233,22 @@ def test_a_fragment_that_cannot_be_split_is_refused():
 
     with pytest.raises(CannotShard, match="mixes tokens"):
         parallel(Mixes().eval())(*inputs())
+
+
+def test_nothing_of_the_first_call_is_kept():
+    """Why it broke is, but not the frames that it broke in; and no cache outlives the module."""
+    split = parallel(OnData().eval())
+    args = inputs()
+    with piflux.generation(split):
+        split(*args)
+        streams = [weakref.ref(stream) for stream in split._piflux_compiler.runtime.streams]
+    latents = weakref.ref(args[0])
+    del args
+    gc.collect()
+    assert latents() is None
+    del split
+    gc.collect()
+    assert not any(stream() for stream in streams)
 
 
 def test_it_is_said_once(caplog):

@@ -123,6 +123,7 @@ class Compiler:
         try:
             made: Callable[..., Any] = self.install(Captured.of(gm, example_inputs))
         except (NoAttention, NothingToShare) as error:
+            error.__traceback__ = None  # its frames hold what the model was called with
             self._whole.append(error)
             made = self.inner(gm, list(example_inputs))
         self._fragments.append(made)
