@@ -130,7 +130,8 @@ class ParallelModule(View, nn.Module):
             "itself, and what goes from one to the next is gathered"
         )
         compiler.runtime.notes.append(note)
-        log.warning("%s", note)
+        if compiler.runtime.ranks is None or compiler.runtime.ranks.rank == 0:
+            log.warning("%s", note)
         call = dynamo.call_of(self._piflux_target)
         dynamo.forget_with(self, call)
         # What was raised holds what the model was called with: its frames, and what Dynamo adds.
