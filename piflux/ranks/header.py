@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ NUMBERS = len(PLACES) + CLOCKS + 1
 BYTES = 8 * (NUMBERS + 1 + PROJECTIONS)
 
 
-def header(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
+def header_of(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
     """(numbers,) in float64, made without waiting for the device.
 
     Args:
@@ -39,7 +39,9 @@ def header(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Te
         latents: likewise, at least one.
     """
     device = latents[0].device
-    where = torch.tensor(places, dtype=torch.float64).to(device, non_blocking=True)
+    pinned = device.type == "cuda"  # else the host might wait
+    where = torch.tensor(places, dtype=torch.float64, pin_memory=pinned)
+    where = where.to(device, non_blocking=True)
     times = [x.reshape(-1).to(device, torch.float64) for x in clocks]
     time = torch.cat([*times, torch.zeros(CLOCKS, dtype=torch.float64, device=device)])
     first, rest = time[:CLOCKS], time[CLOCKS:].sum().reshape(1)
@@ -50,7 +52,7 @@ def header(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Te
     return torch.cat([where, first, rest, torch.stack(found).sum(0).double()])
 
 
-@cache
+@lru_cache(maxsize=4)  # some megabytes each
 def _waves(count: int, device: torch.device) -> Tensor:
     """(PROJECTIONS, count): cosines, as `Sketch` has them."""
     index = torch.arange(count, device=device, dtype=torch.float32)

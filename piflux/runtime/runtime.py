@@ -26,7 +26,7 @@ from piflux.policies.policy import Policy
 from piflux.policies.schedule import Schedule, Unrolled
 from piflux.policies.step import Foreseen, Step, StepContext
 from piflux.ranks.agreement import fingerprint
-from piflux.ranks.header import header as made_header
+from piflux.ranks.header import header_of
 from piflux.ranks.protocol import Ranks
 from piflux.runtime.streams import Roles, Stream, Streams
 
@@ -204,7 +204,7 @@ class Runtime:
         latents = [x for x in latents if x.is_floating_point()]
         if not latents:
             return None
-        return made_header((*self.ranks.at(), stream.index), clocks, latents)
+        return header_of((*self.ranks.at(), stream.index), clocks, latents)
 
     @property
     def in_fragments(self) -> bool:
