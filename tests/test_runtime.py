@@ -9,6 +9,7 @@ from piflux.memory.memory import Memory
 from piflux.parts import wide
 from piflux.policies.schedule import Schedule
 from piflux.policies.step import apart, current, is_under_way
+from piflux.ranks import header
 from piflux.ranks.agreement import Sketch
 from piflux.ranks.packet import Packet
 from piflux.ranks.virtual import virtual_ranks
@@ -255,3 +256,31 @@ def test_a_mask_is_itself_and_no_other(low):
     assert Sketch.of(mask).differs(Sketch.of(mask.masked_fill(mask == low, -low)))
     if low < -1e15:
         assert Sketch.of(mask).differs(Sketch.of(torch.where(mask == low, mask, mask * 2)))
+
+
+def test_headers_tell_ranks_that_came_apart():
+    """By where they are, exactly; by latents up to rounding; and the same extremes are the same."""
+    x, t = torch.randn(1, 64, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([0.5])
+
+    def ahead(places=(1, 2, 3), t=t, x=x):
+        return header.header_of(places, [t], [x])
+
+    nan, infinite = x * math.nan, x.index_fill(1, torch.tensor([3]), math.inf)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    same = [ahead(), ahead(x=x.clone()), ahead(x=x * 1.001)]
+    assert not header.apart(torch.stack(same))
+    for each in (ahead(x=nan), ahead(x=infinite), ahead(t=t / 0)):
+        assert not header.apart(torch.stack([each, each]))
+    for name, other in {
+        "step": ahead((1, 2, 4)),
+        "call of the image": ahead((1, 3, 3)),
+        "time": ahead(t=t * 1.001),
+        "norm of the latents": ahead(x=x * 1.05),
+        "projection": ahead(x=x + 0.2 * noise),
+        "latents": ahead(x=nan),
+    }.items():
+        for both in ([ahead(), other], [other, ahead()], [ahead(), ahead(), other]):
+            headers = torch.stack(both)
+            assert header.apart(headers)
+            assert name in header.tell(headers)
+    assert 8 * ahead().numel() == header.BYTES
