@@ -72,22 +72,22 @@ class Link:
     def gather(self, whole: Tensor, piece: Tensor, what: str) -> Sequence[dist.Work]:
         """Start to send `piece` to all, and to receive theirs: (ranks, ..) of uint8.
 
-        Both must stay as they are until all that is returned was waited for.
+        `whole` must stay as it is until all that is returned was waited for; on a GPU `piece`, too.
         """
         if piece.is_cuda:
             if self.broken:
                 raise RuntimeError("the connections between ranks have been ended")
             return [self._on_gpu(piece.device)._allgather_base(whole.view(-1), piece)]
-        works = self._send(whole, piece, f"{what} {next(self._started)}")
-        whole[self.rank].copy_(piece)
-        return works
+        return self._send(whole, piece, f"{what} {next(self._started)}")
 
     def _send(self, whole: Tensor, piece: Tensor, what: str) -> Sequence[dist.Work]:
+        # What is sent lies with what arrives, so that the piece may be written over meanwhile.
+        mine = whole[self.rank].copy_(piece)
         tag = zlib.crc32(f"{what} {piece.numel()}".encode()) % NEVER
         # Receiving first, that no message has to wait in between; to the next rank first, that not
         # all send to the same one.
         works = [self._gloo.recv([whole[other]], other, tag) for other in reversed(self._others)]
-        return works + [self._gloo.send([piece], other, tag) for other in self._others]
+        return works + [self._gloo.send([mine], other, tag) for other in self._others]
 
     def exchange(self, mine: bytes) -> list[bytes]:
         """Everyone's bytes, by rank, of any length."""
@@ -96,7 +96,6 @@ class Link:
         piece = torch.frombuffer(bytearray(first.ljust(BLOCK, b"\0")), dtype=torch.uint8)
         whole = torch.empty(self.size, BLOCK, dtype=torch.uint8)
         self.wait(self._send(whole, piece, f"exchange {number}"), whole.device)
-        whole[self.rank] = piece
         blocks = [bytes(x.numpy()) for x in whole]
         lengths = [int.from_bytes(x[:8], "little") for x in blocks]
         longest = max(lengths)
@@ -106,7 +105,6 @@ class Link:
         tail = torch.frombuffer(bytearray(mine[BLOCK - 8 :].ljust(rest, b"\0")), dtype=torch.uint8)
         tails = torch.empty(self.size, rest, dtype=torch.uint8)
         self.wait(self._send(tails, tail, f"rest of exchange {number}"), tails.device)
-        tails[self.rank] = tail
         everyones = zip(blocks, tails, lengths, strict=True)
         return [(x[8:] + bytes(y.numpy()))[:n] for x, y, n in everyones]
 
