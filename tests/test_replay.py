@@ -87,9 +87,13 @@ class Recorder:
     def __init__(self):
         self.recorded = self.played = self.eager = 0
         self.longest = math.inf
+        self.link = None
 
     def record(self, run, site):
         self.recorded += 1
+        if self.link is not None:
+            # A GPU that records touches no memory, a tape does: what travels has to arrive before.
+            self.link._gloo.barrier().wait()
         tape = Tape(self.longest)
         # Recording launches nothing: what `run` computed by the way must not be needed, and what
         # it wrote over must not be missed.
@@ -120,6 +124,13 @@ def on_tape(monkeypatch):
     monkeypatch.setattr(replay, "DEVICE", "cpu")
     monkeypatch.setattr(replay, "TURNS", True)  # a tape shares no memory with another
     monkeypatch.setattr(replay, "record", recorder.record)
+    gather = Link.gather
+
+    def noted(link, *args, **kwargs):
+        recorder.link = link
+        return gather(link, *args, **kwargs)
+
+    monkeypatch.setattr(Link, "gather", noted)
     return recorder
 
 
