@@ -179,6 +179,7 @@ def one_that_fails(rank, group, folder, longest):
     with pytest.MonkeyPatch.context() as patch:
         through_files(patch, group, folder)
         recorder = on_tape(patch)
+        recorder.together = False
         if rank == 0:
             recorder.longest = longest
         plain, taped = (
