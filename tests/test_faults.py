@@ -27,6 +27,8 @@ SOME = [
     Fault("out of memory", "displaced", 2, 1, 1, 0),
     Fault("noise", "rotate", 2, 1, 3, None),
     Fault("prompt", "displaced", 3, 1, 4, None),
+    Fault("prompt", "gather", 2, 1, 1, None),  # before any condition has come twice
+    Fault("prompt", "rotate", 3, 2, 1, None),
     Fault("clock", "gather", 2, 0, 2, None),
     Fault("weights", "rotate", 2, 1, 0, None),
     Fault("skips", "rotate", 2, 0, 2, None),

@@ -36,7 +36,7 @@ def header_of(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence
     Args:
         places: see PLACES.
         clocks: of the call.
-        latents: likewise, at least one.
+        latents: likewise, at least one, and what else is another at each step.
     """
     device = latents[0].device
     pinned = device.type == "cuda"  # else the host might wait
@@ -47,7 +47,7 @@ def header_of(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence
     first, rest = time[:CLOCKS], time[CLOCKS:].sum().reshape(1)
     found = [
         torch.cat([x.norm().reshape(1), _waves(x.numel(), device) @ x])
-        for x in (latent.detach().reshape(-1).float() for latent in latents)
+        for x in (latent.detach().reshape(-1).to(device, torch.float32) for latent in latents)
     ]
     return torch.cat([where, first, rest, torch.stack(found).sum(0).double()])
 
@@ -92,7 +92,7 @@ def tell(headers: Tensor) -> str:
             numbers = ", ".join(f"{x:.9g}" for x in values.tolist())
             lines.append(f"  {name}: {numbers}, by rank")
     lines.append(
-        "Every rank must make the same calls with the same latents: the same steps, callbacks that "
-        "change the same, the same interrupts"
+        "Every rank must make the same calls with the same latents, prompts and other inputs: the "
+        "same steps, callbacks that change the same, the same interrupts"
     )
     return "\n".join(lines)

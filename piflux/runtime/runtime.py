@@ -201,6 +201,9 @@ class Runtime:
         clocks = roles.pick(roles.clocks, args)
         # Of a model in fragments nobody says which inputs are latents.
         latents = roles.pick(roles.latents or roles.conditions, args)
+        # An input that is another one at each step tells no streams apart: nobody else would notice
+        # that it differs from the other ranks'.
+        latents += self.streams.changing(stream, roles.pick(roles.conditions, args))
         latents = [x for x in latents if x.is_floating_point()]
         if not latents:
             return None

@@ -328,6 +328,11 @@ class Streams:
         stream.note(clocks, latents)
         return stream
 
+    def changing(self, stream: Stream, conditions: Sequence[Tensor]) -> list[Tensor]:
+        """Those of a call's conditions that have been another at each step."""
+        habits = self._habits.get(stream.graph)
+        return [] if habits is None else [conditions[i] for i in sorted(habits.changes)]
+
     def following(
         self, leader: Stream, fragment: Hashable, roles: Roles, args: Sequence[Any]
     ) -> Stream:
