@@ -37,7 +37,7 @@ from piflux.tools import cli, options
 from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
 from piflux.tools.generate import Request, add_loras, arguments, as_kind, save, save_video, show
-from piflux.tools.launch import launch
+from piflux.tools.launch import _watch, launch
 from piflux.tools.options import numbered
 
 SMALL = ["--steps=3", "--size=64x64"]
@@ -778,6 +778,23 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
     log = ended(process, family, tmp_path)
     assert process.returncode == 1, log
     assert "was killed by SIGKILL; the others were ended" in log
+
+
+def test_the_rank_that_died_is_told_of_and_not_one_that_raised_for_it() -> None:
+    """Both are found at once, in the order of ranks."""
+    reading, writing = os.pipe()
+    os.close(writing)
+
+    def ended(failure: str, *, by_itself: bool) -> SimpleNamespace:
+        rank = SimpleNamespace(runs=True, failure=failure, ended_by_itself=by_itself, result=None)
+        rank.process = SimpleNamespace(sentinel=reading)
+        rank.look = lambda: setattr(rank, "runs", False) is None
+        return rank
+
+    both = [ended("connection reset", by_itself=True), ended("was killed", by_itself=False)]
+    with pytest.raises(RankFailed, match="was killed"):
+        _watch(both, SimpleNamespace(came=False), outlives=False)
+    os.close(reading)
 
 
 def test_ranks_that_torchrun_started(tmp_path: Path) -> None:

@@ -91,9 +91,9 @@ def _watch(ranks: Sequence[_Rank], interrupted: _Interrupts, outlives: bool) -> 
         multiprocessing.connection.wait([rank.process.sentinel for rank in ranks if rank.runs], 0.1)
         if interrupted.came:
             raise KeyboardInterrupt
-        for rank in ranks:
-            if not rank.runs or not rank.look():
-                continue
+        ended = [rank for rank in ranks if rank.runs and rank.look()]
+        # Where one died, others raise for it: it is the one to tell of.
+        for rank in sorted(ended, key=lambda rank: rank.ended_by_itself):
             if rank.failure is not None:
                 first = first or rank
                 if rank.ended_by_itself or not outlives:
