@@ -782,11 +782,12 @@ def test_a_rank_that_dies(tmp_path: Path) -> None:
 
 def test_the_rank_that_died_is_told_of_and_not_one_that_raised_for_it() -> None:
     """Both are found at once, in the order of ranks."""
-    reading, writing = os.pipe()
-    os.close(writing)
+    pipes = [os.pipe() for _ in range(2)]
 
     def ended(failure: str, *, by_itself: bool) -> SimpleNamespace:
         rank = SimpleNamespace(runs=True, failure=failure, ended_by_itself=by_itself, result=None)
+        reading, writing = pipes.pop()
+        os.close(writing)  # as a process does that ends
         rank.process = SimpleNamespace(sentinel=reading)
         rank.look = lambda: setattr(rank, "runs", False) is None
         return rank
@@ -794,7 +795,8 @@ def test_the_rank_that_died_is_told_of_and_not_one_that_raised_for_it() -> None:
     both = [ended("connection reset", by_itself=True), ended("was killed", by_itself=False)]
     with pytest.raises(RankFailed, match="was killed"):
         _watch(both, SimpleNamespace(came=False), outlives=False)
-    os.close(reading)
+    for rank in both:
+        os.close(rank.process.sentinel)
 
 
 def test_ranks_that_torchrun_started(tmp_path: Path) -> None:
