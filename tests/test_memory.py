@@ -45,7 +45,7 @@ def test_what_is_counted_is_what_is_held(options):
     assert report.weight_bytes == sum(x.nbytes for x in model.parameters())
 
 
-def test_weights_that_are_tied_count_once_and_views_are_no_memory():
+def test_what_is_read_no_more_is_not_alive_and_views_are_no_memory():
     graph = fx.Graph()
     x = graph.placeholder("x")
     a = graph.call_function(torch.exp, (x,))
@@ -74,8 +74,22 @@ def test_other_devices_are_not_counted():
     assert free_bytes(torch.device("cpu")) == math.inf
 
 
-def refused(n, room, **options):
-    """What a model says that has so many bytes left on each rank."""
+@pytest.mark.parametrize(("fraction", "left"), [(1.0, 30 + 5), (0.25, 25 - 20 + 5)])
+def test_what_a_gpu_has_left(fraction, left):
+    """Of 100: 30 that nobody has, 20 that torch holds, of which 5 are for later."""
+    known = {
+        "mem_get_info": (30, 100),
+        "memory_reserved": 20,
+        "memory_allocated": 15,
+        "get_per_process_memory_fraction": fraction,
+    }
+    told = {name: mock.Mock(return_value=value) for name, value in known.items()}
+    with mock.patch.multiple(torch.cuda, **told):
+        assert free_bytes(torch.device("cuda", 0)) == left
+
+
+def called(n, room, **options):
+    """A model that was called where each rank has so many bytes left."""
     patched = mock.patch.multiple(choices, DEVICE="cpu", free_bytes=lambda _: room)
     parallel = piflux.parallelize(Attention(), group=virtual_ranks(n), inner="eager", **options)
     with patched, torch.no_grad():
@@ -85,24 +99,24 @@ def refused(n, room, **options):
 
 def test_what_does_not_fit_is_refused_before_it_is_held():
     with pytest.raises(DoesNotFit) as error:
-        refused(2, 0)
+        called(2, 0)
     said = str(error.value)
     assert "policy='rotate' on 2 ranks takes" in said
     assert "No policy needs so little" in said
-    parallel = refused(2, math.inf)
+    parallel = called(2, math.inf)
     (report,) = piflux.explain(parallel).graphs
     room = 2 * (report.cache_bytes + report.packet_bytes) + report.step_bytes
-    assert refused(2, room) is not None
+    assert called(2, room) is not None
     with pytest.raises(DoesNotFit, match="This would fit: policy='rotate', compression='int8', "):
-        refused(2, room - 1)
+        called(2, room - 1)
 
 
 def test_auto_takes_what_fits():
     """Where it takes `rotate`, that in 8 bits if two versions are too much."""
-    (report,) = piflux.explain(refused(2, math.inf)).graphs
+    (report,) = piflux.explain(called(2, math.inf)).graphs
     left = 2 * (report.cache_bytes + report.packet_bytes) + report.step_bytes - 1
     with mock.patch.object(choices.Choices, "_choose_policy", lambda self, schedule, *_: schedule):
-        parallel = refused(2, left, policy="auto")
+        parallel = called(2, left, policy="auto")
     assert parallel._piflux_compiler.runtime.schedule.compression == "int8"
     assert "which fits in memory" in str(piflux.explain(parallel))
 
