@@ -21,8 +21,8 @@ from torch import Tensor
 
 from piflux.cost.clock import median_seconds
 from piflux.integrations.bands import Bands
+from piflux.launch import is_first, join
 from piflux.ranks.processes import ProcessRanks
-from piflux.tools.launch import is_first, join
 from piflux.tools.records import header, script
 
 LATENT_CHANNELS = 16

@@ -28,9 +28,9 @@ from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config,
 import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import demo_file
+from piflux.launch import is_first, join
 from piflux.ranks.copies import peak_bytes
 from piflux.tools.bench.models import ARCHITECTURES, random_model
-from piflux.tools.launch import is_first, join
 from piflux.tools.records import header, script
 
 PROMPT = "A red fox in fresh snow, early morning light"

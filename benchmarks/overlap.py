@@ -20,8 +20,8 @@ import typer
 from torch.profiler import ProfilerActivity, profile
 
 import piflux
+from piflux.launch import is_first, join
 from piflux.tools.bench.models import build
-from piflux.tools.launch import is_first, join
 from piflux.tools.quality.variants import Variant
 from piflux.tools.records import header, script
 

@@ -18,11 +18,13 @@ from rich.table import Table
 import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
+from piflux.pipelines.calls import arguments
+from piflux.pipelines.folders import add_loras, as_kind, load, pipeline_class
 from piflux.ranks.copies import peak_bytes
 from piflux.ranks.groups import own_device
 from piflux.tools import options
 from piflux.tools.bench.models import FLUX_DEV, random_model
-from piflux.tools.generate import Request, add_loras, arguments, as_kind, load, pipeline_class, show
+from piflux.tools.generate import Request, show
 
 RANDOM_NOTE = (
     "The weights are random: FLUX.1-dev's architecture, timed without its checkpoint. "
@@ -243,7 +245,7 @@ def main(
 def prepared(request: Request, device: torch.device) -> tuple[Any, dict[str, Any]]:
     """The pipeline that draws what is asked for, all pictures in one batch, and its arguments."""
     kind = pipeline_class(request.model)
-    target, call = arguments(kind, request)
+    target, call = arguments(kind, request.asked())
     pipe, more = load(request.model, device)
     add_loras(pipe, request.loras)
     pipe = as_kind(pipe, target)

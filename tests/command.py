@@ -9,10 +9,10 @@ import sys
 import torch
 import torch.distributed as dist
 
+from piflux.launch import join
 from piflux.tools import cli
 from piflux.tools import generate as work
 from piflux.tools.generate import Made, Picture, Request
-from piflux.tools.launch import join
 
 
 def meet(request: Request) -> Made | None:

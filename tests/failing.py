@@ -19,8 +19,8 @@ def loses_the_first() -> list[str]:
     """Rank 0 dies where the ranks have met; the others meet once more."""
     import torch.distributed as dist
 
+    from piflux.launch import join
     from piflux.ranks.processes import ProcessRanks
-    from piflux.tools.launch import join
 
     join()
     assert dist.group.WORLD is not None

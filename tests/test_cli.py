@@ -32,12 +32,15 @@ import piflux
 from piflux.cost.cost import Choice, Rates
 from piflux.demo import demo_file, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave, RankFailed
+from piflux.launch import _watch, launch
+from piflux.pipelines import folders
+from piflux.pipelines.calls import arguments
+from piflux.pipelines.folders import add_loras, as_kind
 from piflux.ranks import links
 from piflux.tools import cli, options
 from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
-from piflux.tools.generate import Request, add_loras, arguments, as_kind, save, save_video, show
-from piflux.tools.launch import _watch, launch
+from piflux.tools.generate import Request, save, save_video, show
 from piflux.tools.options import numbered
 
 SMALL = ["--steps=3", "--size=64x64"]
@@ -83,7 +86,7 @@ def drawn_by_few_blocks(request):
     transformer.register_to_config(num_layers=1, num_single_layers=2)
     # Rates of a machine that tests are busy on are not to be remembered.
     measured = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(request.out.parent)})
-    with measured, mock.patch.object(work, "demo_pipeline", return_value=pipe):
+    with measured, mock.patch.object(folders, "demo_pipeline", return_value=pipe):
         return work.generate(request)
 
 
@@ -315,7 +318,7 @@ def test_a_hub_id_is_fetched_or_told(monkeypatch, configs):
 
 
 def asked(**others):
-    return Request("a folder", ("x",), None, {}, **others)
+    return Request("a folder", ("x",), None, {}, **others).asked()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from models import tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 from piflux.errors import CannotLoad
-from piflux.tools.weights import check_numbers, models_of
+from piflux.pipelines.weights import check_numbers, models_of
 
 KEY = "transformer_blocks.0.attn.to_q.weight"
 

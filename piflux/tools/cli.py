@@ -18,11 +18,11 @@ from typer.core import TyperGroup
 
 import piflux
 from piflux.errors import INTERRUPTED, PifluxError, RankFailed, plain
+from piflux.launch import cores, is_first, is_joined, launch
 from piflux.policies.schedule import Schedule
 from piflux.tools import options
 from piflux.tools.bench.bench import bench
 from piflux.tools.interrupts import importing
-from piflux.tools.launch import cores, is_first, is_joined, launch
 from piflux.tools.quality.quality import quality
 
 if TYPE_CHECKING:

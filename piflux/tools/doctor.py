@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from piflux.cost.cost import Choice, Rates, choose
 from piflux.cost.rates import measure_link, slowest_rates
+from piflux.launch import is_first, join
 from piflux.policies.schedule import Schedule
 from piflux.ranks.processes import ProcessRanks
-from piflux.tools.launch import is_first, join
 
 PROBE_BYTES = 16 * 2**20
 """What each rank of a probed link sends: the order of one layer's keys and values."""

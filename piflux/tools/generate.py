@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import inspect
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import piflux
 from piflux.cost.clock import StepClock, synchronize
-from piflux.demo import TEXT_TOKENS, demo_pipeline
-from piflux.errors import CannotLoad, CannotSave, RankLost
+from piflux.errors import CannotSave, RankLost
 from piflux.integrations.diffusers import ranks_of
+from piflux.launch import is_first, join
+from piflux.pipelines.calls import Asked, arguments, read_picture, takes
+from piflux.pipelines.folders import add_loras, as_kind, load, pipeline_class
 from piflux.ranks.processes import ProcessRanks
-from piflux.tools.launch import is_first, join
 from piflux.tools.options import numbered
-from piflux.tools.weights import check_numbers, models_of
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,18 @@ class Request:
     batch: int = 1
     frames: int | None = None
     fps: int = 16
+
+    def asked(self) -> Asked:
+        """Of each call. Raises CannotLoad where a picture can't be read."""
+        return Asked(
+            self.steps,
+            self.size,
+            self.guidance,
+            self.negative,
+            None if self.image is None else read_picture(self.image),
+            None if self.mask is None else read_picture(self.mask),
+            self.frames,
+        )
 
 
 @dataclass(frozen=True)
@@ -121,7 +132,7 @@ def generate(request: Request) -> Made | None:
     device = join()
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     kind = pipeline_class(request.model)
-    target, call = arguments(kind, request)
+    target, call = arguments(kind, request.asked())
     out = _destination(target, request.out)
     pipe, more = load(request.model, device)
     add_loras(pipe, request.loras)
@@ -134,7 +145,7 @@ def generate(request: Request) -> Made | None:
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
-    timed = _takes(target, "callback_on_step_end")
+    timed = takes(target, "callback_on_step_end")
     with _progress(calls * steps, shown=is_first()) as advance:
         for start in range(0, len(paths), request.batch):
             prompts = list(request.prompts[start : start + request.batch])
@@ -243,144 +254,13 @@ def _batched(request: Request, prompts: list[str], seeds: list[int]) -> dict[str
     return given
 
 
-# --- what a pipeline takes -----------------------------------------------------------------------
-
-
-def pipeline_class(model: str) -> Any:
-    """The class of a folder's pipeline; no weights are read.
-
-    Raises:
-        CannotLoad: diffusers has none of that name.
-    """
-    import diffusers
-
-    _quiet()
-    if model == "demo":
-        return diffusers.FluxPipeline
-    try:
-        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-        kind = getattr(diffusers, name)
-    except Exception as error:  # whatever diffusers trips over in a broken folder
-        raise CannotLoad(
-            f"{model} can't be loaded: its model_index.json names no pipeline of diffusers "
-            f"{diffusers.__version__}: {type(error).__name__}: {_line(error)}"
-        ) from error
-    return kind
-
-
-def arguments(kind: Any, request: Request) -> tuple[Any, dict[str, Any]]:
-    """The class that draws what is asked for, and what its call takes, but for prompt and noise.
-
-    A pipeline that draws from prompts alone has a sister for pictures to start from, and one for
-    masks, which share its parts.
-
-    Args:
-        kind: the folder's pipeline.
-        request: what is asked for.
-
-    Raises:
-        CannotLoad: it takes no such option, or a picture can't be read.
-    """
-    given: dict[str, Any] = {}
-    image = None if request.image is None else _picture(request.image)
-    mask = None if request.mask is None else _picture(request.mask)
-    if mask is not None and not _takes(kind, "mask_image"):
-        kind = _sister(kind, "AUTO_INPAINT_PIPELINES_MAPPING", "mask")
-    elif image is not None and not _takes(kind, "image", "control_image"):
-        kind = _sister(kind, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "image")
-    taken = inspect.signature(kind.__call__).parameters
-    if image is not None:
-        given["image" if "image" in taken else "control_image"] = image
-    if mask is not None:
-        given["mask_image"] = mask
-    size = request.size
-    if image is not None and size is None and not _edits(kind):
-        size = image.width // 16 * 16, image.height // 16 * 16
-    if size is not None:
-        given |= {"width": size[0], "height": size[1]}
-    steps = request.steps or taken["num_inference_steps"].default
-    given["num_inference_steps"] = steps
-    if request.frames is not None:
-        given["num_frames"] = request.frames
-    if request.guidance is not None:
-        given[_guidance(taken)] = request.guidance
-    if request.negative is not None:
-        given["negative_prompt"] = request.negative
-        if "true_cfg_scale" in taken:  # without which FLUX.1 leaves a negative prompt aside
-            default = taken[_guidance(taken)].default
-            given["true_cfg_scale"] = default if request.guidance is None else request.guidance
-    for name in given:
-        if name not in taken:
-            raise CannotLoad(
-                f"{kind.__name__} takes no {name!r}: leave {OPTIONS[name]} out, or take a pipeline "
-                "that does"
-            )
-    given.pop("negative_prompt", None)  # there is one a picture
-    return kind, given
-
-
-OPTIONS = {
-    "negative_prompt": "--negative-prompt",
-    "image": "--image",
-    "control_image": "--image",
-    "mask_image": "--mask",
-    "width": "--size",
-    "height": "--size",
-    "num_inference_steps": "--steps",
-    "num_frames": "--frames",
-    "guidance_scale": "--guidance",
-    "true_cfg_scale": "--guidance",
-}
-"""By the arguments of pipelines' calls."""
-
-
-def _takes(kind: Any, *names: str) -> bool:
-    return bool(inspect.signature(kind.__call__).parameters.keys() & set(names))
-
-
-def _edits(kind: Any) -> bool:
-    """Whether the picture is a reference, so that what is drawn has a size of its own."""
-    return not _takes(kind, "strength") and not _takes(kind, "control_image")
-
-
-def _guidance(taken: Mapping[str, inspect.Parameter]) -> str:
-    """The argument that scales guidance: Qwen-Image has the other one for models to come."""
-    distilled = taken.get("guidance_scale")
-    other = "true_cfg_scale" in taken and distilled is not None and distilled.default is None
-    return "true_cfg_scale" if other else "guidance_scale"
-
-
-def _sister(kind: Any, mapping: str, option: str) -> Any:
-    """The pipeline of the same family in one of diffusers' mappings of tasks."""
-    from diffusers.pipelines import auto_pipeline
-
-    tasks = ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
-    for task in tasks:
-        family = getattr(auto_pipeline, f"AUTO_{task}_PIPELINES_MAPPING")
-        for name, found in family.items():
-            if found is kind and name in getattr(auto_pipeline, mapping):
-                return getattr(auto_pipeline, mapping)[name]
-    raise CannotLoad(
-        f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that does: "
-        f"leave --{option} out"
-    )
-
-
-def _picture(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise CannotLoad(f"{path} can't be read as a picture: {error}") from error
-
-
 def _destination(kind: Any, out: Path | None) -> Path:
     """Where to write.
 
     Raises:
         CannotSave: a video's file is no .mp4, or a picture's no .png.
     """
-    suffix = ".mp4" if _takes(kind, "num_frames") else ".png"
+    suffix = ".mp4" if takes(kind, "num_frames") else ".png"
     out = out or Path("piflux").with_suffix(suffix)
     if out.suffix.lower() != suffix:
         what = "videos" if suffix == ".mp4" else "pictures"
@@ -390,94 +270,6 @@ def _destination(kind: Any, out: Path | None) -> Path:
             f"{out}: to write a video takes the package imageio-ffmpeg: pip install 'piflux[demo]'"
         )
     return out
-
-
-def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """The pipeline on `device`, and what its call needs beside what a user says.
-
-    Args:
-        model: 'demo', a folder, or a hub id.
-        device: on a GPU it is loaded in bfloat16, elsewhere in float32.
-
-    Raises:
-        CannotLoad: the folder holds no pipeline that can be loaded, or not all of its weights.
-    """
-    import diffusers
-
-    _quiet()
-    if model == "demo":
-        return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        models = models_of(model, **_in(dtype))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **models, **_in(dtype))
-        pipe = pipe.to(device)
-        check_numbers(pipe, model)
-        return pipe, {}
-    except CannotLoad:
-        raise
-    except Exception as error:  # whatever diffusers trips over in a broken folder
-        raise CannotLoad(
-            f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
-        ) from error
-
-
-def as_kind(pipe: Any, kind: Any) -> Any:
-    """The same parts in a pipeline of another class, in the dtype that they have."""
-    if type(pipe) is kind:
-        return pipe
-    return kind.from_pipe(pipe, **_in(pipe.transformer.dtype))
-
-
-def _in(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The argument of diffusers' loaders that names a dtype.
-
-    Before it had its new name, the new one was taken for an unknown argument and left aside.
-    """
-    import diffusers
-
-    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
-    return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
-
-
-def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
-    """Load adapters into the pipeline and set their scales.
-
-    Raises:
-        CannotLoad: one of them, or what adapters need is not installed.
-    """
-    if not loras:
-        return
-    if importlib.util.find_spec("peft") is None:
-        raise CannotLoad("a LoRA takes the package peft: pip install 'piflux[demo]'")
-    names = [f"lora_{i}" for i in range(len(loras))]
-    for (text, _), name in zip(loras, names, strict=True):
-        path = Path(text)
-        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
-        try:
-            pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
-        except Exception as error:  # whatever diffusers and peft trip over
-            raise CannotLoad(
-                f"the LoRA {text} can't be loaded into {type(pipe).__name__}: "
-                f"{type(error).__name__}: {_line(error)}"
-            ) from error
-    pipe.set_adapters(names, [scale for _, scale in loras])
-
-
-def _line(error: Exception) -> str:
-    """The last line of what an exception says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
-
-
-def _quiet() -> None:
-    """Leave the terminal to piflux: one progress bar, and no advice of the libraries below."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
+from piflux.launch import cores, is_joined
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
-from piflux.tools.launch import cores, is_joined
 
 LARGEST_SEED = 2**64 - 1
 """Of torch's generators."""

@@ -21,9 +21,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from piflux.errors import RankFailed
+from piflux.launch import launch
 from piflux.tools import options
 from piflux.tools.bench.ways import EARLY, MODELS, WAYS, Result, Settings
-from piflux.tools.launch import launch
 
 LINKS: dict[str, dict[str, str]] = {
     "nvlink": {},

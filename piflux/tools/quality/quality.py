@@ -97,7 +97,7 @@ def quality(
     with importing():
         import torch
 
-        from piflux.tools.generate import load
+        from piflux.pipelines.folders import load
         from piflux.tools.quality.charts import markdown, plot_drift, plot_frontier, sheet_of
         from piflux.tools.quality.drift import measure, summary
         from piflux.tools.records import header

@@ -1,0 +1,1 @@
+"""Folders, pipelines and their calls: what tools and servers draw with."""

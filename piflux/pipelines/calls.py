@@ -1,0 +1,147 @@
+"""Which pipeline draws what is asked for, and what its call takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from piflux.errors import CannotLoad
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a pipeline's call, but for prompts and noise; None for its own default.
+
+    Attributes:
+        steps: denoise steps.
+        size: width and height in pixels.
+        guidance: its scale.
+        negative: what not to draw.
+        image: a picture to start from, edit or follow.
+        mask: a picture, white where `image` is painted anew.
+        frames: of a video.
+    """
+
+    steps: int | None = None
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    negative: str | None = None
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    frames: int | None = None
+
+
+def arguments(kind: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
+    """The class that draws what is asked for, and what its call takes, but for prompt and noise.
+
+    A pipeline that draws from prompts alone has a sister for pictures to start from, and one for
+    masks, which share its parts.
+
+    Args:
+        kind: the folder's pipeline.
+        asked: what is asked for.
+
+    Raises:
+        CannotLoad: it takes no such option.
+    """
+    given: dict[str, Any] = {}
+    image, mask = asked.image, asked.mask
+    if mask is not None and not takes(kind, "mask_image"):
+        kind = _sister(kind, "AUTO_INPAINT_PIPELINES_MAPPING", "mask")
+    elif image is not None and not takes(kind, "image", "control_image"):
+        kind = _sister(kind, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "image")
+    taken = inspect.signature(kind.__call__).parameters
+    if image is not None:
+        given["image" if "image" in taken else "control_image"] = image
+    if mask is not None:
+        given["mask_image"] = mask
+    size = asked.size
+    if image is not None and size is None and not _edits(kind):
+        size = image.width // 16 * 16, image.height // 16 * 16
+    if size is not None:
+        given |= {"width": size[0], "height": size[1]}
+    steps = asked.steps or taken["num_inference_steps"].default
+    given["num_inference_steps"] = steps
+    if asked.frames is not None:
+        given["num_frames"] = asked.frames
+    if asked.guidance is not None:
+        given[_guidance(taken)] = asked.guidance
+    if asked.negative is not None:
+        given["negative_prompt"] = asked.negative
+        if "true_cfg_scale" in taken:  # without which FLUX.1 leaves a negative prompt aside
+            default = taken[_guidance(taken)].default
+            given["true_cfg_scale"] = default if asked.guidance is None else asked.guidance
+    for name in given:
+        if name not in taken:
+            raise CannotLoad(
+                f"{kind.__name__} takes no {name!r}: leave {OPTIONS[name]} out, or take a pipeline "
+                "that does"
+            )
+    given.pop("negative_prompt", None)  # there is one a picture
+    return kind, given
+
+
+OPTIONS = {
+    "negative_prompt": "--negative-prompt",
+    "image": "--image",
+    "control_image": "--image",
+    "mask_image": "--mask",
+    "width": "--size",
+    "height": "--size",
+    "num_inference_steps": "--steps",
+    "num_frames": "--frames",
+    "guidance_scale": "--guidance",
+    "true_cfg_scale": "--guidance",
+}
+"""By the arguments of pipelines' calls."""
+
+
+def takes(kind: Any, *names: str) -> bool:
+    """Whether a pipeline's call has one of these arguments."""
+    return bool(inspect.signature(kind.__call__).parameters.keys() & set(names))
+
+
+def _edits(kind: Any) -> bool:
+    """Whether the picture is a reference, so that what is drawn has a size of its own."""
+    return not takes(kind, "strength") and not takes(kind, "control_image")
+
+
+def _guidance(taken: Mapping[str, inspect.Parameter]) -> str:
+    """The argument that scales guidance: Qwen-Image has the other one for models to come."""
+    distilled = taken.get("guidance_scale")
+    other = "true_cfg_scale" in taken and distilled is not None and distilled.default is None
+    return "true_cfg_scale" if other else "guidance_scale"
+
+
+def _sister(kind: Any, mapping: str, option: str) -> Any:
+    """The pipeline of the same family in one of diffusers' mappings of tasks."""
+    from diffusers.pipelines import auto_pipeline
+
+    tasks = ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
+    for task in tasks:
+        family = getattr(auto_pipeline, f"AUTO_{task}_PIPELINES_MAPPING")
+        for name, found in family.items():
+            if found is kind and name in getattr(auto_pipeline, mapping):
+                return getattr(auto_pipeline, mapping)[name]
+    raise CannotLoad(
+        f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that does: "
+        f"leave --{option} out"
+    )
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A file's picture in RGB.
+
+    Raises:
+        CannotLoad: it can't be read.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise CannotLoad(f"{path} can't be read as a picture: {error}") from error

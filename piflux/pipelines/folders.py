@@ -1,0 +1,123 @@
+"""A folder becomes a pipeline on a device, whole and with its adapters."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.errors import CannotLoad
+from piflux.pipelines.weights import check_numbers, models_of
+
+
+def pipeline_class(model: str) -> Any:
+    """The class of a folder's pipeline; no weights are read.
+
+    Raises:
+        CannotLoad: diffusers has none of that name.
+    """
+    import diffusers
+
+    _quiet()
+    if model == "demo":
+        return diffusers.FluxPipeline
+    try:
+        name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+        kind = getattr(diffusers, name)
+    except Exception as error:  # whatever diffusers trips over in a broken folder
+        raise CannotLoad(
+            f"{model} can't be loaded: its model_index.json names no pipeline of diffusers "
+            f"{diffusers.__version__}: {type(error).__name__}: {_line(error)}"
+        ) from error
+    return kind
+
+
+def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """The pipeline on `device`, and what its call needs beside what a user says.
+
+    Args:
+        model: 'demo', a folder, or a hub id.
+        device: on a GPU it is loaded in bfloat16, elsewhere in float32.
+
+    Raises:
+        CannotLoad: the folder holds no pipeline that can be loaded, or not all of its weights.
+    """
+    import diffusers
+
+    _quiet()
+    if model == "demo":
+        return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        models = models_of(model, **_in(dtype))
+        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **models, **_in(dtype))
+        pipe = pipe.to(device)
+        check_numbers(pipe, model)
+        return pipe, {}
+    except CannotLoad:
+        raise
+    except Exception as error:  # whatever diffusers trips over in a broken folder
+        raise CannotLoad(
+            f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
+        ) from error
+
+
+def as_kind(pipe: Any, kind: Any) -> Any:
+    """The same parts in a pipeline of another class, in the dtype that they have."""
+    if type(pipe) is kind:
+        return pipe
+    return kind.from_pipe(pipe, **_in(pipe.transformer.dtype))
+
+
+def _in(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The argument of diffusers' loaders that names a dtype.
+
+    Before it had its new name, the new one was taken for an unknown argument and left aside.
+    """
+    import diffusers
+
+    version = tuple(int(x) for x in diffusers.__version__.split(".")[:2])
+    return {"dtype" if version >= (0, 40) else "torch_dtype": dtype}
+
+
+def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
+    """Load adapters into the pipeline and set their scales.
+
+    Raises:
+        CannotLoad: one of them, or what adapters need is not installed.
+    """
+    if not loras:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise CannotLoad("a LoRA takes the package peft: pip install 'piflux[demo]'")
+    names = [f"lora_{i}" for i in range(len(loras))]
+    for (text, _), name in zip(loras, names, strict=True):
+        path = Path(text)
+        folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        try:
+            pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
+        except Exception as error:  # whatever diffusers and peft trip over
+            raise CannotLoad(
+                f"the LoRA {text} can't be loaded into {type(pipe).__name__}: "
+                f"{type(error).__name__}: {_line(error)}"
+            ) from error
+    pipe.set_adapters(names, [scale for _, scale in loras])
+
+
+def _line(error: Exception) -> str:
+    """The last line of what an exception says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _quiet() -> None:
+    """Leave the terminal to piflux: one progress bar, and no advice of the libraries below."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
