@@ -184,6 +184,7 @@ class State:
         groups: sizes of the groups that draw now, or would.
         waiting: jobs in the queue; `drawing`: under way.
         stepped_s: seconds since a rank has last stepped or idled; large if a group is stuck.
+        replaced: how many ranks were started in place of one that was lost.
         memory: bytes in use of each rank, by the device's or the process's count.
     """
 
@@ -195,13 +196,19 @@ class State:
     waiting: int
     drawing: int
     stepped_s: float
+    replaced: int = 0
     memory: Mapping[int, int] = field(default_factory=dict)
 
 
 class Engine(Protocol):
-    """What draws. One for each model, in the process of the front or on another machine."""
+    """What draws. One for each model, in the process of the front or on another machine.
 
-    model: Model
+    Attributes:
+        model: None until a rank has loaded it.
+    """
+
+    @property
+    def model(self) -> Model | None: ...
 
     async def start(self) -> None:
         """Begin to load and warm up; returns at once, `state` tells how far it is."""
