@@ -16,6 +16,8 @@ from models import flux_inputs, tiny_flux
 from test_numerics import EXACT
 from test_replay import SAME, as_captured, farthest, on_tape
 from test_virtual_ranks import image
+from torch._C import _distributed_c10d as distributed
+from torch.distributed import _symmetric_memory
 
 import piflux
 from piflux import parts
@@ -244,6 +246,30 @@ def test_gpus_of_one_host_that_reach_each_other(monkeypatch, told, p2p, reaches,
 
 def test_two_ranks_of_one_gpu_do_not_copy(monkeypatch):
     assert not _decided(monkeypatch, [("a", "0"), ("a", "0")], True)
+
+
+class ByName:
+    """Of torch's symmetric memory what has no need of a GPU: whose memory it is, by a name."""
+
+    @staticmethod
+    def set_group_info(name, rank, size, store):
+        pass
+
+    @staticmethod
+    def empty_strided_p2p(size, stride, dtype, device):
+        return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+    @staticmethod
+    def rendezvous(memory, name):
+        return distributed._resolve_process_group(name)  # raises if nobody holds it
+
+
+def test_memory_is_shared_more_than_once(monkeypatch):
+    monkeypatch.setattr(_symmetric_memory, "_SymmetricMemory", ByName)
+    link = Link(dist.HashStore(), "twice", 0, 1, {}, within_s=5)
+    peers = copies.Peers(link, torch.device("cpu"))
+    (_, first), (_, second) = peers.share(8), peers.share(8)
+    assert first is second
 
 
 def test_memory_that_can_not_be_shared_is_told_and_done_without(monkeypatch, caplog):
