@@ -197,7 +197,8 @@ def parallelize(
             by the change between their last two versions, which takes a second cache. 0: it reads
             them as they were.
         compression: 'int8': that change is remembered in 8 bits a number in place of the second
-            version, and is what 'displaced' sends in steady steps. 'none': as the model computes.
+            version, and is what 'displaced' sends in steady steps. 'int4': in 4 bits, and the last
+            version in 8. 'none': as the model computes.
         compute: which denoise steps are computed, on one rank, too; in the others no block is
             run, and the prediction is continued along the last two that were computed. 'all'; a
             number of the steps that the pipeline, or `generation`, announces; a mask such as

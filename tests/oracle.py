@@ -23,7 +23,9 @@ that are computed; the first computed step at or after one that is to be a sync 
 With `compression` 'int8' a rank remembers, in place of the version before, the change since, and
 rounds it: each token's head has 255 steps, from minus to plus its largest number. Under `displaced`
 such changes are also what arrives: what the others had is what is remembered of them, plus the
-rounded change.
+rounded change. With 'int4' changes have 15 steps, and what is remembered, whole or moved on by a
+change, is rounded to 255; their lengths are numbers of bfloat16. Keys and values of the very step
+are attended to as they are.
 
 A segment of T tokens is cut into N windows of ceil(T / N); window i starts at
 min(i * ceil(T / N), T - ceil(T / N)). Where windows overlap, the later part's tokens count.
@@ -67,10 +69,20 @@ def log_snr(sigma: float) -> float:
     return math.log((sigma + 0.01) / (1 - sigma + 0.01))
 
 
-def rounded(change: Tensor) -> Tensor:
-    """To 8 bits for each number of a token's head."""
-    unit = (change.abs().amax(-1, keepdim=True) / 127).float()
-    return (change / unit.clamp(min=1e-30) + 0.5).floor() * unit
+def rounded(x: Tensor, steps: int, unit_dtype: torch.dtype) -> Tensor:
+    """To so many steps up and down for each number of a token's head."""
+    unit = (x.abs().amax(-1, keepdim=True) / steps).to(unit_dtype)
+    return (x / unit.clamp(min=1e-30) + 0.5).floor().clamp(-steps, steps) * unit
+
+
+def rounded_version(x: Tensor, compression: str) -> Tensor:
+    return rounded(x, 127, torch.bfloat16) if compression == "int4" else x
+
+
+def rounded_change(x: Tensor, compression: str) -> Tensor:
+    if compression == "int8":
+        return rounded(x, 127, torch.float32)
+    return rounded(x, 7, torch.bfloat16) if compression == "int4" else x
 
 
 @dataclass
@@ -81,40 +93,56 @@ class Cache:
         versions: keys and values, (2, batch, heads, tokens, head dim), the newest first.
         times: when each token's versions were computed, likewise, (tokens,) each.
         written: the step at which each token's newest version was computed.
+        exact: the newest version as it was computed.
     """
 
     versions: list[Tensor]
     times: list[Tensor]
     written: Tensor
+    exact: Tensor
 
     @classmethod
     def full(cls, key: Tensor, value: Tensor, step: int, time: float) -> "Cache":
         tokens = key.shape[TOKENS]
         at = torch.full((tokens,), time, dtype=torch.float64)
         fresh = torch.stack([key, value])
-        return cls([fresh, fresh.clone()], [at, at.clone()], torch.full((tokens,), step))
+        written = torch.full((tokens,), step)
+        return cls([fresh, fresh.clone()], [at, at.clone()], written, fresh.clone())
 
     def clone(self) -> "Cache":
         versions, times = [x.clone() for x in self.versions], [x.clone() for x in self.times]
-        return Cache(versions, times, self.written.clone())
+        return Cache(versions, times, self.written.clone(), self.exact.clone())
 
     def write(
         self, fresh: Tensor, places: Tensor, step: int, time: float, compression: str = "none"
     ) -> None:
         """What is written twice in a step is one version."""
         new = self.written[places] != step
+        last = rounded_version(fresh, compression)
         before = self.versions[0][..., places[new], :]
-        if compression == "int8":
-            before = fresh[..., new, :] - rounded(fresh[..., new, :] - before)
+        change = fresh[..., new, :] - before
+        if compression != "none":
+            before = last[..., new, :] - rounded_change(change, compression)
         new = places[new]
         self.versions[1][..., new, :] = before
         self.times[1][new] = self.times[0][new]
-        self.versions[0][..., places, :] = fresh
+        self.versions[0][..., places, :] = last
+        self.exact[..., places, :] = fresh
         self.times[0][places] = time
         self.written[places] = step
 
+    def move(self, fresh: Tensor, step: int, time: float, compression: str) -> None:
+        """All tokens move on by the rounded change to what was computed elsewhere."""
+        change = rounded_change(fresh - self.versions[0], compression)
+        last = rounded_version(self.versions[0] + change, compression)
+        self.versions = [last, last - change]
+        self.times = [torch.full_like(self.times[0], time), self.times[0]]
+        self.exact = last.clone()
+        self.written = torch.full_like(self.written, step)
+
     def read(self, step: int, time: float, order: int) -> Tensor:
         (last, before), (last_time, before_time) = self.versions, self.times
+        last = torch.where((self.written == step)[:, None], self.exact, last)
         moves = (self.written != step) & (last_time != before_time)
         ahead = (0.75 * (time - last_time) / (last_time - before_time)).clamp(-3, 3)
         ahead = torch.where(moves, ahead, 0.0) * order
@@ -232,7 +260,7 @@ class Oracle:
         Where changes are sent, also in its own: all must go on from the same versions.
         """
         sent = [[cache.clone() for cache in caches] for caches in self._caches]
-        if self.compression == "int8":
+        if self.compression != "none":
             self._caches = remembered
             return self._change(tokens, sent)
         for caches in self._caches:
@@ -249,10 +277,8 @@ class Oracle:
                 fresh = torch.empty_like(cache.versions[0])
                 for part, theirs in enumerate(sent):
                     places = _places(tokens, cache, self.ranks, part)
-                    fresh[..., places, :] = theirs[number].versions[0][..., places, :]
-                arrived = cache.versions[0] + rounded(fresh - cache.versions[0])
-                everywhere = torch.arange(len(cache.written))
-                cache.write(arrived, everywhere, self.step, self.time)
+                    fresh[..., places, :] = theirs[number].exact[..., places, :]
+                cache.move(fresh, self.step, self.time, self.compression)
 
 
 class Tokens:

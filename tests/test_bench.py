@@ -120,8 +120,10 @@ def test_rows_on_cpu_ranks(ranks, monkeypatch, tmp_path):
         ("piflux-1-18", "rotate", {"compute": 18}),
         ("rotate-recompute", "rotate", {"sync": "recompute"}),
         ("rotate-int8", "rotate", {"compression": "int8"}),
+        ("rotate-int4", "rotate", {"compression": "int4"}),
         ("displaced", "displaced", {}),
         ("displaced-int8", "displaced", {"compression": "int8"}),
+        ("displaced-int4", "displaced", {"compression": "int4"}),
     ],
 )
 def test_rows_are_of_the_policy_that_they_name(row, policy, settings):

@@ -71,6 +71,11 @@ rotate on 2 ranks, sync at 0, 2, predicted between
                 "rotate on 2 ranks, sync at 0, 2, predicted between by changes in 8 bits",
             ),
             (
+                {"policy": "rotate", "compression": "int4"},
+                "rotate on 2 ranks, sync at 0, 2, predicted between from versions in 8 bits by "
+                "changes in 4",
+            ),
+            (
                 {"policy": "gather", "compute": 18},
                 "gather on 2 ranks, every step a sync step, computing 18 steps of an image",
             ),
@@ -101,16 +106,20 @@ rotate on 2 ranks, sync at 0, 2, predicted between
             self.assertEqual((policy, data.cache_bytes), (policy, cache))
         self.assertEqual(report("rotate", sync="recompute").sync_bytes, 0)
         self.assertEqual(report("rotate", order=0).cache_bytes, 2 * 48 * token)
-        row = 2 * 3 * (4 + 16)  # a change of both: a scale and 16 numbers for each head
-        for policy, steady, cache in [
-            ("gather", final + 2 * 25 * token, 0),
-            ("rotate", final, 2 * 48 * (token + row)),
-            ("displaced", final + 2 * 25 * row, 2 * (48 * (token + row) + 3 * 25 * row)),
+        # A change of both: a scale and 16 numbers for each head, of 8 bits or of 4.
+        for compression, row, version in [
+            ("int8", 2 * 3 * (4 + 16), token),
+            ("int4", 2 * 3 * (2 + 8), 2 * 3 * (2 + 16)),
         ]:
-            data = report(policy, compression="int8")
-            self.assertEqual(data.sync_bytes, final + 2 * 25 * token)
-            self.assertEqual((policy, data.steady_bytes), (policy, steady))
-            self.assertEqual((policy, data.cache_bytes), (policy, cache))
+            for policy, steady, cache in [
+                ("gather", final + 2 * 25 * token, 0),
+                ("rotate", final, 2 * 48 * (version + row)),
+                ("displaced", final + 2 * 25 * row, 2 * (48 * (version + row) + 3 * 25 * row)),
+            ]:
+                data = report(policy, compression=compression)
+                self.assertEqual(data.sync_bytes, final + 2 * 25 * token)
+                self.assertEqual((policy, data.steady_bytes), (policy, steady))
+                self.assertEqual((policy, data.cache_bytes), (policy, cache))
         unshard = data.boundaries[-1]
         self.assertEqual((unshard.lengths, unshard.part_lengths), ((35,), (18,)))
         self.assertEqual(unshard.overlaps, (1,))

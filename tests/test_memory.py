@@ -15,18 +15,27 @@ import piflux
 from piflux.compile import choices
 from piflux.cost.memory import Own, free_bytes
 from piflux.errors import DoesNotFit
+from piflux.memory.rounded import RoundedSlot
 from piflux.ranks.virtual import virtual_ranks
 
 
 def held(memory):
     """Bytes of the slots of one rank."""
     slots = [slot for (rank, _), slot in memory.slots.items() if rank == 0]
-    return sum(x.nbytes for slot in slots for x in (*slot.first, *slot.second))
+    return sum(x.nbytes for slot in slots for x in versions(slot))
+
+
+def versions(slot):
+    if isinstance(slot, RoundedSlot):
+        return [x for held in (*slot.versions, *slot.changes) for x in held]
+    return [*slot.first, *slot.second]
 
 
 @pytest.mark.usefixtures("captured_once")
 @pytest.mark.parametrize(
-    "options", [{}, {"order": 0}, {"compression": "int8"}, {"policy": "gather"}], ids=str
+    "options",
+    [{}, {"order": 0}, {"compression": "int8"}, {"compression": "int4"}, {"policy": "gather"}],
+    ids=str,
 )
 def test_what_is_counted_is_what_is_held(options):
     model = tiny_flux()

@@ -296,15 +296,16 @@ def test_sync_steps_apart_equal_the_oracle(virtual, policy, order):
     judge_image(virtual, 3, tiny_flux, flux_inputs(), options)
 
 
+@pytest.mark.parametrize("compression", ["int8", "int4"])
 @pytest.mark.parametrize("policy", ["rotate", "displaced"])
-def test_compressed_changes_equal_the_oracle(virtual, policy):
+def test_compressed_changes_equal_the_oracle(virtual, policy, compression):
     """In double precision, where no number is rounded up by one and down by the other."""
     build, inputs = partial(tiny_flux, dtype=torch.float64), flux_inputs(dtype=torch.float64)
-    options = {"policy": policy, "refresh_every": 4, "compression": "int8"}
+    options = {"policy": policy, "refresh_every": 4, "compression": compression}
     judge_image(virtual, 4, build, inputs, options)
     images = [
         list(denoise(Oracle(build(), 4, policy, refresh_every=4, compression=c), inputs, STEPS))[-1]
-        for c in ("none", "int8")
+        for c in ("none", compression)
     ]
     assert (images[0] - images[1]).abs().max() > 10 * EXACT  # so it does compress
 

@@ -157,7 +157,9 @@ STEADY = STEPS - 2  # two sync steps by default
 MORE_STEPS = 9
 
 
-@pytest.mark.parametrize("options", [{}, {"order": 0}, {"compression": "int8"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"order": 0}, {"compression": "int8"}, {"compression": "int4"}]
+)
 def test_one_recording_serves_all_parts_and_images(recorder, options):
     """A rank's first step of each kind runs as it is, and is recorded: two kinds of sync steps and
     the steady ones."""
@@ -377,8 +379,9 @@ GATHERS = 2 + 1  # one for each attention, and the prediction's
         # Two kinds of sync steps, and with prediction the other steps write versions by turns.
         ({"policy": "displaced"}, 5, 2 * MORE_STEPS - 5),
         ({"policy": "displaced", "compression": "int8"}, 4, 2 * MORE_STEPS - 4),
+        ({"policy": "displaced", "compression": "int4"}, 4, 2 * MORE_STEPS - 4),
     ],
-    ids=["gather", "displaced", "predicted", "int8"],
+    ids=["gather", "displaced", "predicted", "int8", "int4"],
 )
 def test_between_collectives_steps_are_recorded(ranks, world_size, options, recorded, played):
     for apart, counts, collectives in ranks(world_size, in_pieces, options):

@@ -133,10 +133,11 @@ def test_what_is_compressed():
     assert Schedule("displaced", world_size=2, compression="int8").compresses
     assert not Schedule("displaced", world_size=2).compresses
     assert not Schedule("gather", world_size=2, compression="int8").compresses
-    with pytest.raises(ValueError, match="choose 'none' or 'int8'"):
+    with pytest.raises(ValueError, match="choose 'none', 'int8' or 'int4'"):
         Schedule(compression="zip")
-    with pytest.raises(ValueError, match="order=0 remembers one: choose order=1"):
-        Schedule(order=0, compression="int8")
+    for compression in ("int8", "int4"):
+        with pytest.raises(ValueError, match=f"'{compression}'.* order=0 remembers one: choose"):
+            Schedule(order=0, compression=compression)
 
 
 @pytest.mark.parametrize("wrong", [{"order": 2}, {"sync_steps": (0, -1)}, {"sync_steps": (0.5,)}])

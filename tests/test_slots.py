@@ -14,10 +14,30 @@ from piflux.kernels.changes import (
     exchange_changes_in_torch,
 )
 from piflux.kernels.exchange import exchange, exchange_in_torch, place
+from piflux.kernels.rounded import (
+    Rounded,
+    change_bytes,
+    change_like,
+    value,
+    value_of_change,
+    version_bytes,
+    version_like,
+)
 from piflux.kernels.rows import changes, row_bytes
+from piflux.kernels.versions import advance as advance_rounded
+from piflux.kernels.versions import advance_in_torch as advance_rounded_in_torch
+from piflux.kernels.versions import (
+    change_in_torch,
+    change_to,
+    exchange_rounded,
+    exchange_rounded_in_torch,
+    renew,
+    renew_in_torch,
+)
 from piflux.memory.ages import BELIEF, FARTHEST, Ages
 from piflux.memory.changes import ChangeSlot
 from piflux.memory.places import Places
+from piflux.memory.rounded import RoundedSlot
 from piflux.memory.slots import Slot
 from piflux.parts import part_index
 from piflux.runtime.times import Times
@@ -287,6 +307,101 @@ def test_errors_of_sent_changes_do_not_grow():
     assert max(errors) < 2 * max(errors[:5]) < 1e-2
 
 
+def rounded_slot_of(value, ages=None):
+    slot = RoundedSlot.like(kv(value), 5, ages or Ages((5,), at(4)))
+    sync(slot, value, alone=True)
+    return slot
+
+
+def version_in(slot):
+    """Of the first key's numbers, which `kv` has alike in a token."""
+    return value(slot.versions[0], torch.float32)[0, 0, :, 0].tolist()
+
+
+def change_in(slot):
+    like = torch.empty(1, 1, 5, 2)
+    return value_of_change(slot.changes[0], like)[0, 0, :, 0].tolist()
+
+
+def test_a_slot_of_few_bits_reads_what_it_leads_to():
+    """Scales of one value a token are exact in bfloat16: 127 and 7 steps of powers of two."""
+    ages = Ages((5,), at(4))
+    slot = rounded_slot_of(127, ages)
+    where = [x.data_ptr() for held in (*slot.versions, *slot.changes) for x in held]
+    assert (version_in(slot), change_in(slot)) == ([127] * 5, [0] * 5)
+    ages.renew(at(3))
+    kept = []
+    slot.begin_step(first=False, sync=True, alike=False)
+    write = slot.replace(
+        lambda first: kept.extend(x.copy_(y) for x, y in zip(first, kv(254), strict=True)),
+        (5,),
+        (0, 1),
+        first=False,
+        alike=False,
+    )
+    # A sync step reads what it has written, as it was.
+    assert all(torch.equal(x, y) for x, y in zip(write, kv(254), strict=True))
+    assert version_in(slot) == [254] * 5
+    (change, *_) = change_in(slot)
+    assert change == pytest.approx(127, rel=2**-8)
+    ages.look(at(2))
+    ages.renew_part(own(1), at(2))
+    keys, values = slot.read(five_in_two(1), three(1), keep=True)
+    assert keys[0, 0, :, 0].tolist() == [*[254 + BELIEF * change] * 2, *[1] * 3]
+    assert torch.equal(values, -keys)
+    assert version_in(slot)[:2] == [254, 254]
+    assert version_in(slot)[2:] == pytest.approx([1] * 3, rel=2**-8)
+    assert change_in(slot)[2:] == pytest.approx([1 - 254] * 3, rel=2**-8)
+    # Recorded steps read where they lie.
+    assert where == [x.data_ptr() for held in (*slot.versions, *slot.changes) for x in held]
+
+
+def test_a_slot_of_few_bits_holds_what_is_counted():
+    keys = torch.zeros(2, 3, 4, 24)
+    for dtype in DTYPES:
+        slot = RoundedSlot.like([keys.to(dtype)], 37, Ages((37,), at(4)))
+        held = sum(x.nbytes for of in (*slot.versions, *slot.changes) for x in of)
+        assert held == 2 * 3 * 37 * RoundedSlot.held_bytes(24, dtype.itemsize)
+        sent = slot._sent(torch.arange(4), [keys.to(dtype)])
+        assert sum(x.nbytes for x in sent) == 2 * 3 * 4 * RoundedSlot.sent_bytes(24, dtype.itemsize)
+        assert slot.fits([keys.to(dtype)], 37)
+        assert not slot.fits([keys.to(dtype)], 36)
+        assert not any(slot.fits([keys.to(other)], 37) for other in DTYPES if other != dtype)
+    assert RoundedSlot.held_bytes(128, 2) == version_bytes(128) + change_bytes(128) == 196
+
+
+def test_a_slot_of_few_bits_lands_what_all_have_sent():
+    """Five tokens in two parts that share the middle one; every rank adds the same changes."""
+    slots = [rounded_slot_of(127) for _ in range(2)]
+    sent = [
+        slot._sent(part_index((5,), 2, part), three(value))
+        for slot, part, value in zip(slots, (0, 1), (254, 508), strict=True)
+    ]
+    for slot in slots:
+        slot.packet = Arrived(*zip(*sent, strict=True))
+        slot.land((5,), (0, 1))
+        assert version_in(slot) == pytest.approx([254, 254, 508, 508, 508], rel=2**-7)
+        assert change_in(slot) == pytest.approx([127, 127, 381, 381, 381], rel=2**-8)
+        before = version_in(slot)
+        slot.land((5,), (0, 1))  # there is nothing to land twice
+        assert version_in(slot) == before
+    assert version_in(slots[0]) == version_in(slots[1])
+
+
+def test_errors_of_few_bits_do_not_grow():
+    """Each change makes good for what the last one's rounding, and the version's, took away."""
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 5, 8)
+    slot, errors = RoundedSlot.like([keys], 5, Ages((5,), at(4))), []
+    slot.replace(lambda first: first[0].copy_(keys), (5,), (0,), first=True, alike=False)
+    for _ in range(100):
+        keys = keys + 0.1 * torch.randn(keys.shape)
+        slot.packet = Arrived(*([x] for x in slot._sent(torch.arange(5), [keys])))
+        slot.land((5,), (0,))
+        errors.append((value(slot.versions[0], torch.float32) - keys).abs().max())
+    assert max(errors) < 2 * max(errors[:5]) < 0.2
+
+
 # --------------------------------------------------------------------------------------- exchange
 
 gpu = pytest.mark.skipif(
@@ -489,3 +604,127 @@ def test_rows_of_any_head_dim(head_dim):
     assert numbers.shape == new.shape
     assert scales.shape == (2, 3, 4, 1)
     assert ((numbers * scales - (new - old)).abs() <= 0.501 * scales).all()
+
+
+# ---------------------------------------------------------------------------------------- rounded
+
+
+def in_words(x, largest):
+    """What `x` is rounded to, in float64 and number by number, and the scales."""
+    x = x.double()
+    scales = (x.abs().amax(-1, keepdim=True) / largest).float().bfloat16().double()
+    shares = (x / scales).nan_to_num().round().clamp(-largest, largest)
+    return shares * scales, scales
+
+
+def held_like(x):
+    """Memory with what must be written over in it."""
+    return [
+        Rounded(*(y.view(torch.uint8).fill_(0xA5).view(y.dtype) for y in like(x.shape, x.device)))
+        for like in (version_like, change_like)
+    ]
+
+
+def version_of(x):
+    version, change = held_like(x)
+    renew_in_torch(version, change, x, alone=True)
+    return version
+
+
+def check_held(version, change, last, before):
+    """A version is `last`, rounded; its change is from `before` to it, rounded to fewer bits."""
+    got = value(version, torch.float64), value_of_change(change, before.double())
+    for mine, exact, largest in zip(
+        got, (last, last.double() - before.double()), (127, 7), strict=True
+    ):
+        want, scales = in_words(exact.cpu(), largest)
+        off = (mine.cpu() - want).abs()
+        # Half way between two numbers either will do.
+        assert (off <= 1.001 * scales).all()
+        assert (off > 1e-3 * scales).double().mean() < 0.01
+
+
+ODD = {"dim": 23}  # a head's halves are not alike
+ROUNDED = pytest.mark.parametrize(("dtype", "size"), [*((x, {}) for x in DTYPES), (DTYPES[1], ODD)])
+
+
+def check_renew(function, dtype, size, device="cpu"):
+    first, second, *_ = (x.to(device) for x in versions(dtype, **size))
+    first[..., 3, :] = 0  # a scale of nothing
+    version, change = held_like(first)
+    function(version, change, second, alone=True)
+    check_held(version, change, second, second)
+    before = value(version, torch.float64)
+    function(version, change, first, alone=False)
+    check_held(version, change, first, before)
+
+
+@ROUNDED
+def test_a_sync_step_rounds_each_number(dtype, size):
+    check_renew(renew_in_torch, dtype, size)
+
+
+@gpu
+@ROUNDED
+def test_a_kernel_rounds_each_number(dtype, size):
+    check_renew(renew, dtype, size, "cuda")
+
+
+def check_change_and_advance(change_of, advance, dtype, size, device="cpu"):
+    first, _, new, *_ = (x.to(device) for x in versions(dtype, **size))
+    version = version_of(first[..., : new.shape[-2], :].contiguous())
+    before = value(version, torch.float64)
+    change = change_of(new, version)
+    after = before + value_of_change(change, before)
+    assert torch.equal(value(version, torch.float64), before)
+    want, scales = in_words((new.double() - before).cpu(), 7)
+    assert (((after - before).cpu() - want).abs() <= 1.001 * scales).all()
+    advance(version, change)
+    check_held(version, change, after, after - value_of_change(change, before))
+
+
+@ROUNDED
+def test_a_rounded_change_moves_a_version_on(dtype, size):
+    check_change_and_advance(change_in_torch, advance_rounded_in_torch, dtype, size)
+
+
+@gpu
+@ROUNDED
+def test_a_kernel_moves_a_version_on(dtype, size):
+    check_change_and_advance(change_to, advance_rounded, dtype, size, "cuda")
+
+
+def check_exchange_rounded(function, dtype, keep, size, device="cpu"):
+    first, second, fresh, sources, ahead, _ = versions(dtype, **size)
+    version, change = held_like(second.to(device))
+    renew_in_torch(version, change, second.to(device), alone=True)
+    renew_in_torch(version, change, first.to(device), alone=False)
+    last, moved = value(version, torch.float64).cpu(), value_of_change(change, first.double()).cpu()
+    held = [x.clone() for x in (*version, *change)]
+    places = Standing.of(sources, device)
+    got = function(version, change, fresh.to(device), places, ahead.to(device), keep)
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    own = sources >= 0
+    want = last + ahead[:, None].double() * moved
+    want[..., own, :] = fresh.double()
+    torch.testing.assert_close(got.cpu(), want.to(dtype))
+    for now, then in zip((*version, *change), held, strict=True):
+        stays = torch.ones(len(sources), dtype=torch.bool) if not keep else ~own
+        assert torch.equal(now[..., stays, :].cpu(), then[..., stays, :].cpu())
+    if keep:
+        mine = (Rounded(*(x[..., own, :].cpu() for x in of)) for of in (version, change))
+        check_held(*mine, fresh, last[..., own, :])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@ROUNDED
+def test_exchange_of_few_bits(dtype, size, keep):
+    check_exchange_rounded(exchange_rounded_in_torch, dtype, keep, size)
+
+
+@gpu
+@pytest.mark.parametrize("keep", [True, False])
+@ROUNDED
+def test_exchange_of_few_bits_by_kernel(dtype, size, keep):
+    check_exchange_rounded(exchange_rounded, dtype, keep, size, "cuda")

@@ -143,11 +143,14 @@ class Choices:
 
 
 def _less_memory(schedule: Schedule) -> list[Schedule]:
-    """Others that remember less: in 8 bits, without a second version, nothing."""
+    """Others that remember less: in fewer bits, or nothing.
+
+    Not without a second version, which takes more than both in few bits, and drifts further.
+    """
     found = []
     if schedule.kind.remembers:
-        found.append(with_fields(schedule, order=1, compression="int8"))
-        found.append(with_fields(schedule, order=0, compression="none"))
+        for compression in ("int8", "int4"):
+            found.append(with_fields(schedule, order=1, compression=compression))
     found.append(with_fields(schedule, policy="gather", sync="gather", order=1, compression="none"))
     return [x for x in found if x != schedule]
 

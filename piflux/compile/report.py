@@ -19,6 +19,11 @@ PACKETS = 2
 """Packets of keys and values that are under way at once in a step that gathers them: one arrives
 while the next is written."""
 
+COMPRESSED = {
+    "int8": " by changes in 8 bits",
+    "int4": " from versions in 8 bits by changes in 4",
+}
+
 
 @dataclass(frozen=True)
 class BoundaryReport:
@@ -122,7 +127,7 @@ class GraphReport:
             + (f"sync at {syncs}{refresh}" if s.kind.remembers else "every step a sync step")
             + (", recomputed" if s.sync == "recompute" else "")
             + (", predicted between" if s.predicts else "")
-            + (" by changes in 8 bits" if s.compresses else "")
+            + (COMPRESSED[s.compression] if s.compresses else "")
             + (f", computing {_computed(s.compute)}" if s.skips else ""),
             *([f"  sync by '{s.sync}'".ljust(25) + self.why_sync] if self.why_sync else []),
             f"  attentions rewritten   {self.attentions}",

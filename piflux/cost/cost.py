@@ -174,13 +174,15 @@ class KeysAndValues:
 
     def token_bytes(self, schedule: Schedule) -> TokenBytes:
         """Of one token."""
-        version = change = 0
+        version = held = sent = 0
         for x in self.pair:
-            width = example_size(x.shape[-1], x)
-            token, head = token_bytes(x, -2), width * x.element_size()
+            width, itemsize = example_size(x.shape[-1], x), x.element_size()
+            token = token_bytes(x, -2)
+            heads = token // (width * itemsize)
             version += token
-            change += token // head * schedule.slots.change_bytes(width, head)
-        return TokenBytes(version, change if schedule.order else 0, change)
+            held += heads * schedule.slots.held_bytes(width, itemsize) if schedule.order else token
+            sent += heads * schedule.slots.sent_bytes(width, itemsize)
+        return TokenBytes(version, held, sent)
 
 
 def keys_and_values(plan: Plan, found: Attention, world_size: int) -> KeysAndValues:

@@ -43,8 +43,13 @@ class ChangeSlot(Slot):
         return cls(ages, first, rows)
 
     @staticmethod
-    def change_bytes(width: int, version_bytes: int) -> int:
-        """See `Slot.change_bytes`."""
+    def held_bytes(width: int, itemsize: int) -> int:
+        """See `Slot.held_bytes`."""
+        return width * itemsize + row_bytes(width)
+
+    @staticmethod
+    def sent_bytes(width: int, itemsize: int) -> int:
+        """See `Slot.sent_bytes`."""
         return row_bytes(width)
 
     def begin_step(self, *, first: bool, sync: bool, alike: bool) -> None:

@@ -51,14 +51,19 @@ class Slot:
         return cls(ages, first) if ages is None else cls(ages, first, [x[1] for x in both], both)
 
     @staticmethod
-    def change_bytes(width: int, version_bytes: int) -> int:
-        """Memory of what is remembered, or sent, of one token and head beside its last version.
+    def held_bytes(width: int, itemsize: int) -> int:
+        """Memory of what is remembered of one token and head, where keys or values are predicted.
 
         Args:
             width: numbers of a head.
-            version_bytes: of the version.
+            itemsize: bytes of one as the model computes it.
         """
-        return version_bytes
+        return 2 * width * itemsize
+
+    @staticmethod
+    def sent_bytes(width: int, itemsize: int) -> int:
+        """What `send` sends of one token and head; as for `held_bytes`."""
+        return width * itemsize
 
     def fits(self, fresh: Sequence[Tensor], tokens: int) -> bool:
         """Whether keys and values like `fresh`, but of so many tokens, are of this slot's kind."""

@@ -19,13 +19,13 @@ class TokenBytes:
     """Bytes of the keys and values of one token in one attention.
 
     Attributes:
-        version: as the model computes them.
-        second: what is remembered beside the last version.
-        sent: what a step that isn't sync sends; see `Slot.change_bytes`.
+        version: as the model computes them, which is what sync steps send.
+        held: what is remembered of it; see `Slot.held_bytes`.
+        sent: what a step that isn't sync sends; see `Slot.sent_bytes`.
     """
 
     version: int
-    second: int
+    held: int
     sent: int
 
 
@@ -73,7 +73,7 @@ class Policy(ABC):
             part: tokens of a part.
             world_size: the number of parts.
         """
-        return (token.version + token.second) * tokens
+        return token.held * tokens
 
     @classmethod
     def sent_bytes(cls, token: TokenBytes, part: int, world_size: int) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PolicyName = Literal["gather", "rotate", "displaced"]
 Sync = Literal["gather", "recompute", "auto"]
-Compression = Literal["none", "int8"]
+Compression = Literal["none", "int8", "int4"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (docs/drift.md).
@@ -41,8 +41,9 @@ class Schedule:
             are slow, 'auto' is either of them, chosen when the first graph is compiled.
         order: how attention guesses what remembered keys and values have become: 0, as they were;
             1, moved on by the change between their last two versions.
-        compression: of that change, where it is remembered and where 'displaced' sends it: 'none',
-            or 'int8', which takes 8 bits a number and a scale for each token and head.
+        compression: of that change, where it is remembered and where 'displaced' sends it: 'none';
+            'int8', which takes 8 bits a number and a scale for each token and head; 'int4', which
+            takes 4, and 8 of the last version, too.
         compute: which steps are computed, see `piflux.policies.masks`; in the others the
             prediction is continued along the last computed ones.
 
@@ -90,11 +91,13 @@ class Schedule:
         if self.order not in (0, 1):
             raise ValueError(f"order must be 0 or 1, got {self.order!r}")
         if self.compression not in get_args(Compression):
-            raise ValueError(f"unknown compression {self.compression!r}: choose 'none' or 'int8'")
-        if self.compression == "int8" and self.order == 0:
             raise ValueError(
-                "compression='int8' is of the change between two versions, of which order=0 "
-                "remembers one: choose order=1, or compression='none'"
+                f"unknown compression {self.compression!r}: choose 'none', 'int8' or 'int4'"
+            )
+        if self.compression != "none" and self.order == 0:
+            raise ValueError(
+                f"compression={self.compression!r} is of the change between two versions, of "
+                "which order=0 remembers one: choose order=1, or compression='none'"
             )
         read_compute(self.compute)
 
@@ -109,9 +112,12 @@ class Schedule:
     def slots(self) -> type[Slot]:
         """How keys and values are remembered."""
         from piflux.memory.changes import ChangeSlot
+        from piflux.memory.rounded import RoundedSlot
         from piflux.memory.slots import Slot
 
-        return ChangeSlot if self.compresses else Slot
+        if not self.compresses:
+            return Slot
+        return ChangeSlot if self.compression == "int8" else RoundedSlot
 
     def make_policy(self) -> Policy:
         """The policy, of one model on its ranks."""
@@ -125,7 +131,7 @@ class Schedule:
     @property
     def compresses(self) -> bool:
         """Whether the change that this predicts by is compressed."""
-        return self.predicts and self.compression == "int8"
+        return self.predicts and self.compression != "none"
 
     @property
     def first_syncs(self) -> tuple[int, ...]:

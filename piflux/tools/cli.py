@@ -349,7 +349,7 @@ def _all_settings(ranks: int) -> dict[str, Schedule]:
     """Those that differ in memory, as options give them."""
     kinds: list[dict[str, Any]] = [{"policy": "gather"}]
     for policy in ("displaced", "rotate"):
-        for more in ({}, {"compression": "int8"}, {"order": 0}):
+        for more in ({}, {"compression": "int8"}, {"compression": "int4"}, {"order": 0}):
             kinds.append({"policy": policy, **more})
     names = [" ".join(f"--{name} {value}" for name, value in kind.items()) for kind in kinds]
     schedules = [Schedule(**kind, world_size=ranks) for kind in kinds]

@@ -70,7 +70,7 @@ def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> C
 
     One rank's step is the fastest row's of one rank; a gathered sync step is the row `gather`'s, a
     recomputed one is one rank's; any other step is the median of the row named like the policy,
-    with '-int8' after it where changes are compressed.
+    with '-int8' or '-int4' after it where changes are compressed.
 
     Args:
         bench: the record, as `bench.json` has it.
@@ -87,7 +87,7 @@ def measured_cost(bench: Mapping[str, Any], schedule: Schedule, steps: int) -> C
     }
     alone = [median for (_, ranks), median in medians.items() if ranks == 1]
     recompute = schedule.sync == "recompute"
-    row = schedule.policy + ("-int8" if schedule.compresses else "")
+    row = schedule.policy + (f"-{schedule.compression}" if schedule.compresses else "")
     needed = {(row, schedule.world_size)}
     needed |= set() if recompute else {("gather", schedule.world_size)}
     missing = [f"{name!r} on {ranks} ranks" for name, ranks in sorted(needed - medians.keys())]

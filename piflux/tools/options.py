@@ -53,7 +53,8 @@ OrderOption = Annotated[
     int, typer.Option(min=0, max=1, help="1: predict remembered keys and values. 0: don't.")
 ]
 CompressionOption = Annotated[
-    Literal["none", "int8"], typer.Option(help="Of the changes that prediction remembers.")
+    Literal["none", "int8", "int4"],
+    typer.Option(help="Of what prediction remembers: its changes; int4: versions, too."),
 ]
 ComputeOption = Annotated[
     str,
