@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from piflux.ranks.processes import Meeting
     from piflux.ranks.virtual import VirtualRanks
 
 Target = TypeVar("Target")
@@ -160,7 +161,7 @@ class ParallelModule(View, nn.Module):
 def parallelize(
     target: Target,
     *,
-    group: ProcessGroup | DeviceMesh | VirtualRanks | None = None,
+    group: ProcessGroup | DeviceMesh | Meeting | VirtualRanks | None = None,
     policy: PolicyName | str = "rotate",
     sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
     refresh_every: int | None = None,
@@ -179,7 +180,8 @@ def parallelize(
             signature, for inference only.
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group. With none
             initialised and torchrun's environment present, it is initialised; else one rank runs
-            alone. `piflux.virtual_ranks(n)` simulates n ranks in this process.
+            alone. `piflux.virtual_ranks(n)` simulates n ranks in this process. Where processes come
+            and go, as in a server, a `piflux.ranks.processes.Meeting`.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered). 'auto' takes the freshest that the link between
             the ranks can afford, on all of them alike: at the first call it measures the link and

@@ -284,3 +284,11 @@ def test_headers_tell_ranks_that_came_apart():
             assert header.apart(headers)
             assert name in header.tell(headers)
     assert 8 * ahead().numel() == header.BYTES
+
+
+def test_a_wish_rides_on_a_header_and_tells_no_ranks_apart():
+    x, t = torch.ones(1, 4, 4), torch.tensor([0.5])
+    without, wishing = (header.header_of((1, 2, 3), [t], [x], wish=wish) for wish in (False, True))
+    assert not header.apart(torch.stack([without, wishing]))
+    assert header.wishes(torch.stack([without, wishing, without]))
+    assert not header.wishes(torch.stack([without, without]))

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from piflux.cost.cost import Rates
 from piflux.cost.rates import slowest_rates
@@ -58,7 +57,8 @@ def _machine(ranks: ProcessRanks, device: torch.device) -> str:
     """What rates depend on beside a model's shapes."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
     where = "one host" if here >= ranks.size else f"{here} ranks a host"
-    link = f"{dist.get_backend_config(ranks.group)} on {where}"
+    backends = ",".join(f"{device}:{name}" for device, name in ranks.backends.items())
+    link = f"{backends} on {where}"
     if device.type == "cuda" and torch.cuda.device_count() > 1:
         link += " with peers" if torch.cuda.can_device_access_peer(0, 1) else " without peers"
     return f"{device_name(device)}; {ranks.size} ranks; torch {torch.__version__}; {link}"

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from piflux.errors import Excluded, PifluxError, RankFailed, RankLost, RanksDisagree
 from piflux.ranks.board import Answer, Board, bounded
-from piflux.ranks.header import apart, tell
+from piflux.ranks.header import apart, tell, wishes
 from piflux.ranks.links import Link
 
 log = logging.getLogger(__name__)
@@ -83,6 +83,8 @@ class Control:
         doing: what the main thread is at, for messages.
         busy: whether that is compiling, which may take longer than the timeout.
         exchanged: whether anything was exchanged since the image began.
+        wish: whether this rank wants the image to end.
+        backends: see `Link`.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class Control:
         self.doing = "the beginning"
         self.busy = False
         self.exchanged = False
-        self._backends = backends
+        self.backends = backends
+        self.wish = self._wished = False
+        self._wishes: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # on a GPU, step by step
         self._store = dist.PrefixStore("piflux", store)
         self._epoch = -1
         self._link: Link | None = None
@@ -457,13 +461,31 @@ class Control:
             if before is not None and before[1].shape == headers.shape:
                 flag, headers = before[0] | flag, torch.where(before[0], before[1], headers)
             self._headers = flag, headers.clone()
+            wished = torch.empty((), dtype=torch.bool, pin_memory=True)
+            wished.copy_(wishes(headers), non_blocking=True)
             event = torch.cuda.Event()
             event.record()
+            self._wishes.append((event, wished))
             if not self._given:
                 self._progress = time.monotonic()
             self._given.append(event)
         elif differ:
             self._disagree(tell(headers))
+        else:
+            self._wished |= bool(wishes(headers))
+
+    def wished(self) -> bool:
+        """Whether any rank wants the image to end: after the same prediction on all ranks.
+
+        On a GPU the latest prediction is left out, for which the host would have to wait.
+        """
+        while len(self._wishes) > 1:
+            event, wished = self._wishes.popleft()
+            # The host looks, rather than wait where nothing could call it back.
+            while not event.query() and not (self._link is None or self._link.broken):
+                time.sleep(LOOK_S)
+            self._wished |= event.query() and bool(wished)
+        return self._wished
 
     def _is_device_busy(self) -> bool:
         """Whether steps were given to a GPU that it hasn't come to an end of."""
@@ -521,7 +543,7 @@ class Control:
         """Nobody is left."""
         self._leave("lost", "the others are gone")
         epoch = self._epoch + 1
-        link = Link(self._store, f"{self._name}-{epoch}", 0, 1, self._backends, 1.0)
+        link = Link(self._store, f"{self._name}-{epoch}", 0, 1, self.backends, 1.0)
         self._enter(epoch, (self.rank,), link)
 
     def _meet(self) -> None:
@@ -590,7 +612,7 @@ class Control:
         index, size = members.index(self.rank), len(members)
         try:
             link = bounded(
-                lambda: Link(store, name, index, size, self._backends, self.timeout_s),
+                lambda: Link(store, name, index, size, self.backends, self.timeout_s),
                 self.timeout_s + BEAT_S,
             )
         except Exception as error:
@@ -626,6 +648,8 @@ class Control:
         self.image += 1
         self.calls = 0
         self.exchanged = False
+        self.wish = self._wished = False
+        self._wishes.clear()
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -16,14 +16,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from piflux.errors import RankFailed
 from piflux.ranks import environment
 from piflux.ranks.board import Silent, bounded
-from piflux.ranks.processes import ProcessRanks
+from piflux.ranks.processes import Meeting, ProcessRanks
 from piflux.ranks.protocol import Ranks
 from piflux.ranks.virtual import VirtualRanks
 
 log = logging.getLogger(__name__)
 
 
-def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -> Ranks | None:
+def resolve_group(
+    group: dist.ProcessGroup | DeviceMesh | Meeting | VirtualRanks | None,
+) -> Ranks | None:
     """The ranks to run on; None for one rank alone.
 
     Without a group it is the default one; where none is initialised but torchrun's environment is
@@ -38,6 +40,8 @@ def resolve_group(group: dist.ProcessGroup | DeviceMesh | VirtualRanks | None) -
     """
     if isinstance(group, VirtualRanks):
         return group if group.size > 1 else None
+    if isinstance(group, Meeting):
+        return ProcessRanks(group) if group.size > 1 else None
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -121,8 +125,7 @@ def serves(ranks: Ranks | None, device: torch.device) -> bool:
     """Whether the ranks can send each other tensors of `device`."""
     if not isinstance(ranks, ProcessRanks):
         return True
-    served = dist.get_backend_config(ranks.group)
-    return device.type in dict(pair.split(":") for pair in served.split(",") if ":" in pair)
+    return device.type in ranks.backends
 
 
 def check_device(ranks: Ranks | None, device: torch.device) -> None:
@@ -136,7 +139,7 @@ def check_device(ranks: Ranks | None, device: torch.device) -> None:
     if not serves(ranks, device):
         raise RuntimeError(
             f"the model is on {device.type}, but the process group serves only "
-            f"{dist.get_backend_config(ranks.group)}: move the model, or initialise "
+            f"{', '.join(ranks.backends)}: move the model, or initialise "
             "torch.distributed with 'cpu:gloo,cuda:nccl'"
         )
     own = _own_gpu(device)

@@ -27,20 +27,28 @@ PLACES = ("image", "call of the image", "step")
 NUMBERS = len(PLACES) + CLOCKS + 1
 """That are compared exactly; those of the latents follow."""
 
-BYTES = 8 * (NUMBERS + 1 + PROJECTIONS)
+BYTES = 8 * (NUMBERS + 1 + PROJECTIONS + 1)
+"""The last number is a wish, in which ranks may differ."""
 
 
-def header_of(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> Tensor:
+def header_of(
+    places: Sequence[int],
+    clocks: Sequence[Tensor],
+    latents: Sequence[Tensor],
+    *,
+    wish: bool = False,
+) -> Tensor:
     """(numbers,) in float64, made without waiting for the device.
 
     Args:
         places: see PLACES.
         clocks: of the call.
         latents: likewise, at least one, and what else is another at each step.
+        wish: whether this rank wants the image to end; see `wishes`.
     """
     device = latents[0].device
     pinned = device.type == "cuda"  # else the host might wait
-    where = torch.tensor(places, dtype=torch.float64, pin_memory=pinned)
+    where = torch.tensor([*places, wish], dtype=torch.float64, pin_memory=pinned)
     where = where.to(device, non_blocking=True)
     times = [x.reshape(-1).to(device, torch.float64) for x in clocks]
     time = torch.cat([*times, torch.zeros(CLOCKS, dtype=torch.float64, device=device)])
@@ -49,7 +57,7 @@ def header_of(places: Sequence[int], clocks: Sequence[Tensor], latents: Sequence
         torch.cat([x.norm().reshape(1), _waves(x.numel(), device) @ x])
         for x in (latent.detach().reshape(-1).to(device, torch.float32) for latent in latents)
     ]
-    return torch.cat([where, first, rest, torch.stack(found).sum(0).double()])
+    return torch.cat([where[:-1], first, rest, torch.stack(found).sum(0).double(), where[-1:]])
 
 
 @lru_cache(maxsize=4)  # some megabytes each
@@ -61,10 +69,15 @@ def _waves(count: int, device: torch.device) -> Tensor:
 
 def apart(headers: Tensor) -> Tensor:
     """Whether any of (ranks, numbers) differs from the first: one flag, on their device."""
-    exact, latents = headers[:, :NUMBERS], headers[:, NUMBERS:]
+    exact, latents = headers[:, :NUMBERS], headers[:, NUMBERS:-1]
     scale = TOLERANCE * latents[:, :1].max()
     near = (latents - latents[0]).abs() <= scale
     return ~(_same(exact, exact[0]).all() & (near | _same(latents, latents[0])).all())
+
+
+def wishes(headers: Tensor) -> Tensor:
+    """Whether any of (ranks, numbers) wants the image to end: one flag, on their device."""
+    return (headers[:, -1] != 0).any()
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:

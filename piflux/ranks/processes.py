@@ -6,6 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +19,7 @@ from piflux.errors import RankLost
 from piflux.ranks.agreement import check_agreement
 from piflux.ranks.control import Control
 from piflux.ranks.copies import Copies, Peers, reach
-from piflux.ranks.environment import timeout_s
+from piflux.ranks.environment import DEFAULT_TIMEOUT_S, timeout_asked, timeout_s
 from piflux.ranks.header import BYTES
 from piflux.ranks.links import Link
 from piflux.ranks.protocol import Gathering, Result
@@ -27,6 +28,31 @@ ALIGNMENT = 16
 """Of a header, and of each rank's piece before one, in bytes."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Meeting:
+    """Where the ranks of a group meet that is no process group of torch's.
+
+    Processes may come and go between such groups, and be in several. What is in a group ends with
+    the meeting of each of its ranks, as with a process group.
+
+    Attributes:
+        store: that all of them reach.
+        name: no other meeting's of this store.
+        rank: of this process.
+        size: how many ranks there are.
+    """
+
+    store: dist.Store
+    name: str
+    rank: int
+    size: int
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """By the type of a device, which of torch's backends serves it."""
+        return {"cpu": "gloo"} | ({"cuda": "nccl"} if torch.cuda.is_available() else {})
 
 
 class ProcessRanks:
@@ -39,8 +65,8 @@ class ProcessRanks:
 
     in_one_process = False
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = weakref.ref(group)
+    def __init__(self, group: dist.ProcessGroup | Meeting) -> None:
+        self._group: weakref.ref[dist.ProcessGroup | Meeting] = weakref.ref(group)
         self._control = _control(group)
         self._peers: dict[torch.device, Peers | None] = {}
         self._peers_of: Link | None = None
@@ -54,7 +80,7 @@ class ProcessRanks:
         return self._control.index
 
     @property
-    def group(self) -> dist.ProcessGroup:
+    def group(self) -> dist.ProcessGroup | Meeting:
         """The group whose ranks these are, or were at first.
 
         Raises RuntimeError after its end.
@@ -65,6 +91,24 @@ class ProcessRanks:
                 "the process group of this model was destroyed: parallelize it again in a new one"
             )
         return group
+
+    @property
+    def backends(self) -> dict[str, str]:
+        """By the type of a device, which of torch's backends serves it."""
+        assert self.group is not None, "raises"
+        return self._control.backends
+
+    @property
+    def wish(self) -> bool:
+        return self._control.wish
+
+    @wish.setter
+    def wish(self, wish: bool) -> None:
+        self._control.wish = wish
+
+    def wished(self) -> bool:
+        """Whether any rank wants the image to end: all ranks know it after the same step."""
+        return self._control.wished()
 
     @property
     def doing(self) -> str:
@@ -175,25 +219,33 @@ class ProcessRanks:
                 raise failed from lost
 
 
-_CONTROLS: WeakKeyDictionary[dist.ProcessGroup, Control] = WeakKeyDictionary()
+_CONTROLS: WeakKeyDictionary[dist.ProcessGroup | Meeting, Control] = WeakKeyDictionary()
 
 
-def _control(group: dist.ProcessGroup) -> Control:
+def _control(group: dist.ProcessGroup | Meeting) -> Control:
     """Of a group there is one in a process, whatever models share it."""
     if group not in _CONTROLS:
-        pairs = dist.get_backend_config(group).split(",")
-        backends = dict(pair.split(":") for pair in pairs if ":" in pair)
-        control = Control(
-            _get_process_group_store(group),
-            group.group_name,
-            group.rank(),
-            group.size(),
-            backends,
-            timeout_s(group),
-        )
+        control = _control_of(group)
         _CONTROLS[group] = control
         weakref.finalize(group, control.close).atexit = False
     return _CONTROLS[group]
+
+
+def _control_of(group: dist.ProcessGroup | Meeting) -> Control:
+    if isinstance(group, Meeting):
+        store = dist.PrefixStore(group.name, group.store)
+        within_s = timeout_asked() or DEFAULT_TIMEOUT_S
+        return Control(store, group.name, group.rank, group.size, group.backends, within_s)
+    pairs = dist.get_backend_config(group).split(",")
+    backends = dict(pair.split(":") for pair in pairs if ":" in pair)
+    return Control(
+        _get_process_group_store(group),
+        group.group_name,
+        group.rank(),
+        group.size(),
+        backends,
+        timeout_s(group),
+    )
 
 
 class _Collective:

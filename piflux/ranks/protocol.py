@@ -67,6 +67,9 @@ class Ranks(Protocol):
     busy: bool
     """Whether that is compiling, which others wait for longer than for anything else."""
 
+    wish: bool
+    """Whether this rank wants the image under way to end: told with the next prediction."""
+
     def image(self) -> AbstractContextManager[None]:
         """An image, with all its calls: what leaves it is told to all."""
 

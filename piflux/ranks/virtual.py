@@ -24,6 +24,7 @@ class VirtualRanks:
 
     in_one_process = True
     epoch = 0
+    wish = False
 
     def __init__(self, size: int) -> None:
         if not isinstance(size, int) or size < 1:

@@ -207,7 +207,8 @@ class Runtime:
         latents = [x for x in latents if x.is_floating_point()]
         if not latents:
             return None
-        return header_of((*self.ranks.at(), stream.index), clocks, latents)
+        places = *self.ranks.at(), stream.index
+        return header_of(places, clocks, latents, wish=self.ranks.wish)
 
     @property
     def in_fragments(self) -> bool:
