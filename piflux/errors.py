@@ -123,6 +123,12 @@ class Excluded(RankFailed):
     """The other ranks went on without this one, which was stopped or cut off for too long."""
 
 
+class Stopped(PifluxError):
+    """An image was ended before its last step, on all ranks after the same one, as was asked."""
+
+    on_all_ranks = True
+
+
 def plain(message: str) -> str:
     """Without the advice that Dynamo adds to what a backend raises."""
     return message.partition("\nSet TORCHDYNAMO_VERBOSE")[0].rstrip()

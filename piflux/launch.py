@@ -205,7 +205,7 @@ def _rank(
     parent: int, told: Any, environment: dict[str, str], function: Callable[..., Any], args: Any
 ) -> None:
     """A rank's life."""
-    _end_with(parent)
+    end_with(parent)
     # Python's own handler would run only after a collective that may never end. SIGINT stays
     # blocked: whoever started the rank gets a terminal's Ctrl-C as well, and ends it.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -222,7 +222,7 @@ def _rank(
     told.close()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Let the system end this process with the one that started it, however that ends."""
     if sys.platform == "linux":
         import ctypes

@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from piflux.errors import CannotCapture, StepsUnforeseen
 from piflux.integrations.alike import Decoder, Edits, facts_of, telling_of_edits
 from piflux.integrations.bands import Bands, MixesRows
 from piflux.integrations.times import shown
+from piflux.policies.masks import Compute
 from piflux.policies.step import Foreseen
 from piflux.ranks.agreement import check_agreement
 from piflux.ranks.groups import serves
@@ -113,6 +115,23 @@ def ranks_of(pipe: Any) -> ProcessRanks | None:
     """Those that share a parallelized pipeline; None if they are all in this process."""
     ranks = pipe._piflux_modules[0]._piflux_compiler.runtime.ranks
     return ranks if isinstance(ranks, ProcessRanks) else None
+
+
+def set_compute(pipe: Any, compute: Compute) -> None:
+    """Which steps of a parallelized pipeline's next images are computed, on all ranks alike.
+
+    What was compiled stays as it is. `compute` is as in `parallelize`, and was read.
+    """
+    for runtime in pipe._piflux_runtimes():
+        runtime.settle(replace(runtime.schedule, compute=compute))
+
+
+def sharing(pipe: Any, sister: Any) -> Any:
+    """A pipeline like `sister`, of another class with the same parts, with the transformers of the
+    parallelized `pipe`: what was compiled serves both."""
+    originals = {id(module._piflux_target): module for module in pipe._piflux_modules}
+    modules = {name: originals[id(module)] for name, module in transformers_of(sister).items()}
+    return parallel_pipeline(sister, modules)
 
 
 class ParallelPipeline(View):

@@ -112,7 +112,8 @@ class Report:
     Attributes:
         quality: the promise.
         policy: the schedule's, 'one rank' for none.
-        lpips: measured for the promise on the demo's model or by the operator; 0 for lossless.
+        lpips: measured for the promise on the demo's model; 0 where all steps are computed exactly,
+            None for an operator's schedule, which was measured elsewhere.
         steps: denoise steps.
         computed: those that were not continued.
         ranks: how many drew it in the end.
@@ -124,7 +125,7 @@ class Report:
 
     quality: Quality
     policy: str
-    lpips: float
+    lpips: float | None
     steps: int
     computed: int
     ranks: int

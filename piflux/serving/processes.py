@@ -1,0 +1,131 @@
+"""Workers as processes of this machine, reached through sockets that nobody else can open."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from piflux.launch import cores
+from piflux.serving.messages import Command, Gone, Told
+
+LOOPBACK = "127.0.0.1"
+
+END_S = 1.0
+"""How long a process may take to end once its connection is closed."""
+
+
+class LocalWorkers:
+    """Starts a process a rank on this machine, each with a GPU of its own, if there are any.
+
+    Args:
+        ranks: how many there will be at a time.
+        cache: a folder where compiled code is kept; None for torch's own place.
+    """
+
+    def __init__(self, ranks: int, cache: Path | None = None) -> None:
+        self._ranks, self._cache = ranks, cache
+        self._store: Any = None
+
+    def open(self) -> tuple[str, int]:
+        import torch.distributed as dist
+
+        # The store's own socket would be open to the network.
+        listening = socket.create_server((LOOPBACK, 0), backlog=128)
+        port = int(listening.getsockname()[1])
+        self._store = dist.TCPStore(
+            LOOPBACK,
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+        return LOOPBACK, port
+
+    def start(self, number: int, hear: Callable[[Told], None]) -> LocalWorker:
+        return LocalWorker(number, self._environment(number), hear)
+
+    def _environment(self, number: int) -> dict[str, str]:
+        joined = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+        environment = {name: text for name, text in os.environ.items() if name not in joined}
+        environment |= {
+            "LOCAL_RANK": str(number),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if sys.platform == "linux":  # ranks reach each other on this machine, and nobody else does
+            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._ranks)))
+        if self._cache is not None:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = str(self._cache)
+        return environment
+
+    def close(self) -> None:
+        self._store = None
+
+
+class LocalWorker:
+    """One process. Two threads of ours read what it tells, and write commands."""
+
+    def __init__(
+        self, number: int, environment: dict[str, str], hear: Callable[[Told], None]
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "piflux.serving.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+            )
+        finally:
+            theirs.close()
+        self.pid = self._process.pid
+        self._hear = hear
+        self._number = number
+        self._reading = Connection(ours.detach())
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        for work in (self._read, self._write):
+            threading.Thread(target=work, daemon=True, name=f"piflux-worker-{number}").start()
+
+    def send(self, command: Command) -> None:
+        self._commands.put(command)
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._hear(self._reading.recv())
+        except (EOFError, OSError):  # it has ended, or is about to
+            pass
+        finally:
+            self._commands.put(None)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_S)
+            self._process.kill()  # one whose connection broke can't be told anything
+            code = self._process.wait()
+            self._hear(Gone(_ended(self._number, code)))
+
+    def _write(self) -> None:
+        while (command := self._commands.get()) is not None:
+            try:
+                self._reading.send(command)
+            except OSError:  # it has ended, of which the other thread tells
+                return
+
+
+def _ended(number: int, code: int) -> str:
+    if code < 0:
+        return f"rank {number} was killed by {signal.Signals(-code).name}"
+    return f"rank {number} ended with exit code {code}"

@@ -1,0 +1,111 @@
+"""A rank's process: it loads the pipeline once, then draws what the engine tells it to."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from piflux.errors import CannotLoad, Excluded, RankFailed
+from piflux.serving.messages import Command, Draw, End, Failed, Load, Stop, Told
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """What the engine told, taken apart: commands in their turn, and which calls are to stop.
+
+    Attributes:
+        stopped: number of the latest call that is to stop.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = -1
+        self._commands: queue.SimpleQueue[Load | Draw | End] = queue.SimpleQueue()
+
+    def put(self, command: Command) -> None:
+        """From any thread."""
+        if isinstance(command, Stop):
+            self.stopped = max(self.stopped, command.number)
+        else:
+            self._commands.put(command)
+
+    def next(self) -> Load | Draw | End:
+        """Waits for it."""
+        return self._commands.get()
+
+
+def work(inbox: Inbox, tell: Callable[[Told], None]) -> None:
+    """A worker's life, from `Load` to `End`.
+
+    Raises:
+        CannotLoad: the pipeline.
+        Excluded: the other ranks went on without this one, which has to be started anew.
+    """
+    # Not before: a process that can't reach the engine need not load torch.
+    from piflux.serving.artist import Artist
+
+    load = inbox.next()
+    if not isinstance(load, Load):
+        return
+    artist = Artist(load.source, load.inner)
+    tell(artist.loaded())
+    while isinstance(draw := inbox.next(), Draw):
+        try:
+            told: Told = artist.draw(draw, lambda: draw.number == inbox.stopped, tell)
+        except Excluded:
+            raise
+        except Exception as error:
+            told = _failed(draw, error)
+        tell(told)
+
+
+def _failed(draw: Draw, error: Exception) -> Failed:
+    if isinstance(error, CannotLoad):
+        return Failed(draw.number, "refused", str(error))
+    if isinstance(error, RankFailed):
+        log.warning("call %d was lost: %s", draw.number, error)
+        return Failed(draw.number, "lost", str(error))
+    log.exception("call %d failed", draw.number)
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    return Failed(draw.number, "error", f"{type(error).__name__}: {said}")
+
+
+def main() -> None:
+    """As a process of its own, on the socket whose descriptor is the first argument."""
+    from piflux.launch import end_with
+
+    end_with(os.getppid())
+    # A terminal's Ctrl-C is the engine's to act on.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(format="%(levelname)s rank " + os.environ["LOCAL_RANK"] + ": %(message)s")
+    connection = Connection(int(sys.argv[1]))
+    inbox, sending = Inbox(), threading.Lock()
+
+    def read() -> None:
+        try:
+            while True:
+                inbox.put(connection.recv())
+        except (EOFError, OSError):  # the engine has ended, and takes all ranks with it
+            os._exit(1)
+
+    def tell(told: Told) -> None:
+        with sending:
+            connection.send(told)
+
+    threading.Thread(target=read, daemon=True, name="piflux-commands").start()
+    with contextlib.suppress(BrokenPipeError):
+        work(inbox, tell)
+    # What torch and its threads hold is the system's to free: nothing here has to be kept.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
