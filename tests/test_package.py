@@ -130,7 +130,7 @@ def test_the_wheel_is_small_and_holds_code_alone(wheel: Path) -> None:
         outside = [n for n in files.namelist() if not n.startswith(("piflux/", "piflux-"))]
         suffixes = {Path(n).suffix for n in files.namelist() if n.startswith("piflux/")}
     assert not outside
-    assert suffixes == {".py", ".md", ".typed"}
+    assert suffixes == {".py", ".md", ".typed", ".html", ".css", ".js"}  # the server's page
 
 
 @pytest.mark.parametrize(

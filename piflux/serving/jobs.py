@@ -159,6 +159,8 @@ class Model:
         default_size: width and height in pixels.
         default_steps: denoise steps.
         promises: policy and measured LPIPS of each quality, in words.
+        example: a prompt that it knows, for the page.
+        note: what is to be said beside its pictures.
     """
 
     name: str
@@ -172,6 +174,8 @@ class Model:
     default_steps: int
     promises: Mapping[Quality, str]
     loras: tuple[str, ...] = ()
+    example: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -224,4 +228,7 @@ class Engine(Protocol):
     def state(self) -> State: ...
 
     async def end(self, within_s: float) -> None:
-        """Take no more jobs, draw those that are there as far as time allows, end all ranks."""
+        """Take no more jobs, draw those that are there as far as time allows, end all ranks.
+
+        Called again it does nothing, or hurries.
+        """
