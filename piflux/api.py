@@ -35,7 +35,7 @@ from piflux.integrations.hooks import (
     within_hooks,
 )
 from piflux.integrations.times import shown
-from piflux.policies.schedule import BEST_SYNC_STEPS, Compression, PolicyName, Sync
+from piflux.policies.schedule import Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device
 from piflux.ranks.processes import ProcessRanks
 
@@ -163,7 +163,7 @@ def parallelize(
     *,
     group: ProcessGroup | DeviceMesh | Meeting | VirtualRanks | None = None,
     policy: PolicyName | str = "rotate",
-    sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
+    sync_steps: int | Sequence[int] | None = None,
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,
@@ -189,7 +189,7 @@ def parallelize(
             why, as `explain` does. Or the path of a `.json` file with settings that take the place
             of these, as `piflux quality --tune` writes it.
         sync_steps: the sync steps, which gather everything: their numbers, or how many of the
-            first steps.
+            first steps. By default (0, 2), and (0, 2, 5) where `compute` leaves steps out.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that, and a second graph is

@@ -95,6 +95,12 @@ def test_a_sync_step_that_is_skipped_comes_later():
     assert [step.index for step in steps if step.sync and step.computed] == [0, 3, 5, 11]
 
 
+def test_one_more_sync_step_where_steps_are_skipped():
+    assert Schedule("rotate", compute=18).first_syncs == (0, 2, 5)
+    assert Schedule("rotate", compute="xxxxxx").first_syncs == Schedule("rotate").first_syncs
+    assert Schedule("rotate", (0, 3), compute=18).first_syncs == (0, 3)
+
+
 def test_a_mask_in_a_file(tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text('{"policy": "displaced", "compute": "xxx.x"}')
@@ -132,7 +138,9 @@ def test_skipped_steps_equal_the_oracle(n, options):
     """With remembered keys and values of their true ages; the sync steps at 3 and 5 are skipped."""
     got = image(parallel(n, compute=MASK, **options))
     want = denoise(
-        Oracle(tiny_flux(), n, **{"policy": "gather"} | options, mask=MASK), flux_inputs(), STEPS
+        Oracle(tiny_flux(), n, **{"policy": "gather", "sync_steps": (0, 2, 5)} | options, mask=MASK),
+        flux_inputs(),
+        STEPS,
     )
     plain = list(denoise(sample(tiny_flux()), flux_inputs(), STEPS))
     for x, y in zip(got, want, strict=True):

@@ -24,7 +24,6 @@ from piflux.compile.report import GraphReport
 from piflux.errors import CannotShard, CompileError, NoAttention, NothingToShare, plain
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
-    BEST_SYNC_STEPS,
     Compression,
     PolicyName,
     Schedule,
@@ -279,7 +278,7 @@ def make_compiler(
     *,
     group: Any = None,
     policy: PolicyName | str = "rotate",
-    sync_steps: int | Sequence[int] = BEST_SYNC_STEPS,
+    sync_steps: int | Sequence[int] | None = None,
     refresh_every: int | None = None,
     sync: Sync = "gather",
     order: int = 1,

@@ -25,6 +25,10 @@ Compression = Literal["none", "int8", "int4"]
 # prediction two exact versions as early as they can be some way apart (docs/drift.md).
 BEST_SYNC_STEPS = (0, 2)
 
+# Where steps are skipped a part is computed less often, and its keys and values are older. One more
+# sync step makes up for most of it (docs/skipped.md).
+SKIPPING_SYNC_STEPS = (0, 2, 5)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -33,7 +37,8 @@ class Schedule:
     Attributes:
         policy: 'gather' (every step is a sync step), 'rotate' or 'displaced'.
         sync_steps: how many first steps are sync steps, or which ones are. Step 0 always is: the
-            caches start empty, and only a sync step can fill them.
+            caches start empty, and only a sync step can fill them. None becomes (0, 2), and
+            (0, 2, 5) where steps are skipped.
         refresh_every: after the last of those, one sync step every so many steps; None for never.
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
@@ -52,7 +57,7 @@ class Schedule:
     """
 
     policy: PolicyName = "rotate"
-    sync_steps: int | tuple[int, ...] = BEST_SYNC_STEPS
+    sync_steps: int | tuple[int, ...] | None = None
     refresh_every: int | None = None
     world_size: int = 1
     sync: Sync = "gather"
@@ -73,6 +78,10 @@ class Schedule:
                 f"the policy {self.policy!r} has sync steps only: recomputing them all is one "
                 "rank's work on every rank. Choose another policy, or sync='gather'"
             )
+        read_compute(self.compute)
+        if self.sync_steps is None:
+            best = SKIPPING_SYNC_STEPS if self.skips else BEST_SYNC_STEPS
+            object.__setattr__(self, "sync_steps", best)
         steps = self.sync_steps
         if not all(
             isinstance(step, int) and step >= 0
@@ -99,7 +108,6 @@ class Schedule:
                 f"compression={self.compression!r} is of the change between two versions, of "
                 "which order=0 remembers one: choose order=1, or compression='none'"
             )
-        read_compute(self.compute)
 
     @property
     def kind(self) -> type[Policy]:
@@ -137,6 +145,7 @@ class Schedule:
     def first_syncs(self) -> tuple[int, ...]:
         """The sync steps before any refresh, in order."""
         steps = self.sync_steps
+        assert steps is not None, "set by __post_init__"
         return tuple(sorted({0, *(range(steps) if isinstance(steps, int) else steps)}))
 
     @property

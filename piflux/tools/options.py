@@ -19,7 +19,12 @@ import typer
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
 from piflux.launch import cores, is_joined
 from piflux.policies.masks import read_compute
-from piflux.policies.schedule import BEST_SYNC_STEPS, Schedule, read_settings
+from piflux.policies.schedule import (
+    BEST_SYNC_STEPS,
+    SKIPPING_SYNC_STEPS,
+    Schedule,
+    read_settings,
+)
 
 LARGEST_SEED = 2**64 - 1
 """Of torch's generators."""
@@ -39,7 +44,8 @@ SyncStepsOption = Annotated[
     str | None,
     typer.Option(
         help="Steps that gather everything, as '0,2', or how many first ones. Default: "
-        + ",".join(map(str, BEST_SYNC_STEPS))
+        f"{','.join(map(str, BEST_SYNC_STEPS))}; with skipped steps "
+        f"{','.join(map(str, SKIPPING_SYNC_STEPS))}"
     ),
 ]
 RefreshOption = Annotated[
@@ -108,7 +114,7 @@ def settings(
     """
     given: dict[str, Any] = {
         "policy": policy,
-        "sync_steps": BEST_SYNC_STEPS if sync_steps is None else setting(sync_steps),
+        "sync_steps": None if sync_steps is None else setting(sync_steps),
         "refresh_every": refresh_every,
         **others,
     }
@@ -116,7 +122,8 @@ def settings(
         given["compute"] = read_compute(setting(str(given.get("compute", "all"))))
         if policy.endswith(".json"):
             given |= read_settings(policy)
-        Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
+        schedule = Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
+        given["sync_steps"] = schedule.sync_steps
     except ValueError as error:
         also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
         raise typer.BadParameter(f"{error}{also}") from None
