@@ -138,7 +138,9 @@ def test_skipped_steps_equal_the_oracle(n, options):
     """With remembered keys and values of their true ages; the sync steps at 3 and 5 are skipped."""
     got = image(parallel(n, compute=MASK, **options))
     want = denoise(
-        Oracle(tiny_flux(), n, **{"policy": "gather", "sync_steps": (0, 2, 5)} | options, mask=MASK),
+        Oracle(
+            tiny_flux(), n, **{"policy": "gather", "sync_steps": (0, 2, 5)} | options, mask=MASK
+        ),
         flux_inputs(),
         STEPS,
     )
