@@ -15,6 +15,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
 from piflux.capture.views import View, standing_for, view_of
+from piflux.compile.choices import MemoryLimit
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
 from piflux.errors import CannotShard, CompileError, DependsOnData, plain
@@ -168,6 +169,7 @@ def parallelize(
     sync: Sync = "gather",
     order: int = 1,
     compression: Compression = "none",
+    memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
@@ -201,6 +203,11 @@ def parallelize(
         compression: 'int8': that change is remembered in 8 bits a number in place of the second
             version, and is what 'displaced' sends in steady steps. 'int4': in 4 bits, and the last
             version in 8. 'none': as the model computes.
+        memory: GiB that a rank may hold on its GPU, with what is there before, or 'auto' for as
+            much as that has. Where the settings take more, those are taken in their place that fit
+            and are nearest to them: a stronger compression, and in the end 'gather', which
+            remembers nothing. It is counted at the first call, which says what it took and why, as
+            `explain` does. None: settings that don't fit are refused, but for what 'auto' chose.
         compute: which denoise steps are computed, on one rank, too; in the others no block is
             run, and the prediction is continued along the last two that were computed. 'all'; a
             number of the steps that the pipeline, or `generation`, announces; a mask such as
@@ -219,7 +226,7 @@ def parallelize(
         RuntimeError: CUDA asked for where there is none, or weights kept on another rank's GPU.
         RankFailed: there are fewer GPUs than ranks on this host.
         CannotCapture: one of diffusers' step caches is enabled; at the next call, if it is later.
-        CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
+        DoesNotFit, CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
     """
     settings: dict[str, Any] = {
         "group": group,
@@ -229,6 +236,7 @@ def parallelize(
         "sync": sync,
         "order": order,
         "compression": compression,
+        "memory": memory,
         "compute": compute,
         "inner": inner,
     }

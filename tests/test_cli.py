@@ -227,6 +227,8 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", f"--lora={__file__}:nan"], "the scale is not a finite number"),
         (["x", f"--mask={__file__}"], "--mask says where --image is painted anew"),
         (["x", "--order=0", "--compression=int8"], "order=0 remembers one"),
+        (["x", "--memory=much"], "--memory much: write 'auto', or a number of GiB"),
+        (["x", "--memory=-1"], "--memory -1: write 'auto', or a number of GiB"),
         (["x", "--size=320000x320000"], "GiB at least, and"),
         (["x", "--model=./no/such/folder"], "no such folder"),
         (["x", "--model=tests"], "no model_index.json"),

@@ -1,6 +1,7 @@
 """What a rank holds is counted before it is held; what does not fit is refused, or not taken."""
 
 import math
+import weakref
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from torch import fx
 import piflux
 from piflux.compile import choices
 from piflux.cost.memory import Own, free_bytes
-from piflux.errors import DoesNotFit
+from piflux.errors import DoesNotFit, RanksDisagree
 from piflux.memory.rounded import RoundedSlot
 from piflux.ranks.virtual import virtual_ranks
 
@@ -120,14 +121,102 @@ def test_what_does_not_fit_is_refused_before_it_is_held():
         called(2, room - 1)
 
 
+def needed(here=2, **options):
+    """Bytes that a process with so many of two ranks takes beside the weights."""
+    (report,) = piflux.explain(called(2, math.inf, **options)).graphs
+    return here * (report.cache_bytes + report.packet_bytes) + report.step_bytes
+
+
+def taken(parallel):
+    schedule = parallel._piflux_compiler.runtime.schedule
+    return schedule.policy, schedule.compression
+
+
 def test_auto_takes_what_fits():
     """Where it takes `rotate`, that in 8 bits if two versions are too much."""
-    (report,) = piflux.explain(called(2, math.inf)).graphs
-    left = 2 * (report.cache_bytes + report.packet_bytes) + report.step_bytes - 1
+    left = needed() - 1
     with mock.patch.object(choices.Choices, "_choose_policy", lambda self, schedule, *_: schedule):
         parallel = called(2, left, policy="auto")
-    assert parallel._piflux_compiler.runtime.schedule.compression == "int8"
-    assert "which fits in memory" in str(piflux.explain(parallel))
+    assert taken(parallel) == ("rotate", "int8")
+    assert "note: memory: took policy='rotate', compression='int8', " in str(
+        piflux.explain(parallel)
+    )
+
+
+LADDER = [
+    {"policy": "displaced"},
+    {"policy": "displaced", "compression": "int8"},
+    {"policy": "displaced", "compression": "int4"},
+    {"policy": "rotate", "compression": "int4"},
+    {"policy": "gather"},
+]
+
+
+def test_what_is_taken_is_the_nearest_that_fits():
+    """From each setting to the next one, where a byte less than it needs is left."""
+    room = [needed(**options) for options in LADDER]
+    assert room == sorted(set(room), reverse=True)
+    for left, options in zip(room, LADDER, strict=True):
+        parallel = called(2, left, policy="displaced", memory="auto")
+        assert taken(parallel) == (options["policy"], options.get("compression", "none"))
+    with pytest.raises(DoesNotFit, match="No policy needs so little"):
+        called(2, room[-1] - 1, policy="displaced", memory="auto")
+
+
+def test_what_fits_is_left_as_it_is_and_told(caplog):
+    parallel = called(2, needed(), memory="auto")
+    assert taken(parallel) == ("rotate", "none")
+    (line,) = piflux.explain(parallel).notes
+    assert line.startswith("memory: policy='rotate' fits, ")
+    assert [record.message for record in caplog.records if "memory:" in record.message] == [line]
+    assert not piflux.explain(called(2, needed())).notes
+
+
+def limited(memory, model=None):
+    """On a device that has no limit of its own."""
+    parallel = piflux.parallelize(
+        model or tiny_flux(), group=virtual_ranks(2), inner="eager", memory=memory
+    )
+    image(parallel, flux_inputs(), 1)
+    return parallel
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_a_limit_is_of_all_that_a_rank_holds():
+    (report,) = piflux.explain(limited("auto")).graphs
+    need = report.memory_bytes + report.cache_bytes + report.packet_bytes  # of two ranks here
+    assert taken(limited(need / 2**30)) == ("rotate", "none")
+    assert taken(limited((need - 1) / 2**30)) == ("rotate", "int8")
+    with pytest.raises(DoesNotFit):
+        limited(report.weight_bytes / 2**30)
+
+
+def test_on_a_gpu_a_limit_is_of_what_the_process_holds():
+    """Text encoders, too: 30 of a limit of 100, of which the GPU itself has 80 left."""
+    told = {"free_bytes": lambda _: 80, "held_bytes": lambda _: 30, "DEVICE": "cpu"}
+    with mock.patch.multiple(choices, **told):
+        for limit, left in [(100, 70), (200, 80)]:
+            chosen = choices.Choices(False, None, [], limit / 2**30)
+            assert chosen._left(torch.device("cpu"), Own(1000, 0)) == pytest.approx(left)
+
+
+@pytest.mark.parametrize("memory", [0, -1, math.nan, math.inf, "24", True])
+def test_a_limit_is_a_number_of_gib(memory):
+    with pytest.raises(ValueError, match="memory must be 'auto' or a number of GiB, got"):
+        piflux.parallelize(Attention(), group=virtual_ranks(2), memory=memory)
+
+
+def told_limits(rank, group):
+    """What ranks take of which rank 1 has less left, and where they were given other limits."""
+    left = needed(here=1) - rank
+    patched = mock.patch.multiple(choices, DEVICE="cpu", free_bytes=lambda _: left)
+    own = piflux.parallelize(Attention(), group=group, inner="eager", memory="auto")
+    other = piflux.parallelize(Attention(), group=group, inner="eager", memory=1.0 + rank)
+    with patched, torch.no_grad():
+        own(X, torch.ones(1))
+        with pytest.raises(RanksDisagree) as error:
+            other(X, torch.ones(1))
+    return taken(own), str(error.value)
 
 
 def told(rank, group):
@@ -140,6 +229,31 @@ def told(rank, group):
     return str(error.value)
 
 
+def test_all_ranks_take_what_fits_on_each(ranks):
+    (first, said), (second, _) = ranks(2, told_limits)
+    assert first == second == ("rotate", "int8")
+    assert "memory" in said and "2.0" in said
+
+
 def test_all_ranks_are_told_where_one_is_short(ranks):
     first, second = ranks(2, told)
     assert first == second and "0.0 GiB left" in first
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_what_an_image_remembered_is_freed_for_one_of_another_size():
+    """Whether that one compiles, as the second size does, or not. Kept for one that is alike."""
+    parallel = piflux.parallelize(tiny_flux(), group=virtual_ranks(2), inner="eager")
+    streams = parallel._piflux_compiler.runtime.streams
+    streams.recycles = True
+    left: list[weakref.ref] = []
+    for number, text in enumerate((5, 6, 7, 7)):
+        with piflux.generation(parallel):
+            parallel(**flux_inputs(text=text), return_dict=False)
+            (stream,) = streams
+            if left:
+                assert (left[-1]() is stream.memory) == (number == 3)
+                assert (left[-1]() is None) == (number < 3)
+            left.append(weakref.ref(stream.memory))
+            del stream
+    assert len(parallel._piflux_compiler.programs) == 2

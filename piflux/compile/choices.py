@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace as with_fields
+from typing import Any, Literal
 
 import torch
 
 from piflux.compile.program import Counted
 from piflux.compile.report import GraphReport
 from piflux.cost.cost import SyncChoice, choose, choose_sync, layers_of
-from piflux.cost.memory import Own, free_bytes
+from piflux.cost.memory import Own, free_bytes, held_bytes
 from piflux.cost.rates import slowest_rates
 from piflux.cost.remembered import device_name, rates_file, remembered_rates
 from piflux.errors import DoesNotFit
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
-from piflux.policies.schedule import PolicyName, Schedule
+from piflux.policies.schedule import Compression, PolicyName, Schedule
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 
@@ -24,6 +26,21 @@ log = logging.getLogger(__name__)
 
 DEVICE = "cuda"
 """Whose memory is counted: no allocator tells how much a host has left for one process."""
+
+BITS: tuple[Compression, ...] = ("int8", "int4")
+"""What keys and values may be remembered in, the likest first."""
+
+MemoryLimit = float | Literal["auto"] | None
+"""GiB that a rank may hold on its device, with what is there before; 'auto' for what that has."""
+
+
+def check_memory(memory: Any) -> None:
+    """Raises ValueError if it is no `MemoryLimit`."""
+    if memory is None or memory == "auto":
+        return
+    known = isinstance(memory, (int, float)) and not isinstance(memory, bool)
+    if not (known and math.isfinite(memory) and memory > 0):
+        raise ValueError(f"memory must be 'auto' or a number of GiB, got {memory!r}")
 
 
 class Choices:
@@ -33,10 +50,15 @@ class Choices:
         policy: whether the policy is; likewise the way to sync, where the schedule has 'auto'.
         ranks: who shares the work; None for one rank alone.
         notes: where to say what was chosen.
+        memory: within what to choose whatever takes memory. None: that is open if the policy is.
     """
 
-    def __init__(self, policy: bool, ranks: Ranks | None, notes: list[str]) -> None:
+    def __init__(
+        self, policy: bool, ranks: Ranks | None, notes: list[str], memory: MemoryLimit = None
+    ) -> None:
         self.policy = policy
+        self.memory = memory
+        self._memory_is_open = memory is not None
         self.why_sync = ""
         self._ranks = ranks
         self._notes = notes
@@ -62,18 +84,21 @@ class Choices:
         return self._fitting(schedule, part, chosen), self.why_sync
 
     def _fitting(self, schedule: Schedule, part: Counted, chosen: bool) -> Schedule:
-        """The schedule, if its memory fits; one that does, if the policy was piflux's to choose.
+        """The schedule, if its memory fits; one that does, if that was piflux's to choose.
 
         Raises:
             DoesNotFit: on all ranks, if it does not on one.
         """
         ranks, (gm, ctx) = self._ranks, part
         device = _query(part)[2]
-        if ranks is None or device.type != DEVICE:
+        if ranks is None or (device.type != DEVICE and not isinstance(self.memory, (int, float))):
             return schedule
-        free, own = free_bytes(device), Own.of(gm.graph)
+        own = Own.of(gm.graph)
+        free = self._left(device, own)
         if isinstance(ranks, ProcessRanks):
             (free,) = ranks.least([free])
+        # As with the policy, graphs that follow share what was chosen for the first.
+        opened, self._memory_is_open = self._memory_is_open, False
         streams = ranks.size if ranks.in_one_process else 1
 
         def report(schedule: Schedule) -> GraphReport:
@@ -84,16 +109,19 @@ class Choices:
             more = streams * (found.cache_bytes + found.packet_bytes) + found.step_bytes
             return more <= free
 
+        need = report(schedule)
         if fits(schedule):
+            if opened:
+                self._tell(f"memory: {_settings(schedule)} fits, {_takes(need, free)}")
             return schedule
         others = [x for x in _less_memory(schedule) if fits(x)]
-        if chosen and others:
-            line = f"policy 'auto' took {_settings(others[0])} in its place, which fits in memory"
-            self._notes.append(line)
-            if ranks.rank == 0:
-                log.warning("%s", line)
-            return others[0]
-        need = report(schedule)
+        if (chosen or opened) and others:
+            taken = others[0]
+            self._tell(
+                f"memory: took {_settings(taken)}, {_takes(report(taken), free)}; "
+                f"{_settings(schedule)} would take {_gib(need.memory_bytes)}"
+            )
+            return taken
         choices = "; ".join(f"{_settings(x)}, {_gib(report(x).memory_bytes)}" for x in others)
         raise DoesNotFit(
             f"{_settings(schedule)} on {ranks.size} ranks takes {_gib(need.memory_bytes)} a rank: "
@@ -104,6 +132,20 @@ class Choices:
             + ". Weights in 8 bits take about half; text encoders and autoencoder need not stay on "
             "the GPU (enable_model_cpu_offload)"
         )
+
+    def _left(self, device: torch.device, own: Own) -> float:
+        """Bytes that this rank may take beside the weights, which it holds."""
+        on_gpu = device.type == DEVICE
+        free = free_bytes(device) if on_gpu else math.inf
+        if not isinstance(self.memory, (int, float)):
+            return free
+        held = held_bytes(device) if on_gpu else own.weights
+        return min(free, self.memory * 2**30 - held)
+
+    def _tell(self, line: str) -> None:
+        self._notes.append(line)
+        if self._ranks is None or self._ranks.rank == 0:
+            log.warning("%s", line)
 
     def _choose_policy(self, schedule: Schedule, part: Counted, steps: int | None) -> Schedule:
         ranks, (_, ctx) = self._ranks, part
@@ -125,9 +167,7 @@ class Choices:
             f"policy 'auto' took '{policy}'{where}, {len(ctx.plan.attentions)} attentions"
             f"{image}: {why}"
         )
-        self._notes.append(line)
-        if ranks is None or ranks.rank == 0:
-            log.warning("%s", line)
+        self._tell(line)
         chosen = with_fields(schedule, policy=policy, sync="gather")
         return with_fields(chosen, sync=schedule.sync) if chosen.kind.remembers else chosen
 
@@ -143,16 +183,25 @@ class Choices:
 
 
 def _less_memory(schedule: Schedule) -> list[Schedule]:
-    """Others that remember less: in fewer bits, or nothing.
+    """Others that hold less, those first that are to be taken first: in fewer bits, without what
+    `displaced` sends, without anything remembered.
 
-    Not without a second version, which takes more than both in few bits, and drifts further.
+    Whatever else takes less memory belongs here. `order=0` does not: one version takes more than
+    both in few bits, and drifts further.
     """
     found = []
     if schedule.kind.remembers:
-        for compression in ("int8", "int4"):
+        for compression in BITS:
             found.append(with_fields(schedule, order=1, compression=compression))
+    if schedule.policy == "displaced":
+        found.append(with_fields(found[-1], policy="rotate"))
     found.append(with_fields(schedule, policy="gather", sync="gather", order=1, compression="none"))
     return [x for x in found if x != schedule]
+
+
+def _takes(report: GraphReport, free: float) -> str:
+    left = f"beside the weights {_gib(free)} are left"
+    return f"{_gib(report.memory_bytes)} a rank: {left}"
 
 
 def _settings(schedule: Schedule) -> str:

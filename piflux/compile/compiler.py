@@ -17,7 +17,7 @@ from torch._guards import TracingContext, tracing
 
 from piflux.capture.captured import Captured
 from piflux.capture.dynamo import let_through
-from piflux.compile.choices import Choices
+from piflux.compile.choices import Choices, MemoryLimit, check_memory
 from piflux.compile.pieces import Inner
 from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
@@ -45,6 +45,7 @@ class Compiler:
         ranks: likewise.
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
         chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
+        memory: see `Choices`.
 
     Attributes:
         programs: in the order in which they were made.
@@ -60,6 +61,7 @@ class Compiler:
         inner: str | Callable[..., Any],
         *,
         chooses: bool = False,
+        memory: MemoryLimit = None,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -75,7 +77,7 @@ class Compiler:
         self.programs: list[Program] = []
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
-        self._choices = Choices(chooses, ranks, self.runtime.notes)
+        self._choices = Choices(chooses, ranks, self.runtime.notes, memory)
 
     @property
     def reports(self) -> list[GraphReport]:
@@ -101,7 +103,11 @@ class Compiler:
             assert runtime.ranks is not None, "one rank alone agrees with itself"
             # Before ranks with other settings wait in other collectives.
             schedule = replace(runtime.schedule, world_size=1)  # of which each has its own idea
-            settings = {"schedule": schedule, "policy is chosen": self._choices.policy}
+            settings = {
+                "schedule": schedule,
+                "policy is chosen": self._choices.policy,
+                "memory": self._choices.memory,
+            }
             runtime.ranks.agree(fingerprint(settings, {}))
         return self.make(captured)
 
@@ -111,6 +117,8 @@ class Compiler:
         size = 1 if runtime.ranks is None else runtime.ranks.size
         schedule = replace(runtime.schedule, world_size=size)
         ranks = runtime.ranks if size > 1 else None
+        if self.programs:  # of other shapes, for which nothing of an earlier image is of use
+            runtime.streams.drop_spare()
         program = make_program(captured, schedule, ranks, self.inner, self._settle)
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
@@ -227,9 +235,9 @@ def backend(
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
     Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression`,
-    `compute` and `inner`, as for `parallelize`; `compute` as a mask, since no pipeline says how
-    many steps an image has. Every compiled graph has its own caches; the beginning of an image is
-    inferred.
+    `memory`, `compute` and `inner`, as for `parallelize`; `compute` as a mask, since no pipeline
+    says how many steps an image has. Every compiled graph has its own caches; the beginning of an
+    image is inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -283,6 +291,7 @@ def make_compiler(
     sync: Sync = "gather",
     order: int = 1,
     compression: Compression = "none",
+    memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
@@ -291,7 +300,7 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync, order, compression, compute and inner"
+            "sync_steps, refresh_every, sync, order, compression, memory, compute and inner"
         )
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
@@ -309,7 +318,8 @@ def make_compiler(
     if chooses:
         settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
+    check_memory(memory)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)
-    return Compiler(schedule, ranks, inner, chooses=chooses)
+    return Compiler(schedule, ranks, inner, chooses=chooses, memory=memory)

@@ -49,6 +49,11 @@ def free_bytes(device: torch.device) -> float:
     return min(free, limit) + reserved - torch.cuda.memory_allocated(device)
 
 
+def held_bytes(device: torch.device) -> int:
+    """What this process has on a GPU."""
+    return torch.cuda.memory_allocated(device)
+
+
 def _alive(graph: fx.Graph) -> int:
     """Most bytes at once of what nodes make and later nodes read; views of it count once."""
     given = {memory_of(x) for node in graph.find_nodes(op="placeholder") for x in _plain(node)}

@@ -224,6 +224,10 @@ SETTINGS = (
 """What a schedule's file may hold."""
 
 
+CHOSEN = ("policy", "sync_steps", "sync", "compression")
+"""Those that 'auto' and a limit of memory may take in place of others."""
+
+
 def read_settings(path: str | Path) -> dict[str, Any]:
     """A schedule's settings from a file that `piflux quality --tune` or an editor wrote.
 

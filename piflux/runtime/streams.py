@@ -354,6 +354,8 @@ class Streams:
     ) -> Stream:
         shapes = [(x.shape, x.dtype, x.device) for x in roles.inputs(args).values()]
         kind = graph, tuple(shapes)
+        if not self._streams and kind not in self._spare:
+            self.drop_spare()  # an image of other shapes than the last one had
         spare = self._spare.get(kind)
         memory = spare.pop() if spare else Memory()
         stream = Stream(graph, conditions, self.calls, kind, memory)
@@ -391,6 +393,10 @@ class Streams:
     def renew(self) -> None:
         """Forget what the ranks shared, too: they have met anew."""
         self.abandon()
+        self.drop_spare()
+
+    def drop_spare(self) -> None:
+        """Free the memory of streams that have ended."""
         self._spare = {}
 
     def _end(self, ended: Sequence[Stream]) -> None:

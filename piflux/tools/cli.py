@@ -112,6 +112,7 @@ def generate(
     sync: options.SyncOption = "gather",
     order: options.OrderOption = 1,
     compression: options.CompressionOption = "none",
+    memory: options.MemoryOption = None,
     compute: options.ComputeOption = "all",
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default: the pipeline's own number.")
@@ -152,6 +153,7 @@ def generate(
         "compute": compute,
     }
     settings = options.settings(policy, sync_steps, refresh_every, known_steps, **others)
+    settings["memory"] = options.memory(memory)
     pixels = options.size(size)
     if mask is not None and image is None:
         raise typer.BadParameter("--mask says where --image is painted anew: give both")

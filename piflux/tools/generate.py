@@ -30,6 +30,7 @@ from piflux.integrations.diffusers import ranks_of
 from piflux.launch import is_first, join
 from piflux.pipelines.calls import Asked, arguments, read_picture, takes
 from piflux.pipelines.folders import add_loras, as_kind, load, pipeline_class
+from piflux.policies.schedule import CHOSEN
 from piflux.ranks.processes import ProcessRanks
 from piflux.tools.options import numbered
 
@@ -231,12 +232,13 @@ def _save_all(unsaved: list[Any], fps: int, ranks: ProcessRanks | None) -> None:
 
 
 def _taken(pipe: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The settings with what 'auto' took, and why; after a call."""
-    if settings["policy"] != "auto":
+    """The settings with what was left to piflux, and why it took it; after a call."""
+    if settings["policy"] != "auto" and settings["memory"] is None:
         return settings, None
     report = piflux.explain(pipe)
-    schedule, reasons = report.graphs[0].schedule, [x for x in report.notes if "'auto'" in x]
-    return settings | {"policy": schedule.policy, "sync": schedule.sync}, reasons[0]
+    taken = {name: getattr(report.graphs[0].schedule, name) for name in CHOSEN}
+    reasons = [x for x in report.notes if x.startswith(("policy 'auto'", "memory:"))]
+    return settings | taken, "; ".join(reasons) or None
 
 
 def _batched(request: Request, prompts: list[str], seeds: list[int]) -> dict[str, Any]:

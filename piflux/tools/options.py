@@ -62,6 +62,12 @@ CompressionOption = Annotated[
     Literal["none", "int8", "int4"],
     typer.Option(help="Of what prediction remembers: its changes; int4: versions, too."),
 ]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option(
+        help="GiB of each GPU that may be held, or 'auto' for all: takes settings that fit."
+    ),
+]
 ComputeOption = Annotated[
     str,
     typer.Option(help="Steps that are computed: all, auto, how many, or a mask: xxxx.x.x."),
@@ -135,6 +141,19 @@ def settings(
                 f"--sync-steps {sync_steps}: an image has {steps} steps, 0 to {steps - 1}"
             )
     return given
+
+
+def memory(text: str | None) -> float | str | None:
+    """'auto', or GiB: '24' -> 24.0; None where nothing is asked for."""
+    if text is None or text == "auto":
+        return text
+    try:
+        count = float(text)
+    except ValueError:
+        count = 0.0
+    if not (math.isfinite(count) and count > 0):
+        raise typer.BadParameter(f"--memory {text}: write 'auto', or a number of GiB, as in 24")
+    return count
 
 
 def chosen(policy: str) -> dict[str, Any]:
