@@ -91,7 +91,7 @@ class FakeEngine:
         until = time.monotonic() + within_s
         while self._waiting + self._drawing and time.monotonic() < until:
             await asyncio.sleep(0.01)
-        self.ended = True
+        self.ended = True  # which jobs notice at their next step
 
     def state(self) -> State:
         return State(
@@ -123,6 +123,8 @@ class FakeEngine:
                 for step in range(steps):
                     await asyncio.sleep(self.step_s)
                     self._stepped = time.monotonic()
+                    if self.ended:
+                        raise Refused(503, "ending", "the server ends")
                     yield Stepped(step + 1, steps)
                     if self.fails is not None:
                         raise self.fails

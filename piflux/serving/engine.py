@@ -18,6 +18,7 @@ from typing import Literal
 
 from PIL import Image
 
+from piflux.demo import NOTE, PROMPTS
 from piflux.errors import CannotLoad
 from piflux.pipelines.calls import Asked
 from piflux.serving.grouping import Block, Pace, blocks_of, choose, expected_end
@@ -313,6 +314,8 @@ class RankEngine:
         seconds = self._deadline_s if job.deadline_s is None else job.deadline_s
         late = asyncio.get_running_loop().call_later(seconds, self._too_late, ticket, seconds)
         try:
+            if ticket.before is None:  # it is begun; who asked learns at once that it is taken
+                yield Queued(0)
             while True:
                 event = await ticket.events.get()
                 if isinstance(event, Refused):
@@ -709,6 +712,8 @@ class RankEngine:
             told.default_steps,
             {quality: promise.tell() for quality, promise in self._promises.items()},
             tuple(sorted(self._loras)) if told.adapts else (),
+            PROMPTS[1] if self._source == "demo" else "",
+            NOTE if self._source == "demo" else "",
         )
 
     def _stepped(self, call: _Call, told: Step) -> None:

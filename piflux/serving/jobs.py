@@ -221,6 +221,8 @@ class Engine(Protocol):
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """A job's events, of which `Drawn` is the last. To close it early is to cancel the job.
 
+        The first event comes at once: a job that is taken and one that is refused are told apart.
+
         Raises:
             Refused: at the first event or at any later one.
         """

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 
 import uvicorn
 
@@ -20,6 +20,9 @@ from piflux.serving.guard import is_loopback
 from piflux.serving.jobs import Engine, Quality
 from piflux.serving.keys import Keys
 from piflux.serving.limits import Limits
+
+ANSWER_S = 5.0
+"""For answers to go out, of jobs that were refused at the end of their time."""
 
 LOOK_S = 0.5
 """How often the engine's phase is looked at."""
@@ -70,13 +73,13 @@ def serve(
         keys: whose holders may ask.
         quality: of requests that name none.
         limits: of requests.
-        drain_s: seconds that requests under way have after the signal. A second signal ends all at
+        drain_s: seconds that requests under way have after the signal. A second SIGINT ends all at
             once.
         tell: takes what people are told.
 
     Raises:
         CannotServe: the engine has failed.
-        KeyboardInterrupt: a second signal came.
+        KeyboardInterrupt: a second SIGINT came.
     """
     logs.to(sys.stdout)
     local = is_loopback(host)
@@ -96,33 +99,48 @@ def serve(
             server_header=False,
             ws="none",
             lifespan="on",
-            timeout_graceful_shutdown=math.ceil(drain_s),
-        )
+            timeout_graceful_shutdown=math.ceil(drain_s + ANSWER_S),
+        ),
+        lambda: engine.end(drain_s),
     )
     with listening:
         asyncio.run(_serve(server, engine, listening, host, tell))
+    if server.force_exit:
+        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn's, which leaves signals alone once it has followed them."""
+    """Uvicorn's, which ends the engine at a signal, and the signal there.
+
+    Args:
+        config: uvicorn's.
+        end: begins to end the engine, while answers go out.
+    """
+
+    def __init__(self, config: uvicorn.Config, end: Callable[[], Coroutine[None, None, None]]):
+        super().__init__(config)
+        self._end = end
+        self.ending: asyncio.Task[None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGINT, signal.SIGTERM)
         for number in signals:
-            loop.add_signal_handler(number, self._asked_to_end)
+            loop.add_signal_handler(number, self._asked_to_end, number)
         try:
             yield
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    def _asked_to_end(self) -> None:
-        if self.should_exit:
+    def _asked_to_end(self, number: int) -> None:
+        # Supervisors send SIGTERM to a process and to its group: twice is not in more of a hurry.
+        if self.should_exit and number == signal.SIGINT:
             self.force_exit = True
-        else:
+        elif not self.should_exit:
             logs.tell("ending")
+            self.ending = asyncio.ensure_future(self._end())
         self.should_exit = True
 
 
@@ -144,10 +162,10 @@ async def _serve(
         watching.cancel()
         await asyncio.wait((watching,))
         await engine.end(0)  # what uvicorn leaves out where it is hurried
+        if server.ending is not None:
+            await server.ending
     if not watching.cancelled():
         raise CannotServe(f"nothing can be drawn: {watching.result()}")
-    if server.force_exit:
-        raise KeyboardInterrupt
     logs.tell("ended")
 
 

@@ -83,7 +83,8 @@ def main() -> None:
 
     end_with(os.getppid())
     # A terminal's Ctrl-C is the engine's to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach whole groups; the server says when
+        signal.signal(number, lambda *_: None)
     logging.basicConfig(format="%(levelname)s rank " + os.environ["LOCAL_RANK"] + ": %(message)s")
     connection = Connection(int(sys.argv[1]))
     inbox, sending = Inbox(), threading.Lock()

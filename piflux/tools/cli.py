@@ -5,9 +5,11 @@ What a user writes is checked before torch is imported, which takes seconds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -17,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import piflux
-from piflux.errors import INTERRUPTED, PifluxError, RankFailed, plain
+from piflux.errors import INTERRUPTED, PackageMissing, PifluxError, RankFailed, plain
 from piflux.launch import cores, is_first, is_joined, launch
 from piflux.policies.schedule import Schedule
 from piflux.tools import options
@@ -229,6 +231,124 @@ def _check_size(model: str, ranks: int, pixels: tuple[int, int] | None, batch: i
 
         memory = memory_gib() * 2**30
         options.check_memory(model, width, height, batch, 4, memory, "this host")
+
+
+@app.command()
+def serve(
+    model: options.ModelOption = "demo",
+    ranks: Ranks = None,
+    host: Annotated[str, typer.Option(help="Name or address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="A file of keys, one a line; also PIFLUX_API_KEYS."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let everyone ask who reaches --host.")
+    ] = False,
+    quality_: Annotated[
+        Literal["lossless", "high", "medium", "low"],
+        typer.Option("--quality", help="Of requests that name none."),
+    ] = "lossless",
+    schedule: Annotated[
+        list[str] | None,
+        typer.Option(help="QUALITY=FILE, of quality --tune, in place of ours. Repeatable."),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(help="Compiled before it is ready: 1024x1024,768x1344. Default: the model's."),
+    ] = None,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Ranks that draw a picture together: 1,2. Default: as the load asks."),
+    ] = None,
+    loras: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="A folder of NAME.safetensors."),
+    ] = None,
+    queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait.")] = 256,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Of several requests drawn at once, where that is faster.")
+    ] = 1,
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds for a request that names no other.")
+    ] = 600.0,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have after SIGTERM.")
+    ] = 30.0,
+    cache: Annotated[
+        Path | None, typer.Option(file_okay=False, help="A folder for compiled code.")
+    ] = None,
+    inner: Annotated[
+        Literal["inductor", "eager"] | None, typer.Option(help="Default: inductor on GPUs.")
+    ] = None,
+) -> None:
+    """Warm models behind OpenAI's images API, with a page to draw on.
+
+    SIGTERM or Ctrl-C: what was taken is drawn, and the server ends.
+    """
+    if is_joined():
+        raise typer.BadParameter("piflux serve starts its ranks itself: start it without torchrun")
+    options.check_model(model)
+    pixels = options.sizes(sizes)
+    blocks = options.groups(groups)
+    files = options.schedules(schedule)
+    with importing(), _served():
+        from piflux.serving.engine import RankEngine
+        from piflux.serving.guard import is_loopback
+        from piflux.serving.keys import read_keys
+        from piflux.serving.server import listen
+        from piflux.serving.server import serve as work
+    keys = read_keys(api_keys)
+    if keys is None and not insecure and not is_loopback(host):
+        raise typer.BadParameter(
+            f"--host {host}: others reach it, and there are no API keys. Give --api-keys FILE, or "
+            "PIFLUX_API_KEYS; or --insecure, if something in front of it checks who asks"
+        )
+    listening = listen(host, port)  # before torch is waited for
+    with importing():
+        import torch
+    try:
+        engine = RankEngine(
+            str(options.folder_of(model)) if options.is_hub_id(model) else model,
+            options.ranks(ranks),
+            name=model if options.is_hub_id(model) else None,
+            sizes=pixels,
+            groups=blocks,
+            queue=queue,
+            batch=batch,
+            loras=loras,
+            schedules=files,
+            deadline_s=deadline,
+            cache=cache,
+            inner=inner or ("inductor" if torch.cuda.is_available() else "eager"),
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console = Console(stderr=True)
+    work(
+        engine,
+        listening,
+        host,
+        keys=keys,
+        quality=quality_,
+        drain_s=drain,
+        tell=lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False),
+    )
+
+
+@contextlib.contextmanager
+def _served() -> Iterator[None]:
+    """Around imports of what the extra `serve` brings."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "piflux":
+            raise
+        raise PackageMissing(
+            f"piflux serve needs the package {error.name!r}: pip install 'piflux[serve]'",
+            name=error.name,
+        ) from error
 
 
 @app.command()

@@ -270,6 +270,34 @@ def check_side(option: str, pixels: int, least: int = 16) -> None:
         raise typer.BadParameter(f"{option} must be a multiple of 16 from {least} on, got {pixels}")
 
 
+def sizes(text: str | None) -> tuple[tuple[int, int], ...]:
+    """'512x512,1024x768' -> ((512, 512), (1024, 768))."""
+    found = (size(one.strip()) for one in (text or "").split(",") if one.strip())
+    return tuple(pixels for pixels in found if pixels is not None)
+
+
+def groups(text: str | None) -> tuple[int, ...] | None:
+    """'1,2' -> (1, 2); None for all that the ranks can form."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise typer.BadParameter(f"--groups {text}: write sizes of groups, as in 1,2")
+    return tuple(int(size) for size in text.split(","))
+
+
+def schedules(texts: Sequence[str] | None) -> dict[str, Path]:
+    """'low=tuned.json' -> {'low': Path('tuned.json')}."""
+    found = {}
+    for text in texts or ():
+        quality, equals, file = text.partition("=")
+        if not equals or not Path(file).is_file():
+            raise typer.BadParameter(
+                f"--schedule {text}: write QUALITY=FILE, of a file that exists"
+            )
+        found[quality] = Path(file)
+    return found
+
+
 def check_memory(
     model: str, width: int, height: int, batch: int, itemsize: int, memory: float, where: str
 ) -> None:

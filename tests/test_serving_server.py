@@ -1,0 +1,192 @@
+"""How a server starts and ends: its process, its signals, and what its command refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+from piflux.serving.server import CannotServe, listen
+from piflux.tools import cli
+
+PROGRAM = """
+import sys
+from fake_engine import FakeEngine
+from piflux.serving.server import CannotServe, listen, serve
+
+engine = FakeEngine(step_s=float(sys.argv[1]))
+if sys.argv[3:]:
+    engine.phase, engine.reason = "failed", sys.argv[3]
+try:
+    serve(
+        engine, listen("127.0.0.1", 0), "127.0.0.1", drain_s=float(sys.argv[2]),
+        tell=lambda text: print(text, file=sys.stderr, flush=True),
+    )
+except CannotServe as error:
+    sys.exit(str(error))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+class Server:
+    """A process of `serve`, with its address once it is ready."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+        path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        assert self.process.stderr is not None
+        self.url, self.said = "", []
+        for line in self.process.stderr:
+            self.said.append(line.strip())
+            if line.startswith("Ready"):
+                self.url = line.split()[-1]
+                break
+
+    def draw(self, steps: int) -> httpx2.Response:
+        asked = {"prompt": "x", "num_inference_steps": steps, "seed": 1}
+        return httpx2.post(f"{self.url}/v1/images/generations", json=asked, timeout=30)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> tuple[int, list[Any], str]:
+        """Exit code, log lines and what else was said."""
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
+
+    def until_draws(self) -> None:
+        while "piflux_drawing 1.0" not in httpx2.get(f"{self.url}/metrics").text:
+            pass
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def begin(*arguments: object) -> Server:
+        servers.append(Server(*arguments))
+        return servers[-1]
+
+    yield begin
+    for server in servers:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_sigterm_lets_be_drawn_what_was_taken(start):
+    """Also where it comes twice: to the process, and to its group."""
+    server = start(0.1, 20)
+    with ThreadPoolExecutor() as pool:
+        answers = [pool.submit(server.draw, 8) for _ in range(2)]
+        server.until_draws()
+        server.signal(signal.SIGTERM)
+        server.signal(signal.SIGTERM)
+        assert [answer.result().status_code for answer in answers] == [200, 200]
+    code, lines, said = server.ended()
+    events = [line["event"] for line in lines if line["event"] != "request"]
+    assert (code, events) == (0, ["listening", "ready", "ending", "ended"])
+    assert "Traceback" not in said
+    requests = [line for line in lines if line.get("path") == "/v1/images/generations"]
+    assert [line["status"] for line in requests] == [200, 200]
+
+
+def test_what_takes_longer_than_the_drain_is_told(start):
+    server = start(0.1, 0.3)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.draw, 100)
+        server.until_draws()
+        server.signal(signal.SIGINT)
+        assert answer.result().status_code == 503
+        assert answer.result().json()["error"]["code"] == "ending"
+    assert server.ended()[0] == 0
+
+
+def test_a_second_interrupt_ends_at_once(start):
+    server = start(0.5, 60)
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.draw, 100)
+        server.until_draws()
+        server.signal(signal.SIGINT)
+        while not httpx_refused(server.url):
+            pass
+        server.signal(signal.SIGINT)
+        code, lines, said = server.ended()
+        late = answer.exception(timeout=10)
+    assert late is not None or answer.result().status_code == 503
+    assert code == 130
+    assert "Traceback" not in said
+    assert not any("traceback" in line for line in lines)
+
+
+def httpx_refused(url: str) -> bool:
+    host, port = url.removeprefix("http://").split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return True
+    return False
+
+
+def test_a_server_whose_engine_has_failed_ends(start):
+    server = start(0, 5, "no weights")
+    code, lines, _ = server.ended()
+    assert (code, server.said[-1]) == (1, "nothing can be drawn: no weights")
+    assert [line["reason"] for line in lines if line["event"] == "failed"] == ["no weights"]
+
+
+def test_a_port_that_is_taken_is_told():
+    with listen("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(CannotServe, match=f"port {port}: Address already in use"):
+            listen("127.0.0.1", port)
+    with pytest.raises(CannotServe, match=r"can't listen on no.such.host.invalid"):
+        listen("no.such.host.invalid", 80)
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--host=0.0.0.0"], "others reach it, and there are no API keys"),
+        (["--host=::"], "others reach it, and there are no API keys"),
+        (["--api-keys=./no/keys"], "no/keys can't be read as API keys"),
+        (["--sizes=256x256,100x100"], "--size must be a multiple of 16"),
+        (["--groups=two"], "write sizes of groups, as in 1,2"),
+        (["--ranks=2", "--groups=3"], "of 2 ranks choose among 1, 2"),
+        (["--schedule=low"], "write QUALITY=FILE"),
+        (["--schedule=best=pyproject.toml"], "a schedule for the quality 'best'"),
+        (["--model=./no/folder"], "no such folder"),
+        (["--loras=./no/folder"], "does not exist"),
+    ],
+)
+def test_what_the_command_refuses(arguments, said):
+    environment = {"COLUMNS": "200", "RANK": None, "WORLD_SIZE": None, "PIFLUX_API_KEYS": None}
+    done = CliRunner().invoke(cli.app, ["serve", "--port=0", *arguments], env=environment)
+    assert done.exit_code in (1, 2) and done.exception is not None
+    assert said in " ".join(done.output.replace("│", " ").split()), done.output
+
+
+def test_a_missing_package_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "piflux.serving.server")
+    done = CliRunner().invoke(cli.app, ["serve"], env={"RANK": None, "WORLD_SIZE": None})
+    assert done.exit_code == 1
+    assert "needs the package 'uvicorn': pip install 'piflux[serve]'" in done.output
