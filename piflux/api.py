@@ -18,7 +18,7 @@ from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.choices import MemoryLimit
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
-from piflux.errors import CannotShard, CompileError, DependsOnData, plain
+from piflux.errors import CannotCapture, CannotShard, CompileError, DependsOnData, plain
 from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
@@ -36,8 +36,9 @@ from piflux.integrations.hooks import (
     within_hooks,
 )
 from piflux.integrations.times import shown
+from piflux.memory.shares import Shares
 from piflux.policies.schedule import Compression, PolicyName, Sync
-from piflux.ranks.groups import bring, check_device
+from piflux.ranks.groups import bring, check_device, serves
 from piflux.ranks.processes import ProcessRanks
 
 if TYPE_CHECKING:
@@ -93,11 +94,13 @@ class ParallelModule(View, nn.Module):
         if breaks_graphs(self, parameter):
             refuse_hooks(self)
         ranks, cls = self._piflux_compiler.runtime.ranks, type(self)
+        shares = self._piflux_compiler.shares
         if parameter is not None:
             check_device(ranks, parameter.device)
             if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
                 ranks.surviving(
-                    partial(self._piflux_same_weights.check, self._piflux_target, ranks), "weights"
+                    partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
+                    "weights",
                 )
         cls._piflux_unchecked = False
         cls._piflux_calls += 1
@@ -116,6 +119,8 @@ class ParallelModule(View, nn.Module):
                     refuse_hooks(self)
                     if self._piflux_compiler.reports:
                         raise
+                    if shares is not None:
+                        shares.aside.bring()
                 # Dynamo need not follow how a first call makes what later ones find: rotary tables.
                 self._piflux_target(*args, **kwargs)
                 return self._piflux_compiled(*args, **kwargs)
@@ -126,6 +131,12 @@ class ParallelModule(View, nn.Module):
     def _piflux_break(self, reason: Exception) -> None:
         """From now on take the graphs that Dynamo makes of the parts of a call."""
         compiler = self._piflux_compiler
+        if compiler.shares is not None:
+            raise CannotCapture(
+                f"shard_weights: {type(self).__name__} is no one graph, and what runs between "
+                "its graphs may read weights that are elsewhere. Leave them whole. "
+                f"{plain(str(reason))}"
+            ) from reason
         first, *_ = plain(str(reason)).splitlines() or [""]
         note = (
             f"{type(self).__name__} is no one graph ({first}): each of its graphs is split by "
@@ -171,6 +182,7 @@ def parallelize(
     compression: Compression = "none",
     memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
+    shard_weights: bool = False,
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -213,6 +225,12 @@ def parallelize(
             number of the steps that the pipeline, or `generation`, announces; a mask such as
             'xxxxx.x.xx', or a sequence of bools, for images of just as many steps; 'auto': about
             two of three steps, all of less than ten.
+        shard_weights: whether each rank holds a share of the weights of repeated blocks, which are
+            gathered block by block while the block before computes. Exact. From the first call on
+            the module's own weights can't be read, written or moved. A module on the host is not
+            moved to this rank's GPU as a whole, but each rank takes its share at the first call.
+            A lost rank takes its share along: `WeightsLost`. Where one process has all ranks, it
+            has each weight once, and this changes nothing.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -238,6 +256,7 @@ def parallelize(
         "compression": compression,
         "memory": memory,
         "compute": compute,
+        "shard_weights": shard_weights,
         "inner": inner,
     }
     if is_pipeline(target):
@@ -273,6 +292,8 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     refuse_step_caches(target)
     refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
+    if compiler.shares is not None:
+        _put_aside(target, compiler.shares)
     if not hooked(target):
         parameter = next(target.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
@@ -289,6 +310,23 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     )
     dynamo.forget_with(view, call)
     return view
+
+
+def _put_aside(target: nn.Module, shares: Shares) -> None:
+    """Weights on the host of a rank that has a GPU stay there until they are shared."""
+    if hooked(target):
+        raise CannotCapture(
+            f"hooks move the weights of this {type(target).__name__}, as those of "
+            "enable_model_cpu_offload do, and shared ones can't be moved. Leave the transformer "
+            'out of the offload (pipe._exclude_from_cpu_offload = ["transformer"] before it), or '
+            "its weights whole"
+        )
+    parameter = next(target.parameters(), None)
+    if parameter is None or parameter.device.type != "cpu" or not torch.cuda.is_available():
+        return
+    device = torch.device("cuda", torch.cuda.current_device())
+    if serves(shares.ranks, device):
+        shares.aside.put(target, device)
 
 
 def _parallel_modules(target: Any) -> list[ParallelModule]:

@@ -119,6 +119,15 @@ class RankLost(RankFailed):
         self.resumable = resumable
 
 
+class WeightsLost(RankLost):
+    """A rank is lost that held a share of the model's weights: the others can't go on with it."""
+
+    on_all_ranks = True
+
+    def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message, ranks, resumable=False)
+
+
 class Excluded(RankFailed):
     """The other ranks went on without this one, which was stopped or cut off for too long."""
 

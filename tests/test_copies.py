@@ -74,14 +74,23 @@ def launch(piece: torch.Tensor, starts: bool) -> None:
     (copies.Copies.start if starts else copies.Copies.wait)(gathering)
 
 
+@torch.library.custom_op("twin::fill", mutates_args=())
+def fill(memory: torch.Tensor, piece: torch.Tensor) -> None:
+    """Likewise, of one that sends other memory each time."""
+    copies.Copies.fill(LAUNCHED[memory.data_ptr()], piece)
+
+
 class Launched(copies.Copies):
-    def __init__(self, count, peers):
-        super().__init__(count, peers)
+    def __init__(self, count, peers, **options):
+        super().__init__(count, peers, **options)
         LAUNCHED[self.piece.data_ptr()] = self
 
     def start(self):
         torch.ops.twin.launch(self.piece, True)
         return self
+
+    def fill(self, piece):
+        torch.ops.twin.fill(self.piece, piece)
 
     def wait(self):
         torch.ops.twin.launch(self.piece, False)

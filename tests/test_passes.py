@@ -14,10 +14,12 @@ from graphs import capture, layouts, text, transformed
 from torch import nn
 
 from piflux.compile.program import PASSES
+from piflux.passes.runner import run_passes
 from piflux.passes.speed import fuse_gelu as gelu
 from piflux.passes.speed import fuse_rotary as rotary
 from piflux.passes.speed import sigmoid_gelu as by_sigmoid
 from piflux.passes.speed.enclose import enclose
+from piflux.passes.speed.fetch import fetch
 from piflux.passes.speed.fuse_linears import fuse_linears
 from piflux.passes.speed.hoist import hoist
 from piflux.passes.speed.outline import outline
@@ -348,6 +350,30 @@ transpose_1: (1, 6, 2, 4) = attended.transpose(1, 2)
 flatten: (1, 6, 8) = transpose_1.flatten(2)
 x_1: (1, 6, 8) = add(x, flatten)
 return (x_1,)
+""",
+        )
+
+    def test_fetch(self):
+        gm, ctx = after(len(PASSES))
+        run_passes(gm, ctx, (outline, fetch))
+        self.assertExpectedInline(
+            text(gm),
+            """\
+text: (1, 4, 8)
+image: (1, 7, 8)
+piece_0: (1, 6, 8) = piece_0(text, image)
+x: (1, 6, 8) = getitem(piece_0, 0)
+slots_from: None = piflux.runtime.ops.slots_from(0)
+fetch: None = piflux.runtime.ops.fetch(None, 0)
+piece_1: (1, 6, 8) = piece_1(x, 0.weight, 0.bias)
+x_1: (1, 6, 8) = getitem(piece_1, 0)
+slots_from_1: None = piflux.runtime.ops.slots_from(1)
+fetch_1: None = piflux.runtime.ops.fetch(0, None)
+piece_2: (1, 6, 8) = piece_1(x_1, 1.weight, 1.bias)
+x_2: (1, 6, 8) = getitem(piece_2, 0)
+piece_3: (1, 7, 8) = piece_2(x_2)
+getitem_whole: (1, 7, 8) = getitem(piece_3, 0)
+return (getitem_whole,)
 """,
         )
 

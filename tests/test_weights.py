@@ -67,13 +67,13 @@ def test_a_weight_too_many_is_named(folder):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_weight_that_is_no_number_is_named(value):
     pipe = tiny_pipeline()
-    check_numbers(pipe, "folder")
+    check_numbers(pipe, "folder", torch.device("cpu"))
     weight = dict(pipe.transformer.named_parameters())[KEY]
     with torch.no_grad():
         weight.view(-1)[3] = value
     said = f"^folder/transformer: 1 weights are not numbers, or infinite: {KEY}"
     with pytest.raises(CannotLoad, match=said):
-        check_numbers(pipe, "folder")
+        check_numbers(pipe, "folder", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("field, value", [("num_layers", 3), ("num_single_layers", 0)])

@@ -15,9 +15,13 @@ from piflux.cost.cost import SyncChoice, choose, choose_sync, layers_of
 from piflux.cost.memory import Own, free_bytes, held_bytes
 from piflux.cost.rates import slowest_rates
 from piflux.cost.remembered import device_name, rates_file, remembered_rates
+from piflux.cost.shares import SharedWeights, expected
 from piflux.errors import DoesNotFit
+from piflux.graph.blocks import find_blocks
+from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
+from piflux.memory.shares import Shares
 from piflux.policies.schedule import Compression, PolicyName, Schedule
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
@@ -51,10 +55,16 @@ class Choices:
         ranks: who shares the work; None for one rank alone.
         notes: where to say what was chosen.
         memory: within what to choose whatever takes memory. None: that is open if the policy is.
+        shares: of the model's weights; None if they are whole.
     """
 
     def __init__(
-        self, policy: bool, ranks: Ranks | None, notes: list[str], memory: MemoryLimit = None
+        self,
+        policy: bool,
+        ranks: Ranks | None,
+        notes: list[str],
+        memory: MemoryLimit = None,
+        shares: Shares | None = None,
     ) -> None:
         self.policy = policy
         self.memory = memory
@@ -62,6 +72,7 @@ class Choices:
         self.why_sync = ""
         self._ranks = ranks
         self._notes = notes
+        self._shares = shares
 
     def settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None, steps: int | None
@@ -96,7 +107,7 @@ class Choices:
         own = Own.of(gm.graph)
         free = self._left(device, own)
         if isinstance(ranks, ProcessRanks):
-            (free,) = ranks.least([free])
+            (free,) = ranks.least([free - self._to_come(own, ctx)])
         # As with the policy, graphs that follow share what was chosen for the first.
         opened, self._memory_is_open = self._memory_is_open, False
         streams = ranks.size if ranks.in_one_process else 1
@@ -129,6 +140,7 @@ class Choices:
             f"{_gib(need.cache_bytes)} for each stream, sending them {_gib(need.packet_bytes)}, a "
             f"step {_gib(need.step_bytes)}. Beside the weights a GPU has {_gib(free)} left. "
             + (f"This would fit: {choices}" if choices else "No policy needs so little")
+            + self._shared_instead(own, part)
             + ". Weights in 8 bits take about half; text encoders and autoencoder need not stay on "
             "the GPU (enable_model_cpu_offload)"
         )
@@ -146,6 +158,21 @@ class Choices:
         self._notes.append(line)
         if self._ranks is None or self._ranks.rank == 0:
             log.warning("%s", line)
+
+    def _to_come(self, own: Own, ctx: Context) -> int:
+        """Bytes of weights that the device doesn't hold yet; less than 0 if it will hold fewer."""
+        if self._shares is None or self._shares.complete:
+            return 0
+        here = own.weights - self._shares.aside.nbytes
+        return SharedWeights.of(ctx.gathered, ctx.world_size).among(own.weights) - here
+
+    def _shared_instead(self, own: Own, part: Counted) -> str:
+        """What sharing the weights comes to, where that is left to do."""
+        gm, ctx = part
+        shared = SharedWeights.of(expected(gm.graph, find_blocks(gm.graph)), ctx.world_size)
+        if self._shares is not None or not shared.step or not isinstance(self._ranks, ProcessRanks):
+            return ""
+        return f"; shard_weights=True takes {_gib(shared.among(own.weights))} for the weights"
 
     def _choose_policy(self, schedule: Schedule, part: Counted, steps: int | None) -> Schedule:
         ranks, (_, ctx) = self._ranks, part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from piflux.compile.pieces import Inner
 from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
 from piflux.errors import CannotShard, CompileError, NoAttention, NothingToShare, plain
+from piflux.memory.shares import Shares
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     Compression,
@@ -33,8 +35,11 @@ from piflux.policies.schedule import (
 from piflux.policies.step import apart
 from piflux.ranks.agreement import fingerprint
 from piflux.ranks.groups import resolve_group
+from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 from piflux.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 class Compiler:
@@ -46,8 +51,10 @@ class Compiler:
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
         chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
         memory: see `Choices`.
+        shard_weights: whether each rank is to hold a share of the weights.
 
     Attributes:
+        shares: where it is; None if weights are whole.
         programs: in the order in which they were made.
 
     Raises:
@@ -62,6 +69,7 @@ class Compiler:
         *,
         chooses: bool = False,
         memory: MemoryLimit = None,
+        shard_weights: bool = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -77,7 +85,18 @@ class Compiler:
         self.programs: list[Program] = []
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
-        self._choices = Choices(chooses, ranks, self.runtime.notes, memory)
+        self.shares: Shares | None = self._shared() if shard_weights else None
+        self._choices = Choices(chooses, ranks, self.runtime.notes, memory, self.shares)
+
+    def _shared(self) -> Shares | None:
+        ranks = self.runtime.ranks
+        if isinstance(ranks, ProcessRanks):
+            return Shares(ranks)
+        what = "one rank alone" if ranks is None else "ranks of one process"
+        line = f"shard_weights: {what} has every weight once, there is nothing to share"
+        self.runtime.notes.append(line)
+        log.warning("%s", line)
+        return None
 
     @property
     def reports(self) -> list[GraphReport]:
@@ -119,7 +138,7 @@ class Compiler:
         ranks = runtime.ranks if size > 1 else None
         if self.programs:  # of other shapes, for which nothing of an earlier image is of use
             runtime.streams.drop_spare()
-        program = make_program(captured, schedule, ranks, self.inner, self._settle)
+        program = make_program(captured, schedule, ranks, self.inner, self._settle, self.shares)
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)
@@ -203,6 +222,8 @@ class _PerCall:
             self._has_run, ranks.busy = True, False
 
     def _run_fitting(self, ranks: Ranks, *args: Any) -> Any:
+        if self._compiler.shares is not None:
+            self._compiler.shares.check_members()
         # At its first run a program's kernels may be compiled, too.
         ranks.busy = not self._has_run or ranks.size != self.program.schedule.world_size
         if ranks.size == 1:
@@ -235,9 +256,9 @@ def backend(
     """The backend for `torch.compile(model, backend=piflux.backend, options={...})`.
 
     Options: `group`, `policy`, `sync_steps`, `refresh_every`, `sync`, `order`, `compression`,
-    `memory`, `compute` and `inner`, as for `parallelize`; `compute` as a mask, since no pipeline
-    says how many steps an image has. Every compiled graph has its own caches; the beginning of an
-    image is inferred.
+    `memory`, `compute`, `shard_weights` and `inner`, as for `parallelize`; `compute` as a mask,
+    since no pipeline says how many steps an image has. Every compiled graph has its own caches; the
+    beginning of an image is inferred.
 
     Raises:
         ValueError: an unknown option or a value out of range.
@@ -293,6 +314,7 @@ def make_compiler(
     compression: Compression = "none",
     memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
+    shard_weights: bool = False,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -300,7 +322,8 @@ def make_compiler(
     if unknown:
         raise ValueError(
             f"unknown option {', '.join(map(repr, unknown))}: piflux knows group, policy, "
-            "sync_steps, refresh_every, sync, order, compression, memory, compute and inner"
+            "sync_steps, refresh_every, sync, order, compression, memory, compute, shard_weights "
+            "and inner"
         )
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
@@ -322,4 +345,6 @@ def make_compiler(
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)
-    return Compiler(schedule, ranks, inner, chooses=chooses, memory=memory)
+    return Compiler(
+        schedule, ranks, inner, chooses=chooses, memory=memory, shard_weights=shard_weights
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -15,12 +15,16 @@ from piflux.compile.pieces import Inner, compile_piece, compile_pieces
 from piflux.compile.report import GraphReport
 from piflux.compile.segments import segments_of
 from piflux.cost.memory import Own
+from piflux.cost.shares import SharedWeights, expected
+from piflux.errors import CompileError
 from piflux.graph.blocks import Block, find_blocks
-from piflux.graph.plan import Context
+from piflux.graph.plan import Context, Gathered
 from piflux.graph.roles import roles_of
 from piflux.graph.values import tensors
-from piflux.passes.runner import run_passes
+from piflux.memory.shares import Shares
+from piflux.passes.runner import Pass, run_passes
 from piflux.passes.speed.enclose import HEAD, enclose
+from piflux.passes.speed.fetch import fetch
 from piflux.passes.speed.fuse_gelu import fuse_gelu
 from piflux.passes.speed.fuse_linears import fuse_linears
 from piflux.passes.speed.fuse_rotary import fuse_rotary
@@ -35,7 +39,7 @@ from piflux.passes.split.rewrite_attention import rewrite_attention
 from piflux.passes.split.shard import shard
 from piflux.policies.policy import Policy
 from piflux.policies.schedule import Schedule
-from piflux.policies.step import StepContext
+from piflux.policies.step import StepContext, current
 from piflux.ranks.protocol import Ranks
 from piflux.recording import recorded
 from piflux.recording.recorded import Recorded
@@ -101,6 +105,7 @@ def make_program(
     ranks: Ranks | None,
     inner: Inner,
     settle: Settle = lambda schedule, part, whole: (schedule, ""),
+    shares: Shares | None = None,
 ) -> Program:
     """Make a program of a captured graph. All ranks call it together.
 
@@ -110,8 +115,10 @@ def make_program(
         ranks: who shares the work; None for one rank alone.
         inner: what compiles the finished graphs.
         settle: what is left open of the schedule, once steps can be counted.
+        shares: where weights are held of which each rank has a share; None for whole ones.
 
     Raises:
+        CompileError: weights can't be shared, since nothing in the model repeats.
         CannotShard, NoAttention: see `layout`.
         Exception: whatever `inner` raises.
     """
@@ -128,18 +135,39 @@ def make_program(
     # On one rank too the layout is found, so that a model that can't be sharded says so on
     # the machine it is developed on.
     run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
-    schedule, why = settle(schedule, (gm, ctx), uncut)
+    blocks = find_blocks(captured.module.graph)
+    gathered = expected(captured.module.graph, blocks) if shares is not None else []
+    schedule, why = settle(schedule, (gm, replace(ctx, gathered=gathered)), uncut)
     ctx.rotates = schedule.kind.rotates
     report = GraphReport.of(ctx, schedule, Own.of(gm.graph), why)
     roles = roles_of(gm, ctx.plan)
     turns = ranks is not None and ranks.in_one_process
-    compiling = _Compiling(schedule, inner, captured.example_inputs, turns)
+    compiling = _Compiling(schedule, inner, captured.example_inputs, turns, shares)
     whole = None
     if uncut is not None and schedule.sync == "recompute":
         whole = compiling.compile(*uncut)
     part = compiling.compile(gm, ctx)
-    blocks = find_blocks(captured.module.graph)
+    if ctx.gathered:
+        report = report.sharing(SharedWeights.of(ctx.gathered, world_size))
     return Program(schedule, roles, part, whole, report, blocks, compiling.records)
+
+
+def prepare(
+    gm: fx.GraphModule, ctx: Context, later: Sequence[Pass] = LATER, *, shares: bool
+) -> None:
+    """Run the passes that come once the report has been read off single nodes.
+
+    Args:
+        gm: a graph that `PASSES` have run on.
+        ctx: theirs.
+        later: which; fewer for an inner compiler that doesn't gain by them.
+        shares: whether ranks share the weights.
+    """
+    run_passes(gm, ctx, later)
+    heads = gm.graph.find_nodes(op="call_module", target=HEAD)
+    run_passes(getattr(gm, HEAD) if heads else gm, ctx, (outline,))
+    if shares:
+        run_passes(gm, ctx, (fetch,))
 
 
 class _Compiling:
@@ -150,10 +178,16 @@ class _Compiling:
     """
 
     def __init__(
-        self, schedule: Schedule, inner: Inner, example_inputs: Sequence[Any], turns: bool
+        self,
+        schedule: Schedule,
+        inner: Inner,
+        example_inputs: Sequence[Any],
+        turns: bool,
+        shares: Shares | None,
     ) -> None:
         """`turns`: whether ranks of one process take turns."""
         self.records = False
+        self._shares = shares
         self._turns = turns
         self._schedule = schedule
         self._policy: Policy = schedule.make_policy()
@@ -163,21 +197,28 @@ class _Compiling:
 
     def compile(self, gm: fx.GraphModule, ctx: Context) -> Callable[..., Any]:
         """By the inner compiler: repeated blocks once, or the graph as a whole if it has none."""
-        if self._is_eager:
+        if self._is_eager and self._shares is None:
             return self._inner(gm, list(self._example_inputs))
-        with self._choices(ctx.world_size):
-            return self._compile(gm, ctx)
+        with contextlib.nullcontext() if self._is_eager else self._choices(ctx.world_size):
+            run = self._compile(gm, ctx)
+        if self._shares is None:
+            return run
+        if not ctx.gathered:
+            raise CompileError(
+                "shard_weights: nothing repeats in this model, and what is gathered while the "
+                "block before computes are the weights of repeated blocks. Leave its weights whole"
+            )
+        return _Sharing(run, ctx.gathered, self._shares)
 
     def _compile(self, gm: fx.GraphModule, ctx: Context) -> Callable[..., Any]:
         roles, records = roles_of(gm, ctx.plan), self._records(gm, ctx)
-        run_passes(gm, ctx, LATER)
+        later = () if self._is_eager else LATER
+        prepare(gm, ctx, later, shares=self._shares is not None)
         calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
         if HEAD not in calls:
-            run_passes(gm, ctx, (outline,))
             if any(gm.children()):
                 return compile_pieces(gm, self._inner)
             return self._inner(gm, list(self._example_inputs))
-        run_passes(getattr(gm, HEAD), ctx, (outline,))
         inputs = gm.graph.find_nodes(op="placeholder")
         run: dict[str, Callable[..., Sequence[Any]]] = {
             name: module.forward for name, module in gm.named_children()
@@ -207,6 +248,27 @@ class _Compiling:
 
     def _kind(self, context: StepContext) -> Hashable | None:
         return self._policy.recording_key(context.step, gathers=self._schedule.sync == "gather")
+
+
+class _Sharing:
+    """A program whose weights are shared over the ranks.
+
+    Args:
+        run: the program.
+        gathered: what it fetches, by number.
+        shares: of the model.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], gathered: Sequence[Gathered], shares: Shares
+    ) -> None:
+        self._run = run
+        self._gathered = gathered
+        self._shares = shares
+
+    def __call__(self, *args: Any) -> Any:
+        current().weights = self._shares.ready(args, self._gathered)
+        return self._run(*args)
 
 
 def _positions(call: fx.Node, nodes: set[fx.Node]) -> list[int]:

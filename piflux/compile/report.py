@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from piflux.cost.cost import keys_and_values, token_bytes
 from piflux.cost.memory import Own
+from piflux.cost.shares import SharedWeights
 from piflux.graph.axes import Axis, Value
 from piflux.graph.nodes import plain_name
 from piflux.graph.plan import Context, Plan
@@ -64,6 +65,7 @@ class GraphReport:
         weight_bytes: parameters that the graph reads, as they are stored.
         packet_bytes: what keys and values travel in, in a step that gathers them.
         step_bytes: most that is alive at once of what a step computes.
+        shared: weights of which each rank holds a share; None if all are whole.
     """
 
     schedule: Schedule
@@ -77,6 +79,7 @@ class GraphReport:
     weight_bytes: int = 0
     packet_bytes: int = 0
     step_bytes: int = 0
+    shared: SharedWeights | None = None
 
     @classmethod
     def of(cls, ctx: Context, schedule: Schedule, own: Own, why_sync: str = "") -> GraphReport:
@@ -89,6 +92,7 @@ class GraphReport:
                     boundaries.setdefault(
                         (verb, value, dim), _boundary(plan, verb, value, dim, world_size)
                     )
+        shared = SharedWeights.of(ctx.gathered, world_size) if ctx.gathered else None
         final = sum(boundary.bytes for boundary in boundaries.values())
         sent = steadily = held = packet = 0
         for found in plan.attentions:
@@ -108,10 +112,15 @@ class GraphReport:
             final + steadily,
             held,
             why_sync,
-            own.weights,
+            own.weights if shared is None else shared.among(own.weights),
             PACKETS * packet,
             own.step,
+            shared,
         )
+
+    def sharing(self, shared: SharedWeights) -> GraphReport:
+        """The same, with weights shared that it has as whole ones."""
+        return replace(self, weight_bytes=shared.among(self.weight_bytes), shared=shared)
 
     @property
     def memory_bytes(self) -> int:
@@ -138,6 +147,7 @@ class GraphReport:
             f"  memory                 {_human(self.memory_bytes)} a rank: weights "
             f"{_human(self.weight_bytes)}, cache, sending {_human(self.packet_bytes)}, a step "
             f"{_human(self.step_bytes)}",
+            *([] if self.shared is None else [_shared(self.shared)]),
             "  boundaries",
         ]
         for b in self.boundaries:
@@ -177,6 +187,14 @@ def _boundary(plan: Plan, verb: str, value: Value, dim: int, world_size: int) ->
     per_token = token_bytes(x, dim)
     sent = per_token * sum(parts) * (world_size - 1) if verb == "unshard" else 0
     return BoundaryReport(verb, plain_name(value.node), dim, lengths, parts, overlaps, sent)
+
+
+def _shared(shared: SharedWeights) -> str:
+    image = f", and {_human(shared.image_bytes)} once an image" if shared.image else ""
+    return (
+        f"  weights shared         {_human(shared.whole_bytes)}, held in "
+        f"{_human(shared.held_bytes)} a rank; {_human(shared.step_bytes)} sent in every step{image}"
+    )
 
 
 def _computed(compute: Compute) -> str:

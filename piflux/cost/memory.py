@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from piflux.graph.roles import is_of_the_model
-from piflux.graph.sizes import example_size
-from piflux.graph.values import memory_of, tensors, wraps
+from piflux.graph.sizes import bytes_of
+from piflux.graph.values import memory_of, parts_of, tensors
 
 
 class Own(NamedTuple):
@@ -31,7 +30,10 @@ class Own(NamedTuple):
         """Of a graph that the passes have run on, as long as Dynamo compiles it."""
         inputs = graph.find_nodes(op="placeholder")
         places = {
-            memory_of(x): _size(x) for node in inputs if is_of_the_model(node) for x in _plain(node)
+            memory_of(x): bytes_of(x)
+            for node in inputs
+            if is_of_the_model(node)
+            for x in _plain(node)
         }
         return cls(sum(places.values()), _alive(graph))
 
@@ -67,7 +69,7 @@ def _alive(graph: fx.Graph) -> int:
         for x in _plain(node):
             where = memory_of(x)
             if where not in given:
-                held[where] = max(held.get(where, 0), _size(x))
+                held[where] = max(held.get(where, 0), bytes_of(x))
         most = max(most, sum(held.values()))
         held = {where: count for where, count in held.items() if last[where] is not node}
     return most
@@ -75,15 +77,4 @@ def _alive(graph: fx.Graph) -> int:
 
 def _plain(node: fx.Node) -> list[Tensor]:
     """The fake tensors that a node gives, of a quantized one what it is made of."""
-    return [part for x in tensors(node) for part in _parts(x)]
-
-
-def _parts(x: Tensor) -> Iterable[Tensor]:
-    if not wraps(x):
-        return [x]
-    names, _ = x.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [part for name in names for part in _parts(getattr(x, name))]
-
-
-def _size(x: Tensor) -> int:
-    return math.prod(example_size(size, x) for size in x.shape) * x.element_size()
+    return [part for x in tensors(node) for part in parts_of(x)]

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from piflux.graph.described import described
 from piflux.graph.extract import is_source
 from piflux.graph.nodes import is_attention
-from piflux.graph.sizes import example_size
+from piflux.graph.sizes import bytes_of
 from piflux.graph.targets import CACHED, SEND
 from piflux.graph.values import known, tensors
 
@@ -46,12 +45,12 @@ class Block:
 
 
 def find_blocks(graph: fx.Graph) -> tuple[Block, ...]:
-    """The repeated blocks of a captured graph, in order; none where nothing repeats.
+    """The repeated blocks of a graph, in order; none where nothing repeats.
 
     The last block of a kind may lack what leads to a next one.
     """
     nodes = [n for n in graph.nodes if n.op != "output" and not is_source(n) and number(n) is None]
-    attentions = [n for n in nodes if is_attention(n)]
+    attentions = [n for n in nodes if is_attention(n) or n.target is CACHED]
     inputs = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
     found = stretches(nodes)
     forms = [_form(stretch) for stretch in found]
@@ -83,14 +82,17 @@ def _begun(block: Sequence[fx.Node], form: _Form, other: _Form, inputs: Containe
     while alike < min(len(form), len(other)) and form[alike] == other[alike]:
         alike += 1
     missing = block[alike:]
-    needed = any(is_attention(n) or any(x in inputs for x in n.all_input_nodes) for n in missing)
+    needed = any(
+        n.target is CACHED or is_attention(n) or any(x in inputs for x in n.all_input_nodes)
+        for n in missing
+    )
     return 0 if needed else alike
 
 
 def _form(stretch: Sequence[fx.Node]) -> _Form:
     """What blocks of one kind have in common."""
     names = {n: f"node {i}" for i, n in enumerate(stretch)}
-    return tuple(written(n, None, lambda x: names.get(x, "outside")) for n in stretch)
+    return tuple(written(n, slot_of(n), lambda x: names.get(x, "outside")) for n in stretch)
 
 
 def number(node: fx.Node) -> int | float | None:
@@ -141,11 +143,7 @@ def stretches(nodes: Sequence[fx.Node]) -> list[Sequence[fx.Node]]:
 def _alive(nodes: Sequence[fx.Node], last: Sequence[int], start: int, cut: int) -> tuple[int, int]:
     """Bytes and number of the values made from `start` on that are read behind `cut`."""
     alive = [x for i in range(start, cut) if last[i] >= cut for x in tensors(nodes[i])]
-    return sum(map(_bytes, alive)), len(alive)
-
-
-def _bytes(x: Tensor) -> int:
-    return x.element_size() * prod(example_size(size, x) for size in x.shape)
+    return sum(map(bytes_of, alive)), len(alive)
 
 
 def slot_of(node: fx.Node) -> Any:

@@ -60,6 +60,22 @@ class Plan:
         return tuple(simplified(segment.length, axis.node) for segment in self.layouts[axis])
 
 
+class Gathered(NamedTuple):
+    """Weights that a program gathers together; see `piflux.memory.shares`.
+
+    Attributes:
+        runs: their positions among the graph's inputs; those of one run adjoin in memory.
+        buffer: which of two buffers they are gathered into.
+        bytes: of all of them.
+        hoisted: whether they are read for all steps of an image at once.
+    """
+
+    runs: tuple[tuple[int, ...], ...]
+    buffer: int
+    bytes: int
+    hoisted: bool
+
+
 @dataclass
 class Context:
     """One compilation: what passes read and what they leave for the next.
@@ -68,8 +84,10 @@ class Context:
         world_size: the number of parts.
         rotates: whether most steps send no keys and values.
         plan: set by `layout`.
+        gathered: set by `fetch`: weights by the numbers under which they are fetched.
     """
 
     world_size: int
     rotates: bool = False
     plan: Plan = field(default_factory=Plan)
+    gathered: list[Gathered] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, cast
 
 import sympy
@@ -67,6 +68,11 @@ def less(node: fx.Node, a: sympy.Expr, b: sympy.Expr | int) -> bool:
 def _are_numbers(a: sympy.Expr, b: sympy.Expr | int) -> bool:
     """Whether Python can compare two sizes, in a hundredth of the time that sympy takes."""
     return a.is_Integer and (isinstance(b, int) or b.is_Integer)
+
+
+def bytes_of(x: Tensor) -> int:
+    """Of a plain tensor, at the sizes that it was captured with."""
+    return x.element_size() * prod(example_size(size, x) for size in x.shape)
 
 
 def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:

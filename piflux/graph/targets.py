@@ -12,6 +12,7 @@ UNSHARD = torch.ops.piflux.unshard.default
 SEND = torch.ops.piflux.send_kv.default
 CACHED = torch.ops.piflux.cached_sdpa.default
 SLOTS_FROM = ops.slots_from
+FETCH = ops.fetch
 
 LINEAR_GELU = torch.ops.piflux.linear_gelu.default
 LINEAR_OF_CAT = torch.ops.piflux.linear_of_cat.default

@@ -40,6 +40,14 @@ def wraps(value: object) -> bool:
     return is_traceable_wrapper_subclass(value)
 
 
+def parts_of(x: Tensor) -> list[Tensor]:
+    """The plain tensors that a fake one is made of: itself, or what it wraps."""
+    if not wraps(x):
+        return [x]
+    names, _ = x.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [part for name in names for part in parts_of(getattr(x, name))]
+
+
 def memory_of(x: Tensor) -> StorageWeakRef:
     """Where a tensor's numbers are; inside of a `vmap`, those of what is mapped over."""
     while is_batchedtensor(x):

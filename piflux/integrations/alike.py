@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from piflux.errors import CannotCapture
+from piflux.memory.shares import Shares
 from piflux.ranks.agreement import Sketch
 from piflux.ranks.processes import ProcessRanks
 from piflux.runtime.streams import Seen
@@ -118,28 +120,52 @@ def _tensors(values: Any) -> dict[str, Tensor]:
     return found
 
 
+Facts = tuple[str, int, int]
+"""A weight's name, the id of its tensor, and how often that was written into."""
+
+
 class SameWeights:
     """Compares a model's weights over the ranks, where they may have changed."""
 
     def __init__(self) -> None:
         self._known: Any = None
 
-    def check(self, model: nn.Module, ranks: ProcessRanks) -> None:
+    def check(self, model: nn.Module, ranks: ProcessRanks, shares: Shares | None = None) -> None:
         """All ranks call this together. Synchronises host and device.
 
         Args:
             model: with its weights where they compute.
             ranks: who shares it.
+            shares: which weights are not there as a whole, and are compared when they are shared.
 
         Raises:
+            CannotCapture: somebody wrote into a weight that is shared.
             RanksDisagree: on every rank, if a weight differs; it names each that does.
         """
         weights = dict(model.named_parameters())
         known = [(name, id(x), _version(x)) for name, x in weights.items()], _scales(model)
         if ranks.any(known != self._known):
+            if shares is not None:
+                held = {name for name, x in weights.items() if shares.holds(x)}
+                before = [] if self._known is None else self._known[0]
+                self._refuse_written(held, before, known[0])
+                weights = {name: x for name, x in weights.items() if name not in held}
             norms = {f"weight {name}": norm for name, norm in _norms(weights).items()}
             ranks.agree(norms | known[1])
             self._known = known
+
+    @staticmethod
+    def _refuse_written(
+        held: Collection[str], before: Sequence[Facts], now: Sequence[Facts]
+    ) -> None:
+        versions = {name: (number, version) for name, number, version in before}
+        for name, number, version in now:
+            if name in held and versions.get(name, (number, version)) != (number, version):
+                raise CannotCapture(
+                    f"the weight {name} is shared over the ranks, and was written into, as fusing "
+                    "an adapter does: what was written is lost. Load the model anew, and change "
+                    "its weights before piflux.parallelize"
+                )
 
 
 def _scales(model: nn.Module) -> dict[str, str]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad
+from piflux.integrations.diffusers import transformers_of
+from piflux.pipelines.offload import visit
+from piflux.pipelines.quantized import Quantization, quantize
 from piflux.pipelines.weights import check_numbers, models_of
 
 
@@ -35,12 +40,31 @@ def pipeline_class(model: str) -> Any:
     return kind
 
 
-def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
+@dataclass(frozen=True)
+class Fit:
+    """How a pipeline's models are made to fit into a GPU's memory.
+
+    Attributes:
+        quantize: 'fp8' or 'int8' for the transformers' blocks; 'none' to leave them as they are.
+        share: whether the transformers stay on the host, for `parallelize` to take a rank's share.
+        offload: whether text encoders are on the host but while they run.
+    """
+
+    quantize: Quantization | Literal["none"] = "none"
+    share: bool = False
+    offload: bool = False
+
+
+def load(model: str, device: torch.device, fit: Fit = Fit()) -> tuple[Any, dict[str, Any]]:
     """The pipeline on `device`, and what its call needs beside what a user says.
+
+    A folder's weights are mapped: ranks of one host that load it share one copy of them in the
+    host's memory, and a model that is quantized is never on the device as it was.
 
     Args:
         model: 'demo', a folder, or a hub id.
         device: on a GPU it is loaded in bfloat16, elsewhere in float32.
+        fit: what else is to be done for it to fit.
 
     Raises:
         CannotLoad: the folder holds no pipeline that can be loaded, or not all of its weights.
@@ -48,21 +72,33 @@ def load(model: str, device: torch.device) -> tuple[Any, dict[str, Any]]:
     import diffusers
 
     _quiet()
-    if model == "demo":
-        return demo_pipeline().to(device), {"max_sequence_length": TEXT_TOKENS}
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        models = models_of(model, **_in(dtype))
-        pipe = diffusers.DiffusionPipeline.from_pretrained(model, **models, **_in(dtype))
-        pipe = pipe.to(device)
-        check_numbers(pipe, model)
-        return pipe, {}
-    except CannotLoad:
-        raise
-    except Exception as error:  # whatever diffusers trips over in a broken folder
-        raise CannotLoad(
-            f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
-        ) from error
+    more: dict[str, Any] = {}
+    if model == "demo":
+        pipe, more = demo_pipeline(), {"max_sequence_length": TEXT_TOKENS}
+    else:
+        try:
+            models = models_of(model, **_in(dtype))
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model, **models, **_in(dtype))
+        except CannotLoad:
+            raise
+        except Exception as error:  # whatever diffusers trips over in a broken folder
+            raise CannotLoad(
+                f"{model} can't be loaded: {type(error).__name__}: {_line(error)}"
+            ) from error
+    transformers = list(transformers_of(pipe).values())
+    if fit.quantize != "none":
+        for transformer in transformers:
+            quantize(transformer, fit.quantize, device, "cpu" if fit.share else None)
+    for part in pipe.components.values():
+        if not isinstance(part, nn.Module) or fit.share and any(part is x for x in transformers):
+            continue
+        if fit.offload and type(part).__module__.startswith("transformers."):
+            visit(part, device)
+        else:
+            part.to(device)
+    check_numbers(pipe, model, device)
+    return pipe, more
 
 
 def as_kind(pipe: Any, kind: Any) -> Any:

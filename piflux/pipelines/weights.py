@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from piflux.errors import CannotLoad
+from piflux.memory.aside import plain
 
 LIBRARIES = ("diffusers", "transformers")
 """Whose loaders report the keys that they did not find, or did not need."""
@@ -60,8 +61,8 @@ def models_of(folder: str, **options: Any) -> dict[str, nn.Module]:
     return found
 
 
-def check_numbers(pipe: Any, folder: str) -> None:
-    """Every weight is a number; by its norm, on the device where it is.
+def check_numbers(pipe: Any, folder: str, device: torch.device) -> None:
+    """Every weight is a number; by its norm, on `device`, to which each is brought for it.
 
     Raises:
         CannotLoad: one is not, or is infinite.
@@ -69,15 +70,20 @@ def check_numbers(pipe: Any, folder: str) -> None:
     for name, part in pipe.components.items():
         if not isinstance(part, nn.Module):
             continue
-        weights = {k: x for k, x in part.named_parameters() if x.is_floating_point()}
-        plain = {k: x for k, x in weights.items() if x.element_size() > 1}  # no 8-bit formats
-        if not plain:
+        # Of those in 8 bits the scales.
+        weights = [
+            (key, x)
+            for key, weight in part.named_parameters()
+            for x in plain(weight.detach())
+            if x.is_floating_point() and x.element_size() > 1
+        ]
+        if not weights:
             continue
         norms = [
-            torch.linalg.vector_norm(x.detach(), dtype=torch.float32).cpu() for x in plain.values()
+            torch.linalg.vector_norm(x.to(device), dtype=torch.float32).cpu() for _, x in weights
         ]
         finite = torch.stack(norms).isfinite().tolist()
-        wrong = [key for key, is_finite in zip(plain, finite, strict=True) if not is_finite]
+        wrong = [key for (key, _), is_finite in zip(weights, finite, strict=True) if not is_finite]
         if wrong:
             raise CannotLoad(
                 f"{folder}/{name}: {len(wrong)} weights are not numbers, or infinite: "

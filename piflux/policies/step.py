@@ -13,6 +13,7 @@ from torch import Tensor
 
 from piflux.memory.memory import Memory
 from piflux.memory.places import Places
+from piflux.memory.shares import Fetching
 from piflux.memory.slots import Recorder, at_once
 from piflux.ranks.packet import Packet
 from piflux.ranks.protocol import Ranks
@@ -74,6 +75,7 @@ class StepContext:
         header: what rides on the prediction's gather; None where all ranks are in one process.
         recorder: calls what can't be recorded: at once, or, where the step is being recorded,
             whenever the recording has come as far.
+        weights: where the program gets those that are shared over the ranks; None if none are.
         first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
         sent: by slot: what attention has yet to take up.
     """
@@ -88,6 +90,7 @@ class StepContext:
     foreseen: Foreseen | None
     header: Tensor | None = None
     recorder: Recorder = at_once
+    weights: Fetching | None = None
     first_slot: int = 0
     sent: dict[int, Packet] = field(default_factory=dict)
 

@@ -74,6 +74,8 @@ class Peers:
         self.module = torch.get_device_module(device)
         # Before the kernels of the step: they have just begun to wait for what is sent.
         self.stream = self.module.Stream(priority=-1)
+        # Of what is needed later than keys and values, which are not to wait for it.
+        self.background = self.module.Stream()
         self._main, self._releasing = self.module.current_stream(), self.module.Stream()
         self._ones = torch.ones(CHANNELS * self.size, dtype=torch.int32, device=device)
         self._zeros = torch.zeros_like(self._ones)
@@ -113,7 +115,8 @@ class Peers:
         # since kernels that are first used now may wait for the device to be loaded.
         flags = [CHANNELS * self.size]
         with self.module.device(self.device), self.module.stream(self._releasing):
-            while not (self._link.left.is_set() and self.stream.query() and self._main.query()):
+            streams = self.stream, self.background, self._main
+            while not (self._link.left.is_set() and all(x.query() for x in streams)):
                 for shared in list(self._shared):
                     for rank in range(self.size):
                         there = shared.get_signal_pad(rank, flags, torch.int32)
@@ -122,16 +125,17 @@ class Peers:
 
 
 class Copies:
-    """One all-gather, over and over; see `Gathering`.
+    """One all-gather, over and over; see `Gathering` and `Filled`.
 
     Args:
         count: bytes of a rank's piece.
         peers: who takes part.
+        urgent: whether it runs ahead of what is sent in the background.
     """
 
     recordable = True
 
-    def __init__(self, count: int, peers: Peers) -> None:
+    def __init__(self, count: int, peers: Peers, *, urgent: bool = True) -> None:
         shape = peers.size, count
         memory, self._shared = peers.share(peers.size * count)
         self.whole = memory.view(shape)
@@ -139,24 +143,36 @@ class Copies:
         self.piece = self.pieces[peers.rank]
         # Each begins with its next neighbour, that not all write to the same one.
         others = [(peers.rank + i) % peers.size for i in range(1, peers.size)]
+        self.memory = memory
         self._theirs = [
-            self._shared.get_buffer(other, shape, torch.uint8)[peers.rank] for other in others
+            self._shared.get_buffer(other, (memory.numel(),), torch.uint8) for other in others
         ]
         self._peers = peers
+        self._stream = peers.stream if urgent else peers.background
         _ALIVE.add(self)
         self._arrived = peers.module.Event()
 
     def start(self) -> Copies:
         """Send what the piece holds now. Returns itself."""
+        self._send(self.piece)
+        return self
+
+    def fill(self, piece: Tensor) -> None:
+        """See `Filled.fill`."""
+        self._send(piece)
+
+    def _send(self, piece: Tensor) -> None:
         peers = self._peers
-        peers.stream.wait_stream(peers.module.current_stream())
-        with peers.module.stream(peers.stream):
+        place = slice(peers.rank * piece.numel(), (peers.rank + 1) * piece.numel())
+        self._stream.wait_stream(peers.module.current_stream())
+        with peers.module.stream(self._stream):
             self._shared.barrier(0, FOREVER_MS)  # all have read what came last
             for there in self._theirs:
-                there.copy_(self.piece, non_blocking=True)
+                there[place].copy_(piece, non_blocking=True)
+            if piece is not self.piece:
+                self.memory[place].copy_(piece, non_blocking=True)
             self._shared.barrier(1, FOREVER_MS)  # all has been written
-            self._arrived.record(peers.stream)
-        return self
+            self._arrived.record(self._stream)
 
     def wait(self) -> Sequence[Tensor]:
         """What comes next finds `pieces`, which it returns."""

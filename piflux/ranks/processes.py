@@ -22,7 +22,7 @@ from piflux.ranks.copies import Copies, Peers, reach
 from piflux.ranks.environment import DEFAULT_TIMEOUT_S, timeout_asked, timeout_s
 from piflux.ranks.header import BYTES
 from piflux.ranks.links import Link
-from piflux.ranks.protocol import Gathering, Result
+from piflux.ranks.protocol import Filled, Gathering, Result
 
 ALIGNMENT = 16
 """Of a header, and of each rank's piece before one, in bytes."""
@@ -159,6 +159,16 @@ class ProcessRanks:
         piece = torch.empty(count, dtype=torch.uint8, device=device)
         return _Collective(piece, self, "keys and values")
 
+    def filled(self, count: int, device: torch.device) -> Filled:
+        """Memory that is filled in the background, with up to `count` bytes of every rank.
+
+        All ranks make as many, in one order, and anew in each epoch.
+        """
+        peers = self._reached(device)
+        if peers is not None:
+            return Copies(count, peers, urgent=False)
+        return _Filled(count, self, device)
+
     def _reached(self, device: torch.device) -> Peers | None:
         link = self.link
         if self._peers_of is not link:
@@ -287,3 +297,24 @@ class _Collective:
         if self._headers is not None:
             control.compare(self._headers)
         return self.pieces
+
+
+class _Filled:
+    """See `Filled`."""
+
+    recordable = False
+
+    def __init__(self, count: int, ranks: ProcessRanks, device: torch.device) -> None:
+        self.memory = torch.empty(ranks.size * count, dtype=torch.uint8, device=device)
+        self._ranks = ranks
+        self._works: Sequence[dist.Work] = ()
+
+    def fill(self, piece: Tensor) -> None:
+        control, size = self._ranks.control, self._ranks.size
+        whole = self.memory[: size * piece.numel()].view(size, -1)
+        self._works = control.start(whole, piece, "weights")
+
+    def wait(self) -> None:
+        """Raises RankFailed, RankLost or RanksDisagree where a rank doesn't send the like."""
+        self._ranks.control.finish(self._works, self.memory.device, "weights")
+        self._works = ()

@@ -40,6 +40,28 @@ class Gathering(Protocol):
         """Returns `pieces`."""
 
 
+class Filled(Protocol):
+    """Memory that all-gathers fill over and over, each time with other pieces.
+
+    Attributes:
+        memory: (bytes,), of uint8: what the latest one that was waited for has brought, by rank.
+        recordable: see `Gathering`.
+    """
+
+    memory: Tensor
+    recordable: bool
+
+    def fill(self, piece: Tensor) -> None:
+        """Start to gather everyone's `piece`, (any bytes,), of one length on all ranks.
+
+        It stays as it is until it was waited for. What was given to the device before this still
+        finds what came last.
+        """
+
+    def wait(self) -> object:
+        """What comes next on the device finds all pieces, one behind the other."""
+
+
 class Ranks(Protocol):
     """The ranks of one model, as this process sees them.
 

@@ -168,3 +168,21 @@ def slots_from(first: int) -> None:
     and up; a call of the piece is preceded by this.
     """
     current().first_slot = first
+
+
+def fetch(group: int | None, following: int | None) -> None:
+    """From here on the weights of a group are there; those of the following one are on their way.
+
+    Each rank holds a share of a group's weights; they are gathered while the group before it
+    computes. A group of which nothing is under way is gathered now.
+
+    Args:
+        group: the number of a group of the program's weights; None to start the following one.
+        following: likewise; None where there is none.
+    """
+    context = current()
+    assert context.weights is not None, "a program that fetches weights says where they are"
+    if group is not None:
+        context.weights.wait(group, context.recorder)
+    if following is not None:
+        context.weights.start(following, context.recorder)

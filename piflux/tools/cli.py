@@ -116,6 +116,9 @@ def generate(
     compression: options.CompressionOption = "none",
     memory: options.MemoryOption = None,
     compute: options.ComputeOption = "all",
+    shard_weights: options.ShardWeightsOption = False,
+    quantize: options.QuantizeOption = "none",
+    offload: options.OffloadOption = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default: the pipeline's own number.")
     ] = None,
@@ -170,6 +173,9 @@ def generate(
     if not options.is_hub_id(model):
         _check_size(model, total, pixels, batch)
     on_gpu = torch.cuda.is_available()
+    if offload and not on_gpu:
+        raise typer.BadParameter("--offload: there is no GPU here to make room on")
+    settings["shard_weights"] = shard_weights
     settings["inner"] = inner or ("inductor" if on_gpu else "eager")
     request = work.Request(
         model=str(options.folder_of(model)) if options.is_hub_id(model) else model,
@@ -187,6 +193,8 @@ def generate(
         batch=batch,
         frames=frames,
         fps=fps,
+        quantize=quantize,
+        offload=offload,
     )
     console = Console(stderr=json_)
     if not on_gpu and is_first():
@@ -364,6 +372,7 @@ def explain(
     order: options.OrderOption = 1,
     compression: options.CompressionOption = "none",
     compute: options.ComputeOption = "all",
+    shard_weights: options.ShardWeightsOption = False,
     steps: Annotated[int, typer.Option(min=1, help="Of an image, for the predicted time.")] = 28,
     size: Size = None,
     link: Annotated[
@@ -421,6 +430,7 @@ def explain(
         height=height,
         text_tokens=tokens,
         dtype=dtype,
+        shard_weights=shard_weights,
     )
     rates = cost = choice = None
     if link is not None:

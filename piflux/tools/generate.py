@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,11 +25,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import piflux
 from piflux.cost.clock import StepClock, synchronize
-from piflux.errors import CannotSave, RankLost
+from piflux.errors import CannotSave, RankLost, WeightsLost
 from piflux.integrations.diffusers import ranks_of
 from piflux.launch import is_first, join
 from piflux.pipelines.calls import Asked, arguments, read_picture, takes
-from piflux.pipelines.folders import add_loras, as_kind, load, pipeline_class
+from piflux.pipelines.folders import Fit, add_loras, as_kind, load, pipeline_class
+from piflux.pipelines.quantized import Quantization
 from piflux.policies.schedule import CHOSEN
 from piflux.ranks.processes import ProcessRanks
 from piflux.tools.options import numbered
@@ -55,6 +56,8 @@ class Request:
         batch: pictures drawn at once.
         frames: of a video.
         fps: frames a second of a video's file.
+        quantize: 'fp8', 'int8' or 'none': of the transformer's blocks.
+        offload: whether text encoders are on the host but while they run.
     """
 
     model: str
@@ -72,6 +75,8 @@ class Request:
     batch: int = 1
     frames: int | None = None
     fps: int = 16
+    quantize: Quantization | Literal["none"] = "none"
+    offload: bool = False
 
     def asked(self) -> Asked:
         """Of each call. Raises CannotLoad where a picture can't be read."""
@@ -135,7 +140,8 @@ def generate(request: Request) -> Made | None:
     kind = pipeline_class(request.model)
     target, call = arguments(kind, request.asked())
     out = _destination(target, request.out)
-    pipe, more = load(request.model, device)
+    fit = Fit(request.quantize, bool(request.settings.get("shard_weights")), request.offload)
+    pipe, more = load(request.model, device, fit)
     add_loras(pipe, request.loras)
     pipe = as_kind(pipe, target)
     pipe = piflux.parallelize(pipe, **request.settings)
@@ -194,6 +200,8 @@ def _drawn(
         drawn, lost = None, False
         try:
             drawn = pipe(**given, **own())
+        except WeightsLost:
+            raise
         except RankLost:
             lost = True
         done = partial(ranks.exchange, not lost, "whether all have the picture")

@@ -46,7 +46,8 @@ def modelled_cost(
 
     Computing is shared evenly, but for the tokens that two ranks compute. What is gathered within
     a step adds to it; what `displaced` sends hides behind it, as far as it is as long. A recomputed
-    sync step takes one rank's time. The time of launching work is not modelled.
+    sync step takes one rank's time. Weights that are shared hide behind the computing, as far as it
+    is as long. The time of launching work is not modelled.
 
     Args:
         report: of the variant, compiled for `batch` pictures.
@@ -62,6 +63,9 @@ def modelled_cost(
     sync = step_s if schedule.sync == "recompute" else local + report.sync_bytes / second
     sent = report.steady_bytes / second
     steady = schedule.kind.step_s(local, sent)
+    if report.shared is not None:
+        waits = report.shared.wait_s(batch * local, link_gbs) / batch
+        sync, steady = sync + waits, steady + waits
     return Cost.of(schedule, steps, step_s, sync, steady)
 
 

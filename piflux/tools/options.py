@@ -72,6 +72,20 @@ ComputeOption = Annotated[
     str,
     typer.Option(help="Steps that are computed: all, auto, how many, or a mask: xxxx.x.x."),
 ]
+ShardWeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--shard-weights", help="Each rank holds a share of each block's weights; gathered as used."
+    ),
+]
+QuantizeOption = Annotated[
+    Literal["none", "fp8", "int8"],
+    typer.Option(help="8-bit weights in the transformer's blocks, made as it is loaded."),
+]
+OffloadOption = Annotated[
+    bool,
+    typer.Option("--offload", help="Text encoders are in the host's memory but while they run."),
+]
 GuidanceOption = Annotated[
     float | None, typer.Option(callback=finite, help="Its scale. Default: the pipeline's.")
 ]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from piflux.capture.dynamo import let_through
-from piflux.compile.program import PASSES
+from piflux.compile.program import PASSES, prepare
 from piflux.compile.report import GraphReport
 from piflux.cost.cost import Layer, layers_of
 from piflux.cost.memory import Own
+from piflux.cost.shares import SharedWeights
 from piflux.graph.plan import Context
 from piflux.passes.runner import run_passes
 from piflux.passes.split.layout import layout
@@ -41,7 +42,10 @@ class Preview:
     def under(self, schedule: Schedule) -> Preview:
         """The same under another schedule, on as many ranks."""
         assert schedule.world_size == self.ctx.world_size
-        own = Own(self.report.weight_bytes, self.report.step_bytes)
+        shared, weights = self.report.shared, self.report.weight_bytes
+        if shared is not None:
+            weights += shared.whole_bytes - shared.held_bytes
+        own = Own(weights, self.report.step_bytes)
         return replace(self, report=GraphReport.of(self.ctx, schedule, own))
 
 
@@ -53,6 +57,7 @@ def preview(
     height: int,
     text_tokens: int,
     dtype: torch.dtype,
+    shard_weights: bool = False,
 ) -> Preview:
     """Capture the transformer of `config` on the meta device and run the passes.
 
@@ -62,6 +67,7 @@ def preview(
         width: pixels, a multiple of 16; likewise `height`.
         text_tokens: of a prompt.
         dtype: of weights and activations.
+        shard_weights: whether each rank holds a share of the weights.
 
     Raises:
         CannotShard: there are fewer tokens than ranks.
@@ -78,9 +84,12 @@ def preview(
         run_passes(whole, alone, (layout, rewrite_attention))
         # As the compiler does: on one rank the layout is all there is to find.
         run_passes(gm, ctx, PASSES if ranks > 1 else PASSES[:1])
-        report = GraphReport.of(ctx, schedule, Own.of(gm.graph))
-        everything = layers_of(whole, alone)
+        own, everything = Own.of(gm.graph), layers_of(whole, alone)
         mine = layers_of(gm, ctx) if ranks > 1 else everything
+        report = GraphReport.of(ctx, schedule, own)
+        if shard_weights and ranks > 1:
+            prepare(gm, ctx, shares=True)
+            report = report.sharing(SharedWeights.of(ctx.gathered, ranks))
         found.append(Preview(report, mine, everything, ctx))
         return original.forward
 

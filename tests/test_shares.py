@@ -1,0 +1,258 @@
+"""Weights that ranks share: each holds an N-th, and computes the very same."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from captures import captured_once
+from models import flux_inputs, quantized, tiny_flux
+from test_copies import Files, Launched
+from test_replay import as_captured, farthest, on_tape
+from test_virtual_ranks import image
+from torch import nn
+
+import piflux
+from piflux.errors import CannotCapture, CompileError, RanksDisagree, WeightsLost
+from piflux.memory.aside import Aside, plain
+from piflux.memory.shares import Shares
+from piflux.ranks import processes as runtime_ranks
+
+STEPS = 4
+DEPTH = {"double": 3, "single": 2}
+
+
+def model(**options):
+    return tiny_flux(**DEPTH, **options)
+
+
+def whole(group, transformer=None, **options):
+    options = {"inner": "eager"} | options
+    return piflux.parallelize(transformer or model(), group=group, **options)
+
+
+def shared(group, transformer=None, **options):
+    return whole(group, transformer, shard_weights=True, **options)
+
+
+def shares_of(parallel):
+    return parallel._piflux_compiler.shares
+
+
+SETTINGS = (
+    ("eager", {"policy": "gather"}),
+    (as_captured, {"policy": "gather"}),
+    (as_captured, {"policy": "rotate", "sync": "recompute"}),
+)
+
+
+@captured_once()
+def differences(rank, group):
+    """From whole weights, by policy, with graphs as they are and as inductor gets them."""
+    inputs, found = flux_inputs(), {}
+    for inner, options in SETTINGS:
+        parallel = shared(group, inner=inner, **options)
+        want = image(whole(group, inner=inner, **options), inputs, STEPS)
+        found[str((inner, options))] = [
+            torch.equal(want, image(parallel, inputs, STEPS)) for _ in range(2)
+        ]
+    options = {"inner": as_captured, "policy": "rotate"}
+    want = image(whole(group, quantized(model()), **options), inputs, STEPS)
+    got = image(shared(group, quantized(model()), **options), inputs, STEPS)
+    found["quantized"] = [torch.equal(want, got)]
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_images_are_the_very_same(ranks, world_size):
+    for found in ranks(world_size, differences):
+        assert all(all(same) for same in found.values()), found
+
+
+def counted(rank, group):
+    """What `explain` says, and the memory that the weights are in."""
+    parallel = shared(group, inner=as_captured)
+    all_bytes = sum(x.nbytes for x in parallel.parameters())
+    image(parallel, flux_inputs(), 2)
+    report, shares = piflux.explain(parallel).graphs[0], shares_of(parallel)
+    memory = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in parallel.parameters()}
+    buffers = {x.memory.data_ptr() for x in shares._buffers}
+    own = sum(x.nbytes() for where, x in memory.items() if where not in buffers)
+    return {
+        "whole": all_bytes,
+        "counted": report.weight_bytes,
+        "held": own + shares.nbytes,
+        "says": str(report),
+        "step": sum(x.share.nbytes for x in shares._groups[: len(report.shared.step)]),
+        "sent": report.shared.step_bytes,
+    }
+
+
+def test_what_is_counted_is_what_is_held(ranks):
+    found, _ = ranks(2, counted)
+    assert found["counted"] < 0.9 * found["whole"]
+    # Shares and buffers are padded, which is more of a small model than of a large one.
+    assert found["held"] == pytest.approx(found["counted"], rel=0.03)
+    assert found["step"] == pytest.approx(found["sent"], rel=0.03)
+    assert "weights shared" in found["says"] and "once an image" in found["says"]
+
+
+@captured_once()
+def through_files(rank, group, folder):
+    """Recorded steps whose weights go by copy engines; how many were recorded, and played."""
+    inputs = flux_inputs(image_hw=(6, 6), text=12)
+    want = image(whole(group, policy="gather"), inputs, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        peers = Files(group, folder)
+        patch.setattr(runtime_ranks, "reach", lambda *_: peers)
+        patch.setattr(runtime_ranks, "Copies", Launched)
+        recorder = on_tape(patch)
+        parallel = shared(group, inner=as_captured, policy="gather")
+        got = [image(parallel, inputs, STEPS) for _ in range(3)]
+    kinds = {type(x) for x in shares_of(parallel)._buffers}
+    return farthest([want, *got]), recorder.recorded, recorder.played, recorder.eager, kinds
+
+
+def test_recorded_steps_find_their_weights(ranks, tmp_path):
+    for apart, recorded, played, eager, kinds in ranks(2, through_files, tmp_path):
+        assert apart <= 1e-6
+        assert kinds == {Launched}
+        assert (recorded, played, eager) == (1, 3 * STEPS - 1, 0)
+
+
+@captured_once()
+def between_recordings(rank, group):
+    """Where copies don't reach, gathers of weights are called between what was recorded."""
+    inputs = flux_inputs()
+    want = image(whole(group, policy="rotate"), inputs, STEPS)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = on_tape(patch)
+        parallel = shared(group, inner=as_captured, policy="rotate")
+        got = [image(parallel, inputs, STEPS) for _ in range(3)]
+    return farthest([want, *got]), recorder.played, recorder.eager
+
+
+def test_gathers_are_called_between_recordings(ranks):
+    for apart, played, eager in ranks(2, between_recordings):
+        assert apart <= 1e-6
+        assert played > 0 and eager > 0
+
+
+# --- before the first call -----------------------------------------------------------------------
+
+
+@captured_once()
+def from_the_host(rank, group, wrong):
+    transformer = model()
+    if wrong and rank:
+        with torch.no_grad():
+            transformer.transformer_blocks[2].attn.to_out[0].weight[0, 0] += 1
+    want = image(
+        whole(group, policy="gather"),
+        flux_inputs(),
+        STEPS,
+    )
+    parallel = shared(group, transformer, policy="gather")
+    shares_of(parallel).aside.put(transformer, torch.device("cpu"))
+    absent = all(x.untyped_storage().nbytes() == 0 for x in transformer.parameters())
+    try:
+        made = image(parallel, flux_inputs(), STEPS)
+    except RanksDisagree as error:
+        try:
+            image(parallel, flux_inputs(), STEPS)
+        except RanksDisagree:
+            return str(error)
+    return absent, torch.equal(made, want), shares_of(parallel).aside.nbytes
+
+
+def test_each_rank_takes_its_share_from_the_host(ranks):
+    assert ranks(2, from_the_host, False) == [(True, True, 0)] * 2
+
+
+def test_weights_from_the_host_are_compared(ranks):
+    """In every image, until they are alike."""
+    for said in ranks(2, from_the_host, True):
+        assert "of group" in said
+
+
+@pytest.mark.parametrize("build", [model, lambda: quantized(model())], ids=["plain", "quantized"])
+def test_what_was_put_aside_comes_back(build):
+    transformer, aside = build(), Aside()
+    before = [x.clone() for weight in transformer.parameters() for x in plain(weight.detach())]
+    shapes = [(x.shape, x.dtype) for x in transformer.parameters()]
+    aside.put(transformer, torch.device("cpu"))
+    assert aside.nbytes == sum(x.nbytes for x in before)
+    assert [(x.shape, x.dtype) for x in transformer.parameters()] == shapes
+    aside.bring()
+    after = [x for weight in transformer.parameters() for x in plain(weight.detach())]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+    assert aside.nbytes == 0
+
+
+def test_tied_weights_stay_tied():
+    tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    tied[1].weight = tied[0].weight
+    aside = Aside()
+    aside.put(tied, torch.device("cpu"))
+    aside.bring()
+    assert tied[1].weight is tied[0].weight
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+
+@captured_once()
+def refused(rank, group, act):
+    parallel = shared(group)
+    image(parallel, flux_inputs(), 2)
+    with torch.no_grad():
+        act(parallel)
+    with pytest.raises(CannotCapture) as raised:
+        image(parallel, flux_inputs(), 2)
+    return str(raised.value)
+
+
+def written(parallel):
+    parallel.transformer_blocks[1].attn.to_q.weight.mul_(2)
+
+
+def moved(parallel):
+    for x in parallel.parameters():
+        x.data = x.data.clone()
+
+
+@pytest.mark.parametrize(
+    "act, said", [(written, "was written into"), (moved, "were moved or replaced")]
+)
+def test_weights_that_were_changed_since_are_refused(ranks, act, said):
+    assert all(said in text for text in ranks(2, refused, act))
+
+
+def without_blocks(rank, group):
+    with pytest.raises(CompileError, match="nothing repeats in this model") as raised:
+        image(shared(group, tiny_flux(double=1, single=1)), flux_inputs(), 2)
+    return type(raised.value).__name__
+
+
+def test_a_model_without_repeated_blocks_is_refused_on_all_ranks(ranks):
+    assert ranks(2, without_blocks) == ["CompileError"] * 2
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_one_process_shares_nothing_and_says_so(size):
+    parallel = shared(piflux.virtual_ranks(size), tiny_flux(), policy="gather")
+    image(parallel, flux_inputs(), 2)
+    (note,) = piflux.explain(parallel).notes
+    assert "there is nothing to share" in note and shares_of(parallel) is None
+
+
+def test_who_lost_a_share_is_told_at_every_call():
+    control = SimpleNamespace(members=(0, 1, 2))
+    shares = Shares(SimpleNamespace(control=control))
+    shares.check_members()  # before they are shared any rank may be lost
+    shares._members = control.members
+    shares.check_members()
+    control.members = (0, 2)
+    for _ in range(2):
+        with pytest.raises(WeightsLost, match="rank 1 held a share") as raised:
+            shares.check_members()
+        assert raised.value.ranks == (1,) and not raised.value.resumable
