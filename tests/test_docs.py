@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import griffe
+import openai
 import pytest
 import torch
 import typer
 from diffusers import FluxPipeline
+from fake_engine import FakeEngine
 from markdown_it import MarkdownIt
+from servers import served
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.run import get_args_parser
 from typer.core import TyperGroup
@@ -30,6 +33,7 @@ import piflux
 from piflux import demo
 from piflux.compile import compiler
 from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.serving import build_app
 from piflux.tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -89,8 +93,15 @@ def small() -> Small:
     return Small(**demo_pipeline().components)
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Of `piflux serve`, in place of the reader's own."""
+    with served(build_app(FakeEngine())) as url:
+        yield f"{url}/v1"
+
+
 @pytest.fixture
-def reader(small: Small, monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
+def reader(small: Small, server: str, monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
     """The names that a block may use: on one rank, in an empty folder, without a C++ compiler."""
 
     def pipeline(*args: Any, **kwargs: Any) -> Small:
@@ -105,6 +116,8 @@ def reader(small: Small, monkeypatch: Any, tmp_path: Path) -> dict[str, Any]:
     monkeypatch.setattr(demo, "demo_pipeline", pipeline)
     monkeypatch.setattr(compiler, "lookup_backend", without_inductor)
     monkeypatch.chdir(tmp_path)
+    real = openai.OpenAI
+    monkeypatch.setattr(openai, "OpenAI", lambda **given: real(**given | {"base_url": server}))
     pipe = pipeline()
     return {"piflux": piflux, "torch": torch, "pipe": pipe, "transformer": pipe.transformer}
 

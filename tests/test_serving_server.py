@@ -174,7 +174,7 @@ def test_a_port_that_is_taken_is_told():
         (["--schedule=low"], "write QUALITY=FILE"),
         (["--schedule=best=pyproject.toml"], "a schedule for the quality 'best'"),
         (["--model=./no/folder"], "no such folder"),
-        (["--loras=./no/folder"], "does not exist"),
+        (["--loras=./no/folder"], "--loras no/folder: no such folder"),
     ],
 )
 def test_what_the_command_refuses(arguments, said):

@@ -141,7 +141,7 @@ class _Front:
                 "description": pictures,
                 "content": {
                     "application/json": {"schema": ANSWER_SCHEMA},
-                    "text/event-stream": {"schema": {"type": "string"}},
+                    "text/event-stream": {},
                 },
             }
         }

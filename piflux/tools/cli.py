@@ -271,8 +271,7 @@ def serve(
         typer.Option(help="Ranks that draw a picture together: 1,2. Default: as the load asks."),
     ] = None,
     loras: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="A folder of NAME.safetensors."),
+        Path | None, typer.Option(help="A folder of NAME.safetensors, which requests name.")
     ] = None,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait.")] = 256,
     batch: Annotated[
@@ -301,6 +300,8 @@ def serve(
     pixels = options.sizes(sizes)
     blocks = options.groups(groups)
     files = options.schedules(schedule)
+    if loras is not None and not loras.is_dir():
+        raise typer.BadParameter(f"--loras {loras}: no such folder")
     with importing(), _served():
         from piflux.serving.engine import RankEngine
         from piflux.serving.guard import is_loopback
