@@ -167,12 +167,12 @@ const seconds = (x) => `${x.toFixed(x < 10 ? 2 : 1)} s`;
 
 function facts(drawn) {
   const name = NAMES[drawn.quality] ?? drawn.quality;
-  const ranks = drawn.ranks === 1 ? "one rank" : `${drawn.ranks} ranks`;
+  const ranks = drawn.ranks === 1 ? "one rank" : `${drawn.ranks} ranks, ${drawn.policy}`;
   const steps = drawn.computed === drawn.steps
     ? `${drawn.steps} steps` : `${drawn.computed} of ${drawn.steps} steps computed`;
   const drift = drawn.lpips === null ? "drift not measured"
     : drawn.lpips === 0 ? "exact" : `LPIPS ${Number(drawn.lpips.toPrecision(2))}`;
-  fact(name, `${seconds(drawn.drawn_s)} on ${ranks}, ${drawn.policy}, ${steps}, ${drift}`);
+  fact(name, `${seconds(drawn.drawn_s)} on ${ranks}, ${steps}, ${drift}`);
 }
 
 function seam(percent) {
