@@ -116,6 +116,27 @@ def test_choice_follows_the_link(link_gbs: float, policy: str) -> None:
     assert f"{link_gbs:.3g} GB/s" in choice.reason
 
 
+@pytest.mark.parametrize(
+    ("steps", "most"),
+    [
+        (56, 0.05 * 56 / (54 - 0.05 * 2)),  # as much as of 28
+        (28, 0.05 * 28 / (26 - 0.05 * 2)),
+        (8, 0.175 * 8 / (6 - 0.175 * 2)),  # 28 / 8 times as much
+        (4, 0.35 * 4 / (2 - 0.35 * 2)),
+    ],
+)
+def test_the_fewer_steps_the_longer_exact_ones_are_waited_for(steps: int, most: float) -> None:
+    """Of 24 ms a step: two sync steps wait in any case, the others may by the price."""
+    for share, policies in [(0.999, {"gather"}), (1.001, {"displaced", "rotate"})]:
+        rates = Rates(1.0, 0.5, 3e-3 / (share * most * 0.024))
+        choice = choose(LAYERS, rates, steps, 2)
+        assert choice.policy in policies
+        price = 0.05 * max(1, 28 / steps)
+        assert f"an image of {steps} steps {share * price:.1%} longer" in choice.reason
+    # All of them sync steps: an image by any policy is as long.
+    assert choose(LAYERS, Rates(1.0, 0.5, 1e-6), 2, 2).policy == "gather"
+
+
 def test_what_is_hidden_need_not_be_waited_for() -> None:
     hiding = [Layer(x.linear_flops, x.attention_flops, x.kv_bytes, 10**9) for x in LAYERS]
     # Of 1.3 ms a layer 1 ms is hidden; the rest is less than 5 % of 8 ms.

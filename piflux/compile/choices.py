@@ -184,7 +184,8 @@ class Choices:
             shape, dtype, device = _query(part)
             sent = layers[0].kv_bytes // (ranks.size - 1)
             rates = remembered_rates(ranks, shape, dtype, device, sent)
-            choice = choose(layers, rates)
+            syncs = sum(schedule.step(index).sync for index in range(steps or 0))
+            choice = choose(layers, rates, steps, syncs)
             where = f" for {ranks.size} ranks on {device_name(device)}"
             policy, why = choice.policy, f"{choice.reason} (rates of {rates_file()})"
             if steps is not None and all(schedule.step(index).sync for index in range(steps)):

@@ -23,8 +23,11 @@ from piflux.policies.policy import TokenBytes
 from piflux.policies.schedule import PolicyName, Schedule, Sync
 
 PRICE_OF_EXACT = 0.05
-"""'auto' accepts waiting this share of a step's compute for exact keys and values. Chosen, not
-measured."""
+"""'auto' accepts images that take longer by this share for exact keys and values, where an image
+has USUAL_STEPS. Of fewer steps the more, in proportion: the further apart two steps are, the less
+is remembered keys and values like those that it takes (docs/policies.md). Chosen, not measured."""
+
+USUAL_STEPS = 28
 
 WORTH_A_GRAPH = 0.8
 """Of a gathered sync step's time: what a recomputed one may take to be chosen. It needs a second
@@ -131,23 +134,38 @@ class Choice:
     compute_s: float
 
 
-def choose(layers: Sequence[Layer], rates: Rates) -> Choice:
-    """The policy with the freshest keys and values that a step can afford.
+def choose(
+    layers: Sequence[Layer], rates: Rates, steps: int | None = None, syncs: int = 0
+) -> Choice:
+    """The policy with the freshest keys and values that an image can afford.
 
-    'gather', where attention waits for what the work beside it does not hide, if all its waiting
-    is at most PRICE_OF_EXACT of the compute; else 'displaced', where they travel while the step
-    computes, if that takes as long; else 'rotate', which sends none.
+    'gather', where attention waits in each step for what the work beside it does not hide, if the
+    image takes longer by PRICE_OF_EXACT at most than one whose steps wait in sync steps only; else
+    'displaced', where keys and values travel while the step computes, if that takes as long; else
+    'rotate', which sends none.
+
+    Args:
+        layers: what a rank does in a step.
+        rates: of the slowest rank.
+        steps: of an image; None for as many as usual, with few sync steps among them.
+        syncs: how many of these are sync steps in any case.
     """
     gather = sum(layer.gather_s(rates) for layer in layers)
     wait = sum(layer.wait_s(rates) for layer in layers)
     compute = sum(layer.compute_s(rates) for layer in layers)
+    price, longer = PRICE_OF_EXACT, wait / compute
+    if steps is not None:
+        price *= max(1.0, USUAL_STEPS / steps)
+        longer = (steps - syncs) * wait / (steps * compute + syncs * wait)
     travel = (
         f"keys and values travel {gather * 1000:.3g} ms a step at {rates.link_gbs:.3g} GB/s, "
         f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
         f"for {wait * 1000:.3g} ms of them"
     )
+    if steps is not None:
+        travel += f", which makes an image of {steps} steps {longer:.1%} longer"
     policy: PolicyName
-    if wait <= PRICE_OF_EXACT * compute:
+    if longer <= price:
         policy, why = "gather", "little for exact ones"
     elif gather <= compute:
         policy, why = "displaced", "too long to wait for, but it hides behind them"

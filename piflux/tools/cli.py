@@ -446,7 +446,10 @@ def explain(
             linear_tflops = linear_tflops or measured[0]
             attention_tflops = attention_tflops or measured[1]
         rates = Rates(linear_tflops, attention_tflops, link)
-        choice = choose(foreseen.layers, rates) if ranks > 1 else None
+        if ranks > 1:
+            remembering = Schedule(**settings | {"policy": "rotate"})
+            syncs = sum(remembering.step(index).sync for index in range(steps))
+            choice = choose(foreseen.layers, rates, steps, syncs)
         if policy == "auto" and choice is not None:
             settings |= options.chosen(choice.policy)
             foreseen = foreseen.under(Schedule(**settings, world_size=ranks))
