@@ -37,6 +37,7 @@ from piflux.passes.split.overlap import overlap
 from piflux.passes.split.propagate import propagate
 from piflux.passes.split.rewrite_attention import rewrite_attention
 from piflux.passes.split.shard import shard
+from piflux.passes.split.ungroup import ungroup
 from piflux.policies.policy import Policy
 from piflux.policies.schedule import Schedule
 from piflux.policies.step import StepContext, current
@@ -46,7 +47,10 @@ from piflux.recording.recorded import Recorded
 from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.streams import Roles
 
-FIRST = (lower,)  # once, since the graph of a part and the whole one both need it
+FIRST = (  # once, since the graph of a part and the whole one both need them
+    lower,
+    ungroup,  # after lower, which writes attentions of other libraries
+)
 PASSES = (
     layout,  # decides; everything below carries out its plan
     rewrite_attention,  # before propagate, which would run a part's attention on a part's keys

@@ -103,6 +103,10 @@ def run_node(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return node.target(*args, **kwargs)
 
 
+HEADS = -3
+"""The dimension of queries, keys and values that counts heads."""
+
+
 class SDPA(NamedTuple):
     """The arguments of scaled_dot_product_attention, by name."""
 

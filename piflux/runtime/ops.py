@@ -125,6 +125,12 @@ def cached_sdpa(
         tuple(lengths),
         ordered=attn_mask is not None,
     )
+    if enable_gqa and attn_mask is not None:
+        # Most kernels that take a mask know nothing of groups, and what would run in their place
+        # holds all scores at once.
+        groups = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(groups, -3) for x in (key, value))
+        enable_gqa = False
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=attn_mask, scale=scale, enable_gqa=enable_gqa
     )
