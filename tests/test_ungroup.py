@@ -1,7 +1,5 @@
 """Keys and values of grouped heads, which attention repeats itself."""
 
-
-
 import pytest
 import torch
 import torch.nn.functional as F
