@@ -464,6 +464,15 @@ def test_the_engine_ends_with_the_application():
     assert engine.ended
 
 
+def test_an_error_of_our_own_on_the_way_is_an_event(client, engine, caplog):
+    engine.fails = RuntimeError("the secret")
+    events = client.images.generate(prompt="x", stream=True)
+    with pytest.raises(openai.APIError) as raised:
+        list(events)
+    assert raised.value.code == "internal_error" and "secret" not in str(raised.value.body)
+    assert any(record.exc_info for record in caplog.records)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_job(url, engine, stream):
     before = metrics_of(url)
@@ -510,7 +519,7 @@ async def _two_of_which_one_leaves(url: str, engine: FakeEngine) -> None:
 
 def test_a_stream_that_waits_says_so(client, engine, url, monkeypatch):
     """Lest a proxy ends it."""
-    monkeypatch.setattr("piflux.serving.app.BEAT_S", 0.02)
+    monkeypatch.setattr("piflux.serving.clients.BEAT_S", 0.02)
     engine.step_s = 0.05
     answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "x", "stream": True})
     assert answer.text.count(": still here\n\n") >= 4

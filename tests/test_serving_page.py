@@ -138,7 +138,7 @@ def test_stop_ends_the_job(page: Page, engine: FakeEngine) -> None:
     engine.step_s = 10.0
     page.locator("#draw").click()
     expect(page.locator("#draw")).to_have_text("Stop")
-    page.wait_for_function("document.getElementById('status').textContent === 'Begins.'")
+    expect(page.locator("#status")).to_have_text("Begins.")
     page.locator("#draw").click()
     expect(page.locator("#status")).to_have_text("Stopped.")
     expect(page.locator("#draw")).to_have_text("Draw")

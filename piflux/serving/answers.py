@@ -36,6 +36,33 @@ ERROR_SCHEMA = {
     },
 }
 
+ANSWER_SCHEMA = {
+    "type": "object",
+    "required": ["created", "data", "output_format", "quality", "size", "piflux"],
+    "properties": {
+        "created": {"type": "integer"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"b64_json": {"type": "string"}, "url": {"type": "string"}},
+            },
+        },
+        "background": {"type": "string"},
+        "output_format": {"type": "string"},
+        "quality": {"type": "string"},
+        "size": {"type": "string"},
+        "piflux": {
+            "type": "object",
+            "required": [
+                *("id", "model", "seeds", "quality", "policy", "lpips", "steps", "computed"),
+                *("ranks", "waited_s", "drawn_s", "batch", "recovered"),
+            ],
+        },
+    },
+}
+"""Of what is answered without events."""
+
 
 def error(refused: Refused) -> dict[str, Any]:
     """An error's body."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import re
 import time
 import uuid
@@ -85,10 +86,9 @@ class Told:
         except (
             Exception
         ) as error:  # of our own making: told whole here, and by its id to the client
-            logs.tell("failed", level=40, error=error, id=id)
+            logs.tell("failed", level=logging.ERROR, error=error, id=id)
             if status is None:
-                refused = Refused(500, "internal_error", f"an error of the server's own, see {id}")
-                await refusal(refused)(scope, receive, sending)
+                await refusal(own_error(id))(scope, receive, sending)
         finally:
             self._tell(scope, note, note.pop("status", status), time.perf_counter() - began)
 
@@ -215,6 +215,11 @@ def refusal(refused: Refused) -> JSONResponse:
     return JSONResponse(
         answers.error(refused), refused.status, headers=answers.error_headers(refused)
     )
+
+
+def own_error(id: str) -> Refused:
+    """What a client is told of an exception of ours: where its log lines are found."""
+    return Refused(500, "internal_error", f"an error of the server's own, in its log under {id}")
 
 
 def is_loopback(host: str) -> bool:
