@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import piflux
+from piflux.compile import compiler
 from piflux.errors import CannotShard, NoAttention
 
 DIM = 8
@@ -263,3 +264,19 @@ def test_in_a_process_that_computes_one_rank_alone():
     model, args = OnData().eval(), inputs()
     alone = piflux.parallelize(model, inner="eager")
     assert off(model, alone(*args), args) == 0
+
+
+def test_fragments_are_recorded_apart(monkeypatch):
+    """What one returns is read after another has run, so that they share no memory."""
+    sites, make = [], compiler.make_program
+
+    def noted(*args):
+        sites.append(args[-1])
+        return make(*args)
+
+    monkeypatch.setattr(compiler, "make_program", noted)
+    split = parallel(Model())
+    with torch.no_grad(), piflux.generation(split):
+        split(*inputs())
+    assert len(split._piflux_compiler.programs) > 1
+    assert len(set(sites)) == len(sites)

@@ -20,6 +20,7 @@ import piflux
 from piflux.memory.memory import Memory
 from piflux.ranks.links import Link
 from piflux.recording import recorded as replay
+from piflux.recording.recorder import SharedSite
 from piflux.runtime import ops
 
 SAME = 1e-6
@@ -183,6 +184,23 @@ def test_other_sizes_are_recorded_anew(recorder):
     # Of the last size a steady step in its first image, both sync steps in its second.
     recorded, played = 3 * 3 + 3, 3 * (STEPS - 3) + (STEADY - 1) + 2 * STEPS
     check(2, cases, 2 * recorded, 2 * played, recorder)
+
+
+def test_programs_of_other_sizes_are_recorded_at_one_site(recorder, monkeypatch):
+    """So that they use the same memory; of a second size sizes are symbols, in a program anew."""
+    sites, record = [], recorder.record
+
+    def noted(run, site):
+        sites.append(site)
+        return record(run, site)
+
+    monkeypatch.setattr(replay, "record", noted)
+    monkeypatch.setattr(SharedSite, "get", lambda site: site)
+    model = parallel(tiny_flux(), 2, as_captured)
+    for text in (5, 6):
+        image(model, flux_inputs(text=text))
+    assert len(model._piflux_compiler.programs) == 2
+    assert len(sites) == 2 * 2 * 3 and len(set(sites)) == 1
 
 
 def test_what_is_left_of_a_graph_computes_the_same(recorder):

@@ -37,6 +37,7 @@ from piflux.ranks.agreement import fingerprint
 from piflux.ranks.groups import resolve_group
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
+from piflux.recording.recorder import SharedSite
 from piflux.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class Compiler:
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
         self.programs: list[Program] = []
+        self._site = SharedSite()
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
         self.shares: Shares | None = self._shared() if shard_weights else None
@@ -107,16 +109,16 @@ class Compiler:
         return self.install(Captured.of(gm, example_inputs))
 
     @let_through()
-    def install(self, captured: Captured) -> Callable[..., Any]:
-        """Make a program of a graph. Returns what Dynamo calls in its place."""
+    def install(self, captured: Captured, *, apart: bool = False) -> Callable[..., Any]:
+        """Make a program of a graph. Returns what Dynamo calls in its place; see `make`."""
         ranks = self.runtime.ranks
         if ranks is None:
-            return _PerCall(self, captured, self.make(captured))
+            return _PerCall(self, captured, apart, self.make(captured, apart))
         first = not self.programs
-        program = ranks.surviving(partial(self._agree_and_make, captured, first), "compiling")
-        return _PerCall(self, captured, program)
+        make = partial(self._agree_and_make, captured, apart, first)
+        return _PerCall(self, captured, apart, ranks.surviving(make, "compiling"))
 
-    def _agree_and_make(self, captured: Captured, first: bool) -> Program:
+    def _agree_and_make(self, captured: Captured, apart: bool, first: bool) -> Program:
         runtime = self.runtime
         if first:
             assert runtime.ranks is not None, "one rank alone agrees with itself"
@@ -128,17 +130,25 @@ class Compiler:
                 "memory": self._choices.memory,
             }
             runtime.ranks.agree(fingerprint(settings, {}))
-        return self.make(captured)
+        return self.make(captured, apart)
 
-    def make(self, captured: Captured) -> Program:
-        """A program for as many ranks as there are now. All of them call it together."""
+    def make(self, captured: Captured, apart: bool) -> Program:
+        """A program for as many ranks as there are now. All of them call it together.
+
+        Args:
+            captured: the graph.
+            apart: whether what it returns is read after other programs have run.
+        """
         runtime = self.runtime
         size = 1 if runtime.ranks is None else runtime.ranks.size
         schedule = replace(runtime.schedule, world_size=size)
         ranks = runtime.ranks if size > 1 else None
         if self.programs:  # of other shapes, for which nothing of an earlier image is of use
             runtime.streams.drop_spare()
-        program = make_program(captured, schedule, ranks, self.inner, self._settle, self.shares)
+        site = SharedSite() if apart else self._site
+        program = make_program(
+            captured, schedule, ranks, self.inner, self._settle, self.shares, site
+        )
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)
@@ -147,7 +157,8 @@ class Compiler:
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
         """Install a fragment of a model; one with nothing to split runs whole on every rank."""
         try:
-            made: Callable[..., Any] = self.install(Captured.of(gm, example_inputs))
+            captured = Captured.of(gm, example_inputs)
+            made: Callable[..., Any] = self.install(captured, apart=True)
         except (NoAttention, NothingToShare) as error:
             error.__traceback__ = None  # its frames hold what the model was called with
             self._whole.append(error)
@@ -202,9 +213,12 @@ class _PerCall:
     inputs are whole, so nothing else is needed.
     """
 
-    def __init__(self, compiler: Compiler, captured: Captured, program: Program) -> None:
+    def __init__(
+        self, compiler: Compiler, captured: Captured, apart: bool, program: Program
+    ) -> None:
         self._compiler = compiler
         self._captured = captured
+        self._apart = apart
         self._context = TracingContext.try_get()
         self._has_run = False
         self.runtime = compiler.runtime
@@ -231,7 +245,7 @@ class _PerCall:
                 return self._captured.module(*args)  # the model itself
         if ranks.size != self.program.schedule.world_size:
             with tracing(self._context):
-                self.program = self._compiler.make(self._captured)
+                self.program = self._compiler.make(self._captured, self._apart)
         return self._run(*args)
 
     def _run(self, *args: Any) -> Any:

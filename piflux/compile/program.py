@@ -44,6 +44,7 @@ from piflux.policies.step import StepContext, current
 from piflux.ranks.protocol import Ranks
 from piflux.recording import recorded
 from piflux.recording.recorded import Recorded
+from piflux.recording.recorder import SharedSite
 from piflux.runtime.hoisted import Hoisted
 from piflux.runtime.streams import Roles
 
@@ -110,6 +111,7 @@ def make_program(
     inner: Inner,
     settle: Settle = lambda schedule, part, whole: (schedule, ""),
     shares: Shares | None = None,
+    site: SharedSite | None = None,
 ) -> Program:
     """Make a program of a captured graph. All ranks call it together.
 
@@ -120,6 +122,7 @@ def make_program(
         inner: what compiles the finished graphs.
         settle: what is left open of the schedule, once steps can be counted.
         shares: where weights are held of which each rank has a share; None for whole ones.
+        site: where steps are recorded; None for one of the program's own.
 
     Raises:
         CompileError: weights can't be shared, since nothing in the model repeats.
@@ -146,7 +149,8 @@ def make_program(
     report = GraphReport.of(ctx, schedule, Own.of(gm.graph), why)
     roles = roles_of(gm, ctx.plan)
     turns = ranks is not None and ranks.in_one_process
-    compiling = _Compiling(schedule, inner, captured.example_inputs, turns, shares)
+    site = site or SharedSite()
+    compiling = _Compiling(schedule, inner, captured.example_inputs, turns, shares, site)
     whole = None
     if uncut is not None and schedule.sync == "recompute":
         whole = compiling.compile(*uncut)
@@ -188,10 +192,12 @@ class _Compiling:
         example_inputs: Sequence[Any],
         turns: bool,
         shares: Shares | None,
+        site: SharedSite,
     ) -> None:
         """`turns`: whether ranks of one process take turns."""
         self.records = False
         self._shares = shares
+        self._site = site
         self._turns = turns
         self._schedule = schedule
         self._policy: Policy = schedule.make_policy()
@@ -233,7 +239,7 @@ class _Compiling:
         head = compile_piece(gm.get_submodule(HEAD), self._inner)
         if records:
             moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
-            head = Recorded(head, _positions(calls[HEAD], moving), self._kind)
+            head = Recorded(head, _positions(calls[HEAD], moving), self._kind, self._site)
             self.records = True
         return segments_of(gm, run | {HEAD: head})
 

@@ -18,13 +18,12 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.memory.slots import Recorder
 from piflux.policies.step import StepContext, current
-from piflux.recording.recorder import Site, record
+from piflux.recording.recorder import SharedSite, record
 
 log = logging.getLogger(__name__)
 
@@ -130,14 +129,15 @@ class Recorded:
         head: the compiled head.
         moving: positions of its arguments that are other tensors at each call.
         kind: the kind of the step under way, None if it can't be recorded.
+        site: where recordings are made.
     """
 
-    def __init__(self, head: Head, moving: Sequence[int], kind: KeyOf) -> None:
+    def __init__(self, head: Head, moving: Sequence[int], kind: KeyOf, site: SharedSite) -> None:
         self._head = head
         self._moving = moving
         self._kind = kind
         self._fixed: _Fixed | None = None
-        self._site: Site | None = None
+        self._site = site
         self._memories = 0
         self._failed: dict[Hashable, bool] = {}  # kinds of steps, and whether they are sync
 
@@ -194,7 +194,7 @@ class Recorded:
             return
         try:
             recordings.replays[key] = _Replay(
-                context, self._head, args, self._moving, self._shared_site()
+                context, self._head, args, self._moving, self._site.get()
             )
         except RuntimeError as error:
             sync = context.step.sync
@@ -205,12 +205,6 @@ class Recorded:
                     error,
                 )
             self._failed[key.kind] = sync
-
-    def _shared_site(self) -> Site | None:
-        if self._site is None and torch.cuda.is_available():
-            # Not a mere handle, which can't be used again once its last recording is gone.
-            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
-        return self._site
 
 
 class _Fixed:

@@ -20,6 +20,23 @@ class Site(NamedTuple):
     pool: torch.cuda.MemPool
 
 
+class SharedSite:
+    """A site for the recordings of several programs, made when the first asks for it.
+
+    Those of other shapes then use the memory again that recordings of an earlier image have left.
+    """
+
+    def __init__(self) -> None:
+        self._site: Site | None = None
+
+    def get(self) -> Site | None:
+        """The site; None where there is no GPU."""
+        if self._site is None and torch.cuda.is_available():
+            # Not a mere handle, which can't be used again once its last recording is gone.
+            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
+        return self._site
+
+
 def record(
     run: Callable[[Recorder], Sequence[Any]], site: Site
 ) -> tuple[Callable[[], None], Sequence[Any]]:
