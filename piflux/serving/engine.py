@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -212,6 +213,10 @@ class _Call:
     is_drawn: bool = False
     stopped: bool = False
     failure: Failed | None = None
+
+    def expected_end(self, now: float) -> float:
+        over = self.is_drawn or self.stopped  # but for what a rank is at
+        return expected_end(-math.inf if over else self.began, self.seconds, now)
 
 
 @dataclass(frozen=True)
@@ -490,20 +495,23 @@ class RankEngine:
             if block is None:
                 break
             self._begin(block, self._take(block))
-        if not len(self._waiting):
-            for block in self._blocks:
-                if all(self._seats[r].is_free for r in block.ranks) and not self._is_warm(block):
-                    self._warm(block)
+        # A larger group only while nobody waits, unless nobody could be served without it.
+        idle = not len(self._waiting) or not any(map(self._is_warm, self._blocks))
+        for block in self._blocks:
+            is_free = all(self._seats[rank].is_free for rank in block.ranks)
+            if (
+                is_free
+                and not self._is_warm(block)
+                and (idle or block.size == self._blocks[0].size)
+            ):
+                self._warm(block)
         self._tell_places()
 
     def _choose(self, task: _Task) -> Block | None:
         now = time.monotonic()
         free_at = {}
         for seat in self._seats:
-            call = seat.call
-            free_at[seat.number] = (
-                now if call is None else expected_end(call.began, call.seconds, now)
-            )
+            free_at[seat.number] = now if seat.call is None else seat.call.expected_end(now)
         blocks = [block for block in self._blocks if self._is_warm(block)]
         seconds = {}
         for size in {block.size for block in blocks}:
