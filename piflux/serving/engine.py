@@ -335,7 +335,8 @@ class RankEngine:
     def state(self) -> State:
         now = time.monotonic()
         drawing = [call for call in self._calls.values() if call.tasks]
-        quiet = [now - call.heard for call in self._calls.values() if not call.is_drawn]
+        # Where something is compiled no step is missed.
+        quiet = [now - call.heard for call in self._calls.values() if not self._compiles(call)]
         groups = [call.block.size for call in drawing]
         if not groups:
             widest = max((b for b in self._blocks if self._is_warm(b)), default=None, key=_size)
@@ -880,8 +881,7 @@ class RankEngine:
             now = time.monotonic()
             for call in list(self._calls.values()):
                 allowed = ANSWER_S if call.is_drawn else self._stuck_s
-                compiles = call.shape not in self._compiled.get(call.block, ())
-                if compiles and not call.is_drawn:
+                if self._compiles(call):
                     allowed = max(allowed, COMPILING_S)
                 if now - call.heard > allowed:
                     ranks = sorted(call.pending)
@@ -891,6 +891,10 @@ class RankEngine:
                         if worker is not None:
                             worker.kill()
                     call.heard = now
+
+    def _compiles(self, call: _Call) -> bool:
+        """Whether it is the first of its shape in its group, and not drawn yet."""
+        return not call.is_drawn and call.shape not in self._compiled.get(call.block, ())
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
