@@ -198,6 +198,7 @@ class _Call:
         is_drawn: whether its pictures are there, or it was stopped.
         stopped: whether its ranks were told to.
         failure: what the first one told that failed by itself.
+        refused_by_all: whether nothing else was told of failures.
     """
 
     number: int
@@ -213,6 +214,7 @@ class _Call:
     is_drawn: bool = False
     stopped: bool = False
     failure: Failed | None = None
+    refused_by_all: bool = True
 
     def expected_end(self, now: float) -> float:
         over = self.is_drawn or self.stopped  # but for what a rank is at
@@ -753,8 +755,10 @@ class RankEngine:
                 call.is_drawn = True
             if call.warms is not None and not call.pending and not call.lost and not call.failure:
                 self._warmed_up(call, told)
-        elif call.failure is None or call.failure.kind == "lost":
-            call.failure = told
+        else:
+            call.refused_by_all &= told.kind == "refused"
+            if call.failure is None or call.failure.kind == "lost":
+                call.failure = told
         self._close(call)
 
     def _drawn(self, call: _Call, told: Finished) -> None:
@@ -800,8 +804,9 @@ class RankEngine:
         if call.pending or call.number not in self._calls:
             return
         del self._calls[call.number]
-        if call.failure is not None or call.lost:
-            self._rounds[call.block] += 1  # its ranks may be at different points
+        # What is refused is so by all of them, before they begin. Else they may have come apart.
+        if call.lost or call.failure is not None and not call.refused_by_all:
+            self._rounds[call.block] += 1
             self._warming.pop(call.block, None)
             self._compiled.pop(call.block, None)
         if call.is_drawn:
