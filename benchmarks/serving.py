@@ -6,8 +6,9 @@
     python benchmarks/serving.py load --model flux.1-random --size 1024 --steps 28
 
 Each starts servers of its own on this machine, asks them over HTTP, and prints a table; --out takes
-all numbers. A picture is wrong if a pixel is farther from its seed's first picture than rounding
-explains. With --model flux.1-random the architecture of FLUX.1-dev draws, with random weights.
+all numbers. With --direct it asks the engine, without HTTP. A picture is wrong if a pixel is
+farther from its seed's first picture than rounding explains. With --model flux.1-random the
+architecture of FLUX.1-dev draws, with random weights.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import numpy as np
 import typer
 from PIL import Image
@@ -52,6 +52,7 @@ weights, rounding comes to more than a trained model makes of it."""
 
 READY_S = 900.0
 
+DirectOption = Annotated[bool, typer.Option("--direct", help="Ask the engine, without HTTP.")]
 ModelOption = Annotated[str, typer.Option(help=f"'demo', a folder, or '{RANDOM}'.")]
 Ranks = Annotated[int, typer.Option(min=1)]
 Size = Annotated[int, typer.Option(help="Pixels a side.")]
@@ -71,6 +72,24 @@ class Served:
     inner: str
     groups: tuple[int, ...] | None = None
     queue: int = 4096
+
+    def engine(self) -> Any:
+        from piflux.serving.engine import RankEngine
+
+        source: Any = self.model
+        if source == RANDOM:
+            from piflux.tools.bench.models import random_flux
+
+            source = random_flux
+        return RankEngine(
+            source,
+            self.ranks,
+            name="model",
+            sizes=[(self.size, self.size)],
+            groups=self.groups,
+            queue=self.queue,
+            inner=self.inner,
+        )
 
 
 @dataclass
@@ -99,23 +118,25 @@ class Server:
 
     served: Served
     port: int
-    process: subprocess.Popen[bytes]
-    client: httpx.AsyncClient
+    pid: int
+    client: Any
     known: dict[int, Any] = field(default_factory=dict)
 
-    async def ask(self, seed: int, **more: Any) -> Answered:
+    async def ask(self, seed: int, user: str = "") -> Answered:
+        import httpx2  # here, since --direct needs none
+
         body = {
             "prompt": PROMPTS[seed % len(PROMPTS)],
             "seed": seed,
             "size": f"{self.served.size}x{self.served.size}",
             "num_inference_steps": self.served.steps,
             "response_format": "b64_json",
-            **more,
+            "user": user,
         }
         began = time.perf_counter()
         try:
             answer = await self.client.post("/v1/images/generations", json=body)
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             console.print(f"no answer: {error!r}")
             return Answered(time.perf_counter() - began, seed, 0)
         seconds = time.perf_counter() - began
@@ -124,17 +145,24 @@ class Server:
             return Answered(seconds, seed, answer.status_code)
         told = answer.json()
         data = base64.b64decode(told["data"][0]["b64_json"])
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(np.int16)
-        first = self.known.setdefault(seed, pixels)
-        report = told.get("piflux", {})
-        wrong = int(np.abs(first - pixels).max())
-        return Answered(
-            seconds, seed, 200, report.get("ranks", 0), wrong, report.get("recovered", 0)
-        )
+        report = told["piflux"]
+        wrong = self.compare(seed, Image.open(io.BytesIO(data)))
+        return Answered(seconds, seed, 200, report["ranks"], wrong, report["recovered"])
+
+    def compare(self, seed: int, image: Image.Image) -> int:
+        """How far its worst pixel is from the seed's first picture."""
+        pixels = np.asarray(image.convert("RGB")).astype(np.int16)
+        return int(np.abs(self.known.setdefault(seed, pixels) - pixels).max())
+
+    async def ranks(self) -> int:
+        """How many live, as the server tells."""
+        told = (await self.client.get("/metrics")).text
+        (line,) = [x for x in told.splitlines() if x.startswith("piflux_ranks ")]
+        return round(float(line.split()[1]))
 
     def memory(self) -> dict[str, int]:
         """Megabytes of the front and of its ranks together."""
-        found = {"front": _resident(self.process.pid), "ranks": 0}
+        found = {"front": _resident(self.pid), "ranks": 0}
         found["ranks"] = sum(map(_resident, self.workers()))
         return found
 
@@ -147,9 +175,58 @@ class Server:
                 parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:  # it has ended meanwhile
                 continue
-            if parent == self.process.pid and b"piflux.serving.worker" in words:
+            if parent == self.pid and b"piflux.serving.worker" in words:
                 found.append(int(path.name))
         return sorted(found)
+
+
+@dataclass
+class Direct(Server):
+    """An engine of this process, in place of a server."""
+
+    engine: Any = None
+
+    async def ask(self, seed: int, user: str = "") -> Answered:
+        from piflux.serving.jobs import Drawn, Job, Refused
+
+        side, prompt = self.served.size, PROMPTS[seed % len(PROMPTS)]
+        job = Job("", prompt, (seed,), size=(side, side), steps=self.served.steps, user=user)
+        began = time.perf_counter()
+        try:
+            async for event in self.engine.submit(job):
+                if isinstance(event, Drawn):
+                    seconds, report = time.perf_counter() - began, event.report
+                    wrong = self.compare(seed, event.images[0])
+                    return Answered(seconds, seed, 200, report.ranks, wrong, report.recovered)
+        except Refused as refused:
+            console.print(refused.status, str(refused))
+            return Answered(time.perf_counter() - began, seed, refused.status)
+        raise AssertionError("a job ends by its pictures, or is refused")
+
+    async def ranks(self) -> int:
+        return int(self.engine.state().ranks)
+
+    def only(self, groups: tuple[int, ...] | None) -> None:
+        """From now on ranks form groups of these sizes alone."""
+        from piflux.serving.grouping import blocks_of
+
+        self.engine._blocks = blocks_of(self.served.ranks, groups)
+
+
+@asynccontextmanager
+async def directly(served: Served) -> AsyncIterator[Direct]:
+    """An engine that is ready."""
+    engine, began = served.engine(), time.monotonic()
+    try:
+        await engine.start()
+        while engine.state().phase == "starting" and time.monotonic() - began < READY_S:
+            await asyncio.sleep(0.1)
+        if engine.state().phase != "ready":
+            raise SystemExit(f"the engine did not become ready: {engine.state().reason}")
+        console.print(f"ready after {time.monotonic() - began:.1f} s: {served}")
+        yield Direct(served, 0, os.getpid(), None, {}, engine)
+    finally:
+        await engine.end(0)
 
 
 def _resident(pid: int) -> int:
@@ -163,16 +240,18 @@ def _resident(pid: int) -> int:
 @asynccontextmanager
 async def running(served: Served) -> AsyncIterator[Server]:
     """A server that is ready."""
+    import httpx2
+
     command = [sys.executable, __file__, "server", json.dumps(asdict(served))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sys.stderr)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(
             base_url=f"http://127.0.0.1:{port}", timeout=600, limits=limits
         ) as client:
-            server = Server(served, port, process, client)
+            server = Server(served, port, process.pid, client)
             began = time.monotonic()
             while (await client.get("/readyz")).status_code != 200:
                 if process.poll() is not None or time.monotonic() - began > READY_S:
@@ -190,24 +269,9 @@ async def running(served: Served) -> AsyncIterator[Server]:
 @app.command(hidden=True)
 def server(given: str) -> None:
     """Serve, and print the port."""
-    from piflux.serving.engine import RankEngine
     from piflux.serving.server import listen, serve
 
-    served = json.loads(given)
-    source: Any = served["model"]
-    if source == RANDOM:
-        from piflux.tools.bench.models import random_flux
-
-        source = random_flux
-    engine = RankEngine(
-        source,
-        served["ranks"],
-        name="model",
-        sizes=[(served["size"], served["size"])],
-        groups=served["groups"],
-        queue=served["queue"],
-        inner=served["inner"],
-    )
+    engine = Served(**json.loads(given)).engine()
     listening = listen("127.0.0.1", 0)
     print(listening.getsockname()[1], flush=True)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  its log lines
@@ -261,6 +325,7 @@ def overhead(
     steps: Steps = 28,
     count: Annotated[int, typer.Option(min=1)] = 20,
     inner: Inner = "inductor",
+    direct: DirectOption = False,
     out: Out = None,
 ) -> None:
     """The pipeline's own call and a request to the server, in turn, on one rank."""
@@ -277,7 +342,7 @@ def overhead(
         pipe.set_progress_bar_config(disable=True)
         pipe = piflux.parallelize(pipe, policy="gather", inner=inner)
         own, served = [], []
-        async with running(Served(model, 1, size, steps, inner)) as at:
+        async with (directly if direct else running)(Served(model, 1, size, steps, inner)) as at:
             for i in range(count + 2):
                 began = time.perf_counter()
                 pipe(
@@ -318,12 +383,15 @@ def flood(
     requests: Annotated[int, typer.Option(min=1)] = 2000,
     clients: Annotated[int, typer.Option(min=1)] = 64,
     inner: Inner = "inductor",
+    direct: DirectOption = False,
     out: Out = None,
 ) -> None:
     """So many clients at once, each with one request after the other."""
 
     async def measure() -> None:
-        async with running(Served(model, ranks, size, steps, inner)) as at:
+        async with (directly if direct else running)(
+            Served(model, ranks, size, steps, inner)
+        ) as at:
             for seed in range(SEEDS):
                 await at.ask(seed)
             numbers, answers, memory = iter(range(requests)), [], []
@@ -354,12 +422,15 @@ def kills(
     every: Annotated[float, typer.Option(min=1, help="Seconds between kills.")] = 20,
     clients: Annotated[int, typer.Option(min=1)] = 4,
     inner: Inner = "inductor",
+    direct: DirectOption = False,
     out: Out = None,
 ) -> None:
     """A rank, taken at random, is killed every so often under load."""
 
     async def measure() -> None:
-        async with running(Served(model, ranks, size, steps, inner)) as at:
+        async with (directly if direct else running)(
+            Served(model, ranks, size, steps, inner)
+        ) as at:
             for seed in range(SEEDS):
                 await at.ask(seed)
             answers: list[Answered] = []
@@ -376,9 +447,9 @@ def kills(
                     workers = at.workers()
                     os.kill(dice.choice(workers), signal.SIGKILL)
                     killed = time.perf_counter()
-                    while await _ranks(at) == ranks:
+                    while await at.ranks() == ranks:
                         await asyncio.sleep(0.05)
-                    while await _ranks(at) < ranks and time.perf_counter() - began < seconds:
+                    while await at.ranks() < ranks and time.perf_counter() - began < seconds:
                         await asyncio.sleep(0.1)
                     whole.append(time.perf_counter() - killed)
 
@@ -391,13 +462,6 @@ def kills(
     asyncio.run(measure())
 
 
-async def _ranks(at: Server) -> int:
-    """How many live, as the server tells."""
-    told = (await at.client.get("/metrics")).text
-    (line,) = [x for x in told.splitlines() if x.startswith("piflux_ranks ")]
-    return round(float(line.split()[1]))
-
-
 @app.command()
 def load(
     model: ModelOption = "demo",
@@ -407,38 +471,51 @@ def load(
     seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 60,
     loads: Annotated[str, typer.Option(help="Of what one image a rank can bear.")] = "0.25,0.6,0.9",
     inner: Inner = "inductor",
+    direct: DirectOption = False,
     out: Out = None,
 ) -> None:
     """Requests at random times, for all ranks together, one rank each, and as the load asks."""
-    ways = {f"1 x {ranks}": (ranks,), f"{ranks} x 1": (1,), "as the load asks": None}
+    ways = {f"{ranks} x 1": (1,), f"1 x {ranks}": (ranks,), "as the load asks": None}
     rows: list[dict[str, Any]] = []
     answers: dict[str, Any] = {}
 
+    async def loaded(at: Server, way: str, rate: float, share: float) -> None:
+        # The same times of coming for each way.
+        took = await _poisson(at, rate, seconds, random.Random(round(1000 * share)))
+        row = {"load": share, "way": way} | _told(took[0], at.served, took[1])
+        rows.append(row)
+        answers[f"{way}, {share}"] = [asdict(x) for x in took[0]]
+        console.print(*(f"{k} {row[k]:.4g}," if k != "way" else f"{way}," for k in SHORT))
+        _save(out, "load", rows, answers)
+
+    async def all_loads(at: Server, way: str, capacity: float | None) -> float:
+        """Gives how many images a second the ranks draw, alone each."""
+        for seed in range(SEEDS):
+            await at.ask(seed)
+        if capacity is None:
+            alone = [(await at.ask(seed)).seconds for seed in range(3)]
+            both = [_busy(at, seed, max(3.0, 3 * min(alone))) for seed in range(ranks)]
+            capacity = sum(await asyncio.gather(*both))
+        for share in map(float, loads.split(",")):
+            await loaded(at, way, share * capacity, share)
+        return capacity
+
     async def measure() -> None:
-        capacity: float | None = None  # images a second of one rank each
-        for way, groups in sorted(ways.items(), key=lambda x: x[1] != (1,)):
-            served = Served(model, ranks, size, steps, inner, groups)
-            async with running(served) as at:
-                for seed in range(2 * SEEDS):
-                    await at.ask(seed % SEEDS)
-                if capacity is None:
-                    alone = [(await at.ask(seed)).seconds for seed in range(3)]
-                    both = [_busy(at, seed, max(3.0, 3 * min(alone))) for seed in range(ranks)]
-                    capacity = sum(await asyncio.gather(*both))
-                for share in map(float, loads.split(",")):
-                    # The same times of coming for each way.
-                    dice = random.Random(round(1000 * share))
-                    took = await _poisson(at, share * capacity, seconds, dice)
-                    row = {"way": way, "load": share} | _told(took[0], served, took[1])
-                    rows.append(row)
-                    answers[f"{way}, {share}"] = [asdict(x) for x in took[0]]
-                    console.print({k: v for k, v in row.items() if k in SHORT})
+        capacity: float | None = None
+        if direct:  # one engine serves all ways
+            async with directly(Served(model, ranks, size, steps, inner)) as engine:
+                for way, groups in ways.items():
+                    engine.only(groups)
+                    capacity = await all_loads(engine, way, capacity)
+            return
+        for way, groups in ways.items():
+            async with running(Served(model, ranks, size, steps, inner, groups)) as at:
+                capacity = await all_loads(at, way, capacity)
 
     asyncio.run(measure())
     rows.sort(key=lambda row: row["load"])
     kept = [{k: row[k] for k in SHORT} for row in rows]
     _show(f"{model}, {ranks} ranks, {size} pixels, {steps} steps, {seconds:.0f} s each", kept)
-    _save(out, "load", rows, answers)
 
 
 SHORT = (

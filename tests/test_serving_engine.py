@@ -412,6 +412,7 @@ def test_a_client_that_goes_away_stops_all_ranks_of_its_group():
 
     async def test(engine):
         events = engine.submit(job(1))
+        assert await anext(events) == Queued(0)
         going = asyncio.ensure_future(anext(events))
         await until(lambda: len(held) == 2)
         (first, draw), (second, _) = held
@@ -729,7 +730,7 @@ def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
 
     done = running(kill())
     assert near(pixels(done.images), alone(2)) and done.report.recovered == 1
-    running(until(lambda: running.engine.state().groups == (2,), 100))
+    running(until(lambda: running.engine.state().groups == (2,), 280))
     assert running.engine.state().replaced == replaced + 1
     images, report, _ = running.draw(2, ranks=2)
     assert near(images, alone(2)) and report.ranks == 2
