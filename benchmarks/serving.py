@@ -40,7 +40,7 @@ from rich.table import Table
 from piflux.demo import PROMPTS
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
-console = Console()
+console = Console(width=140)
 
 RANDOM = "flux.1-random"
 SEEDS = 8
@@ -313,7 +313,7 @@ def _save(out: Path | None, name: str, rows: list[dict[str, Any]], answers: Any)
         return
     from piflux.tools.records import header
 
-    record = header(f"python benchmarks/serving.py {' '.join(sys.argv[1:])}")
+    record = header(program=("python", "benchmarks/serving.py"), ranks=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record | {"what": name, "rows": rows, "answers": answers}))
 
@@ -519,18 +519,9 @@ def load(
 
 
 SHORT = (
-    "load",
-    "way",
-    "requests",
-    "lost",
-    "wrong",
-    "a minute",
-    "mean_s",
-    "p50_s",
-    "p95_s",
-    "p99_s",
+    *("load", "way", "requests", "lost", "wrong", "worst pixel", "a minute", "mean_s", "p50_s"),
+    *("p95_s", "p99_s", "mean ranks"),
 )
-SHORT += ("mean ranks",)
 
 
 async def _busy(at: Server, seed: int, seconds: float) -> float:

@@ -185,7 +185,7 @@ class Pretended:
         if isinstance(command, Load):
             takes = {"image", "negative_prompt", "guidance_scale"}
             if self.hall.loads:
-                self.hear(Loaded("Pipe", frozenset(takes), True, 16, (64, 64), 28, 100))
+                self.hear(Loaded("cpu", "Pipe", frozenset(takes), True, 16, (64, 64), 28, 100))
             else:
                 self.kill()
         elif isinstance(command, End):

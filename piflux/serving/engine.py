@@ -85,9 +85,9 @@ LONGEST_PAUSE_S = 60.0
 WARM_STEPS = 4
 """Denoise steps of the images that are drawn to compile, and to see how long a step takes."""
 
-WARM_IMAGES = 2
-"""Drawn of each kind: the first compiles, of the second the time counts. On GPUs, where steps are
-recorded in the first images, too."""
+WARM_IMAGES = {"cpu": 2, "cuda": 4}
+"""Drawn of each kind: the first compiles, of the last the time counts. On GPUs those in between are
+recorded."""
 
 GAIN = 0.97
 """A batch is taken where a picture of it takes less than this share of one alone."""
@@ -189,7 +189,7 @@ class _Call:
         number: of the call.
         block: who draws it.
         tasks: of jobs; none to warm up.
-        warms: what it warms up, and the how many-th image of that.
+        warms: what it warms up, and how many images of that are left after it.
         pending: ranks that have not answered.
         heard: when one of them has last told anything.
         seconds: that it should take.
@@ -628,10 +628,11 @@ class RankEngine:
         first = self._blocks[0]
         if block.size == first.size and block != first and not self._warmed.get(first):
             return
-        left = self._warming.get(block)
+        assert self._loaded is not None, "its ranks have told"
+        left, count = self._warming.get(block), WARM_IMAGES.get(self._loaded.device, 2)
         if left is None:
             left = self._warming[block] = [
-                (warm, i) for warm in self._to_warm(block) for i in range(WARM_IMAGES)
+                (warm, i) for warm in self._to_warm(block) for i in reversed(range(count))
             ]
         warm, _ = left[0]
         assert self._model is not None
@@ -658,7 +659,7 @@ class RankEngine:
         left = self._warming.get(call.block, [])
         if left and left[0] == call.warms:
             left.pop(0)
-        if i == WARM_IMAGES - 1 and warm.size is not None:
+        if i == 0 and warm.size is not None:
             size, pixels = call.block.size, warm.size[0] * warm.size[1]
             if warm.batch == 1:
                 self._pace.learn(size, pixels, WARM_STEPS, told.seconds, told.step_s)

@@ -371,7 +371,7 @@ def random_flux(device: torch.device) -> tuple[Any, dict[str, Any]]:
     """
     import diffusers
 
-    class RandomFluxPipeline(diffusers.FluxPipeline):  # type: ignore[misc]
+    class RandomFluxPipeline(diffusers.FluxPipeline):
         def encode_prompt(
             self,
             prompt: str | list[str],
