@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Protocol
 
 from PIL import Image
@@ -36,6 +37,11 @@ class Refused(PifluxError):
         super().__init__(message)
         self.status, self.code = status, code
         self.field, self.retry_after_s = field, retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # By itself an exception is pickled as its message alone.
+        again = partial(Refused, field=self.field, retry_after_s=self.retry_after_s)
+        return again, (self.status, self.code, str(self))
 
 
 @dataclass(frozen=True)

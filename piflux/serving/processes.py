@@ -24,6 +24,33 @@ END_S = 1.0
 """How long a process may take to end once its connection is closed."""
 
 
+def open_store(address: str) -> tuple[Any, int]:
+    """A store where ranks meet, and its port. It ends with the object.
+
+    Args:
+        address: of this host, at which alone it listens.
+    """
+    import torch.distributed as dist
+
+    # The store's own socket would be open to every network.
+    listening = socket.create_server((address, 0), backlog=128)
+    port = int(listening.getsockname()[1])
+    store = dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
+    )
+    return store, port
+
+
+def among_themselves() -> dict[str, str]:
+    """The environment by which ranks of one host reach each other, and nobody else reaches them."""
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    return dict.fromkeys(names, "lo") if sys.platform == "linux" else {}
+
+
 class LocalWorkers:
     """Starts a process a rank on this machine, each with a GPU of its own, if there are any.
 
@@ -37,18 +64,7 @@ class LocalWorkers:
         self._store: Any = None
 
     def open(self) -> tuple[str, int]:
-        import torch.distributed as dist
-
-        # The store's own socket would be open to the network.
-        listening = socket.create_server((LOOPBACK, 0), backlog=128)
-        port = int(listening.getsockname()[1])
-        self._store = dist.TCPStore(
-            LOOPBACK,
-            port,
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
+        self._store, port = open_store(LOOPBACK)
         return LOOPBACK, port
 
     def start(self, number: int, hear: Callable[[Told], None]) -> LocalWorker:
@@ -61,9 +77,8 @@ class LocalWorkers:
             "LOCAL_RANK": str(number),
             "TOKENIZERS_PARALLELISM": "false",
         }
-        if sys.platform == "linux":  # ranks reach each other on this machine, and nobody else does
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        for name, text in among_themselves().items():
+            environment.setdefault(name, text)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._ranks)))
         if self._cache is not None:
             environment["TORCHINDUCTOR_CACHE_DIR"] = str(self._cache)

@@ -86,7 +86,7 @@ def serve(
     app = build_app(
         engine,
         keys=keys,
-        hosts={"localhost", "127.0.0.1", "::1", host.lower()} if local else None,
+        hosts=names_of(host) if local else None,
         quality=quality,
         limits=limits,
         drain_s=drain_s,
@@ -107,6 +107,11 @@ def serve(
         asyncio.run(_serve(server, engine, listening, host, tell))
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+def names_of(host: str) -> set[str]:
+    """By which a server that listens on this host alone may be called."""
+    return {"localhost", "127.0.0.1", "::1", host.lower()}
 
 
 class _Server(uvicorn.Server):

@@ -6,6 +6,7 @@ What a user writes is checked before torch is imported, which takes seconds.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -289,6 +290,15 @@ def serve(
     inner: Annotated[
         Literal["inductor", "eager"] | None, typer.Option(help="Default: inductor on GPUs.")
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="By Ray Serve, on the cluster that is there.")
+    ] = False,
+    replicas: Annotated[
+        str, typer.Option(help="With --ray, groups of --ranks: 2, or 1-4, as the queue asks.")
+    ] = "1",
+    hosts: Annotated[
+        int, typer.Option(min=1, help="With --ray, over which a replica's ranks are spread.")
+    ] = 1,
 ) -> None:
     """Warm models behind OpenAI's images API, with a page to draw on.
 
@@ -306,7 +316,7 @@ def serve(
         from piflux.serving.engine import RankEngine
         from piflux.serving.guard import is_loopback
         from piflux.serving.keys import read_keys
-        from piflux.serving.server import listen
+        from piflux.serving.server import listen, names_of
         from piflux.serving.server import serve as work
     keys = read_keys(api_keys)
     if keys is None and not insecure and not is_loopback(host):
@@ -315,13 +325,55 @@ def serve(
             "PIFLUX_API_KEYS; or --insecure, if something in front of it checks who asks"
         )
     listening = listen(host, port)  # before torch is waited for
+    console = Console(stderr=True)
+    tell = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
+    source = str(options.folder_of(model)) if options.is_hub_id(model) else model
+    name = model if options.is_hub_id(model) else None
+    if ray:
+        at = host, listening.getsockname()[1]
+        listening.close()  # Serve's own processes listen
+        fewest, most = options.replicas(replicas)
+        with importing(), _served("ray"):
+            from pydantic import ValidationError
+
+            from piflux.serving.cluster import Settings
+            from piflux.serving.cluster.server import serve as work_on_ray
+        try:
+            settings = Settings(
+                model=source if source == "demo" else str(Path(source).resolve()),
+                name=name,
+                ranks=ranks or 1,
+                hosts=hosts,
+                replicas=fewest,
+                most_replicas=most,
+                queue=queue,
+                api_keys=None if api_keys is None else api_keys.resolve(),
+                insecure=keys is None,
+                names=tuple(names_of(host)) if is_loopback(host) else None,
+                quality=quality_,
+                sizes=pixels,
+                groups=blocks,
+                loras=None if loras is None else loras.resolve(),
+                schedules={quality: file.resolve() for quality, file in files.items()},
+                batch=batch,
+                deadline_s=deadline,
+                drain_s=drain,
+                cache=None if cache is None else cache.resolve(),
+                inner=inner,
+            )
+        except ValidationError as error:
+            raise typer.BadParameter("; ".join(each["msg"] for each in error.errors())) from None
+        work_on_ray(settings, *at, tell=tell)
+        return
+    if replicas != "1" or hosts != 1:
+        raise typer.BadParameter("--replicas and --hosts go with --ray")
     with importing():
         import torch
     try:
         engine = RankEngine(
-            str(options.folder_of(model)) if options.is_hub_id(model) else model,
+            source,
             options.ranks(ranks),
-            name=model if options.is_hub_id(model) else None,
+            name=name,
             sizes=pixels,
             groups=blocks,
             queue=queue,
@@ -334,7 +386,6 @@ def serve(
         )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console = Console(stderr=True)
     work(
         engine,
         listening,
@@ -342,20 +393,20 @@ def serve(
         keys=keys,
         quality=quality_,
         drain_s=drain,
-        tell=lambda text: console.print(text, soft_wrap=True, markup=False, highlight=False),
+        tell=tell,
     )
 
 
 @contextlib.contextmanager
-def _served() -> Iterator[None]:
-    """Around imports of what the extra `serve` brings."""
+def _served(extra: str = "serve") -> Iterator[None]:
+    """Around imports of what the extra brings."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "piflux":
             raise
         raise PackageMissing(
-            f"piflux serve needs the package {error.name!r}: pip install 'piflux[serve]'",
+            f"piflux serve needs the package {error.name!r}: pip install 'piflux[{extra}]'",
             name=error.name,
         ) from error
 

@@ -364,6 +364,15 @@ def loras(texts: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
     return tuple(found)
 
 
+def replicas(text: str) -> tuple[int, int | None]:
+    """The fewest replicas, and the most if there may be more: of '2' or '1-4'."""
+    fewest, dash, most = text.partition("-")
+    counts = [x for x in (fewest, most) if x.isdecimal() and int(x) > 0]
+    if len(counts) != 1 + bool(dash) or (dash and int(most) < int(fewest)):
+        raise typer.BadParameter(f"--replicas {text}: give a number, or two as in 1-4")
+    return int(fewest), int(most) if dash else None
+
+
 def ranks(asked: int | None) -> int:
     """How many: as asked for, as torchrun started, or as there are GPUs, else 2."""
     if is_joined():

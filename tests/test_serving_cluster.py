@@ -1,0 +1,255 @@
+"""Replicas on Ray Serve: jobs whose replica is lost, and one replica for real."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import queue
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fake_engine import MODEL
+from PIL import Image
+
+from piflux.serving.jobs import (
+    Drawn,
+    Event,
+    Job,
+    Preview,
+    Queued,
+    Refused,
+    Report,
+    State,
+    Stepped,
+)
+from piflux.serving.messages import Finished, Step
+
+ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
+
+from ray.exceptions import ActorDiedError  # noqa: E402
+from ray.serve.exceptions import BackPressureError  # noqa: E402
+
+from piflux.serving.cluster import Settings  # noqa: E402
+from piflux.serving.cluster.leader import Seen, Word  # noqa: E402
+from piflux.serving.cluster.replicas import Replicas  # noqa: E402
+from piflux.serving.cluster.workers import _latest  # noqa: E402
+
+JOB = Job("a", "x", (1,), previews=2)
+REPORT = Report("lossless", "gather", 0.0, 2, 2, 2, 0.0, 0.1, 1)
+PICTURE = Image.new("RGB", (8, 8))
+READY = State("ready", "", 2, 2, (2,), 0, 0, 0.0, memory={0: 10, 1: 20})
+
+
+def seen(replica: str = "r1", state: State = READY) -> Seen:
+    return Seen(replica, state, MODEL)
+
+
+class Deployment:
+    """A handle of replicas that tell what a test says: words, exceptions, or seconds of nothing."""
+
+    def __init__(self, *calls: list[Any]) -> None:
+        self.calls, self.jobs, self.cancelled = list(calls), [], 0
+        self.draw = self.seen = self
+
+    def options(self, **_: Any) -> Deployment:
+        return self
+
+    def remote(self, job: Job | None = None) -> Any:
+        if job is None:
+            return asyncio.sleep(0, seen())
+        self.jobs.append(job)
+        return Stream(self, self.calls.pop(0))
+
+
+class Stream:
+    def __init__(self, deployment: Deployment, told: list[Any]) -> None:
+        self._deployment, self._told = deployment, told
+
+    async def __anext__(self) -> Word:
+        while self._told:
+            word = self._told.pop(0)
+            if isinstance(word, Exception) and not isinstance(word, Refused):
+                raise word
+            if not isinstance(word, float):
+                return word
+            await asyncio.sleep(word)
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self._deployment.cancelled += bool(self._told)
+
+
+async def events(deployment: Deployment, job: Job = JOB) -> list[Event]:
+    return [event async for event in Replicas(deployment, 600.0).submit(job)]
+
+
+def refusal(deployment: Deployment, job: Job = JOB) -> Refused:
+    with pytest.raises(Refused) as caught:
+        asyncio.run(events(deployment, job))
+    return caught.value
+
+
+def test_a_job_goes_to_another_replica_where_its_own_is_lost() -> None:
+    first = [seen(), Queued(0), Stepped(1, 2), Preview(0, [PICTURE]), ActorDiedError()]
+    again = [Queued(0), Stepped(1, 2), Preview(0, [PICTURE]), Preview(1, [PICTURE])]
+    deployment = Deployment(first, [seen("r2"), *again, Drawn([PICTURE], REPORT)])
+    told = asyncio.run(events(deployment))
+    assert told[:3] == [Queued(0), Stepped(1, 2), Preview(0, [PICTURE])]
+    assert [x.number for x in told if isinstance(x, Preview)] == [0, 1]  # none is shown twice
+    drawn = told[-1]
+    assert isinstance(drawn, Drawn) and drawn.report.recovered == 1
+    assert [job.id for job in deployment.jobs] == ["a", "a"]
+    assert deployment.jobs[1].seeds == JOB.seeds  # so it is the same picture
+
+
+def test_a_job_that_two_replicas_were_lost_with_is_not_tried_again() -> None:
+    lost = [seen(), Stepped(1, 2), ActorDiedError()]
+    deployment = Deployment(list(lost), list(lost), [Drawn([PICTURE], REPORT)])
+    refused = refusal(deployment)
+    assert (refused.status, refused.code) == (500, "poisonous") and len(deployment.jobs) == 2
+
+
+def test_a_job_that_no_replica_has_begun_waits_for_one(monkeypatch) -> None:
+    monkeypatch.setattr("piflux.serving.cluster.replicas.PAUSE_S", 0.0)
+    ending = [seen(), Refused(503, "ending", "the server ends")]
+    lost: list[Any] = [seen(), Queued(0), ActorDiedError()]
+    deployment = Deployment(list(lost), list(lost), ending, [Drawn([PICTURE], REPORT)])
+    drawn = asyncio.run(events(deployment))[-1]
+    assert isinstance(drawn, Drawn) and drawn.report.recovered == 0
+
+
+def test_what_a_replica_refuses_is_refused() -> None:
+    refused = refusal(Deployment([seen(), Refused(400, "invalid_value", "no", field="size")]))
+    assert (refused.status, refused.field, str(refused)) == (400, "size", "no")
+    failed = refusal(Deployment([seen(), Refused(500, "failed", "ValueError: x")]))
+    assert (failed.status, failed.code) == (500, "failed")
+    full = refusal(Deployment([BackPressureError(3, 3)]))
+    assert (full.status, full.code) == (429, "queue_full") and full.retry_after_s
+
+
+def test_a_deadline_holds_while_no_replica_answers() -> None:
+    began = time.monotonic()
+    deployment = Deployment([60.0, Drawn([PICTURE], REPORT)])
+    refused = refusal(deployment, replace(JOB, deadline_s=0.2))
+    assert (refused.status, refused.code) == (504, "deadline")
+    assert 0.2 <= time.monotonic() - began < 5 and deployment.cancelled == 1
+
+
+def test_a_replica_gets_the_time_that_is_left() -> None:
+    deployment = Deployment(
+        [seen(), Stepped(1, 2), 0.2, ActorDiedError()], [Drawn([PICTURE], REPORT)]
+    )
+    asyncio.run(events(deployment, replace(JOB, deadline_s=5.0)))
+    first, second = (job.deadline_s for job in deployment.jobs)
+    assert first is not None and second is not None and second < first - 0.15
+
+
+def test_one_that_waits_for_a_replica_learns_how_many_are_before_it(monkeypatch) -> None:
+    monkeypatch.setattr("piflux.serving.cluster.replicas.BEAT_S", 0.02)
+
+    async def both() -> list[Event]:
+        engine = Replicas(Deployment([5.0], [0.1, seen(), Drawn([PICTURE], REPORT)]), 600.0)
+        async with aclosing(engine.submit(JOB)) as before:  # type: ignore[type-var]
+            assert await anext(before) == Queued(0)
+            assert engine.state().waiting == 1
+            return [event async for event in engine.submit(JOB)]
+
+    told = asyncio.run(both())
+    assert told[0] == Queued(1) and isinstance(told[-1], Drawn)
+
+
+def test_to_close_a_job_is_to_cancel_it() -> None:
+    async def close() -> Deployment:
+        deployment = Deployment([seen(), Stepped(1, 2), 5.0])
+        engine = Replicas(deployment, 600.0)
+        async with aclosing(engine.submit(JOB)) as told:  # type: ignore[type-var]
+            assert await anext(told) == Stepped(1, 2)
+            assert engine.state().drawing == 1
+        assert engine.state().drawing == 0
+        return deployment
+
+    assert asyncio.run(close()).cancelled == 1
+
+
+def test_the_end_waits_for_jobs_and_takes_no_more() -> None:
+    async def end() -> None:
+        engine = Replicas(
+            Deployment([seen(), 0.2, Drawn([PICTURE], REPORT)], [seen(), 60.0]), 600.0
+        )
+        await engine.start()
+        job = asyncio.ensure_future(_all(engine.submit(JOB)))
+        await asyncio.sleep(0.05)
+        await engine.end(5.0)
+        assert isinstance(job.result()[-1], Drawn)
+        with pytest.raises(Refused, match="ends"):
+            await anext(engine.submit(JOB))
+
+    async def hurry() -> None:
+        engine = Replicas(Deployment([seen(), 60.0]), 600.0)
+        job = asyncio.ensure_future(_all(engine.submit(JOB)))
+        await asyncio.sleep(0.05)
+        await engine.end(0.1)
+        with pytest.raises(Refused, match="ends"):
+            await job
+
+    asyncio.run(end())
+    asyncio.run(hurry())
+
+
+def test_the_state_is_that_of_all_replicas() -> None:
+    slow = replace(READY, ranks=1, groups=(1,), stepped_s=7.0, replaced=1, memory={1: 30})
+
+    async def state() -> tuple[State, State]:
+        engine = Replicas(
+            Deployment(
+                [seen(), Drawn([PICTURE], REPORT)], [seen("r2", slow), Drawn([PICTURE], REPORT)]
+            ),
+            600.0,
+        )
+        before = engine.state()
+        for _ in range(2):
+            await _all(engine.submit(JOB))
+        return before, engine.state()
+
+    before, after = asyncio.run(state())
+    assert (before.phase, before.ranks) == ("starting", 0)
+    assert (after.phase, after.ranks, after.wanted, after.groups) == ("ready", 3, 4, (2, 1))
+    assert (after.stepped_s, after.replaced) == (7.0, 1)
+    assert after.memory == {0: 10, 1: 20, 2: 30}
+
+
+async def _all(told: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in told]
+
+
+def test_a_refusal_travels_whole() -> None:
+    again = pickle.loads(
+        pickle.dumps(Refused(429, "queue_full", "later", field="n", retry_after_s=3))
+    )
+    assert (again.status, again.code, str(again)) == (429, "queue_full", "later")
+    assert (again.field, again.retry_after_s) == ("n", 3)
+
+
+def test_of_steps_that_wait_to_be_told_the_last_is_told() -> None:
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    finished = Finished(1, None, False, 2, 0.1, None, 0)
+    for each in (Step(1, 1, 3), Step(1, 2, 3), finished, Step(2, 1, 3), None):
+        told.put(each)
+    assert _latest(told) == [Step(1, 2, 3), finished, Step(2, 1, 3), None]
+
+
+def test_a_replica_takes_what_its_ranks_need() -> None:
+    one = Settings(ranks=4, cpus=2)
+    assert one.bundles(1) == [{"CPU": 8.0, "GPU": 4.0}] and one.strategy == "STRICT_PACK"
+    two = Settings(ranks=4, hosts=2)
+    assert two.bundles(1) == [{"CPU": 2.0, "GPU": 2.0}] * 2 and two.strategy == "STRICT_SPREAD"
+    for wrong in ({"ranks": 3, "hosts": 2}, {"replicas": 2, "most_replicas": 1}, {"rank": 2}):
+        with pytest.raises(ValueError, match=r"evenly|fewer than replicas|rank"):
+            Settings(**wrong)  # type: ignore[arg-type]
+    # As `serve run` and a manifest give them.
+    read = Settings(**{"ranks": "2", "insecure": "true", "sizes": [[64, 96]]})  # type: ignore[arg-type]
+    assert (read.ranks, read.insecure, read.sizes) == (2, True, ((64, 96),))
