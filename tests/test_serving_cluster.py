@@ -251,5 +251,5 @@ def test_a_replica_takes_what_its_ranks_need() -> None:
         with pytest.raises(ValueError, match=r"evenly|fewer than replicas|rank"):
             Settings(**wrong)  # type: ignore[arg-type]
     # As `serve run` and a manifest give them.
-    read = Settings(**{"ranks": "2", "insecure": "true", "sizes": [[64, 96]]})  # type: ignore[arg-type]
+    read = Settings(ranks="2", insecure="true", sizes=[[64, 96]])  # type: ignore[arg-type]
     assert (read.ranks, read.insecure, read.sizes) == (2, True, ((64, 96),))
