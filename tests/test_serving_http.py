@@ -670,7 +670,7 @@ def _check_metrics(client: openai.OpenAI, url: str, engine: FakeEngine) -> None:
         assert found[name] == value, name
     for code in ("200", "400", "500"):
         route = f'code="{code}",method="POST",route="/v1/images/generations"'
-        assert found[f"piflux_http_requests_total{{{route}}}"] == 1
+        until(lambda: metrics_of(url)[f"piflux_http_requests_total{{{route}}}"] == 1)  # noqa: B023
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(url, client):
@@ -689,8 +689,9 @@ def test_a_request_is_a_line(client, url, caplog):
     draw(prompt="a secret", extra_headers={"x-request-id": "abc-2"}, user="ada")
     made = draw(prompt="x", response_format="url", extra_headers={"x-request-id": "a b"})
     httpx2.get(made.data[0].url)
+    until(lambda: len(caplog.records) == 3)  # a line comes after its answer
     lines = [json.loads(logs.Lines().format(record)) for record in caplog.records]
-    lines = [line for line in lines if line["event"] == "request"]
+    assert {line["event"] for line in lines} == {"request"}
     first, second, fetched = lines
     assert (first["id"], first["status"], first["method"]) == ("abc-2", 200, "POST")
     assert first["path"] == "/v1/images/generations" and first["seconds"] > 0

@@ -75,6 +75,7 @@ class Artist:
         side = side * factor if isinstance(side, int) else 1024
         steps = taken["num_inference_steps"].default
         return Loaded(
+            self._device.type,
             kind.__name__,
             frozenset(names),
             hasattr(self._pipe, "load_lora_weights") and find_spec("peft") is not None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -84,9 +85,9 @@ LONGEST_PAUSE_S = 60.0
 WARM_STEPS = 4
 """Denoise steps of the images that are drawn to compile, and to see how long a step takes."""
 
-WARM_IMAGES = 2
-"""Drawn of each kind: the first compiles, of the second the time counts. On GPUs, where steps are
-recorded in the first images, too."""
+WARM_IMAGES = {"cpu": 2, "cuda": 4}
+"""Drawn of each kind: the first compiles, of the last the time counts. On GPUs those in between are
+recorded."""
 
 GAIN = 0.97
 """A batch is taken where a picture of it takes less than this share of one alone."""
@@ -188,7 +189,7 @@ class _Call:
         number: of the call.
         block: who draws it.
         tasks: of jobs; none to warm up.
-        warms: what it warms up, and the how many-th image of that.
+        warms: what it warms up, and how many images of that are left after it.
         pending: ranks that have not answered.
         heard: when one of them has last told anything.
         seconds: that it should take.
@@ -197,6 +198,7 @@ class _Call:
         is_drawn: whether its pictures are there, or it was stopped.
         stopped: whether its ranks were told to.
         failure: what the first one told that failed by itself.
+        refused_by_all: whether nothing else was told of failures.
     """
 
     number: int
@@ -212,6 +214,11 @@ class _Call:
     is_drawn: bool = False
     stopped: bool = False
     failure: Failed | None = None
+    refused_by_all: bool = True
+
+    def expected_end(self, now: float) -> float:
+        over = self.is_drawn or self.stopped  # but for what a rank is at
+        return expected_end(-math.inf if over else self.began, self.seconds, now)
 
 
 @dataclass(frozen=True)
@@ -330,7 +337,8 @@ class RankEngine:
     def state(self) -> State:
         now = time.monotonic()
         drawing = [call for call in self._calls.values() if call.tasks]
-        quiet = [now - call.heard for call in self._calls.values() if not call.is_drawn]
+        # Where something is compiled no step is missed.
+        quiet = [now - call.heard for call in self._calls.values() if not self._compiles(call)]
         groups = [call.block.size for call in drawing]
         if not groups:
             widest = max((b for b in self._blocks if self._is_warm(b)), default=None, key=_size)
@@ -490,20 +498,23 @@ class RankEngine:
             if block is None:
                 break
             self._begin(block, self._take(block))
-        if not len(self._waiting):
-            for block in self._blocks:
-                if all(self._seats[r].is_free for r in block.ranks) and not self._is_warm(block):
-                    self._warm(block)
+        # A larger group only while nobody waits, unless nobody could be served without it.
+        idle = not len(self._waiting) or not any(map(self._is_warm, self._blocks))
+        for block in self._blocks:
+            is_free = all(self._seats[rank].is_free for rank in block.ranks)
+            if (
+                is_free
+                and not self._is_warm(block)
+                and (idle or block.size == self._blocks[0].size)
+            ):
+                self._warm(block)
         self._tell_places()
 
     def _choose(self, task: _Task) -> Block | None:
         now = time.monotonic()
         free_at = {}
         for seat in self._seats:
-            call = seat.call
-            free_at[seat.number] = (
-                now if call is None else expected_end(call.began, call.seconds, now)
-            )
+            free_at[seat.number] = now if seat.call is None else seat.call.expected_end(now)
         blocks = [block for block in self._blocks if self._is_warm(block)]
         seconds = {}
         for size in {block.size for block in blocks}:
@@ -617,10 +628,11 @@ class RankEngine:
         first = self._blocks[0]
         if block.size == first.size and block != first and not self._warmed.get(first):
             return
-        left = self._warming.get(block)
+        assert self._loaded is not None, "its ranks have told"
+        left, count = self._warming.get(block), WARM_IMAGES.get(self._loaded.device, 2)
         if left is None:
             left = self._warming[block] = [
-                (warm, i) for warm in self._to_warm(block) for i in range(WARM_IMAGES)
+                (warm, i) for warm in self._to_warm(block) for i in reversed(range(count))
             ]
         warm, _ = left[0]
         assert self._model is not None
@@ -647,7 +659,7 @@ class RankEngine:
         left = self._warming.get(call.block, [])
         if left and left[0] == call.warms:
             left.pop(0)
-        if i == WARM_IMAGES - 1 and warm.size is not None:
+        if i == 0 and warm.size is not None:
             size, pixels = call.block.size, warm.size[0] * warm.size[1]
             if warm.batch == 1:
                 self._pace.learn(size, pixels, WARM_STEPS, told.seconds, told.step_s)
@@ -744,8 +756,10 @@ class RankEngine:
                 call.is_drawn = True
             if call.warms is not None and not call.pending and not call.lost and not call.failure:
                 self._warmed_up(call, told)
-        elif call.failure is None or call.failure.kind == "lost":
-            call.failure = told
+        else:
+            call.refused_by_all &= told.kind == "refused"
+            if call.failure is None or call.failure.kind == "lost":
+                call.failure = told
         self._close(call)
 
     def _drawn(self, call: _Call, told: Finished) -> None:
@@ -791,8 +805,9 @@ class RankEngine:
         if call.pending or call.number not in self._calls:
             return
         del self._calls[call.number]
-        if call.failure is not None or call.lost:
-            self._rounds[call.block] += 1  # its ranks may be at different points
+        # What is refused is so by all of them, before they begin. Else they may have come apart.
+        if call.lost or call.failure is not None and not call.refused_by_all:
+            self._rounds[call.block] += 1
             self._warming.pop(call.block, None)
             self._compiled.pop(call.block, None)
         if call.is_drawn:
@@ -872,8 +887,7 @@ class RankEngine:
             now = time.monotonic()
             for call in list(self._calls.values()):
                 allowed = ANSWER_S if call.is_drawn else self._stuck_s
-                compiles = call.shape not in self._compiled.get(call.block, ())
-                if compiles and not call.is_drawn:
+                if self._compiles(call):
                     allowed = max(allowed, COMPILING_S)
                 if now - call.heard > allowed:
                     ranks = sorted(call.pending)
@@ -883,6 +897,10 @@ class RankEngine:
                         if worker is not None:
                             worker.kill()
                     call.heard = now
+
+    def _compiles(self, call: _Call) -> bool:
+        """Whether it is the first of its shape in its group, and not drawn yet."""
+        return not call.is_drawn and call.shape not in self._compiled.get(call.block, ())
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -108,6 +108,7 @@ class Loaded:
     """What a worker has loaded.
 
     Attributes:
+        device: its type.
         pipeline: the class's name.
         takes: arguments of its call, 'image' and 'mask_image' also where a sister takes them.
         adapts: whether it takes LoRAs.
@@ -115,6 +116,7 @@ class Loaded:
         memory: bytes in use.
     """
 
+    device: str
     pipeline: str
     takes: frozenset[str]
     adapts: bool

@@ -7,6 +7,7 @@ two of these. Where there is no GPU a small model of the same class stands in fo
 from __future__ import annotations
 
 import inspect
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -339,3 +340,72 @@ def _defaults(architecture: Architecture) -> dict[str, Any]:
 
     parameters = inspect.signature(getattr(diffusers, architecture.kind).__init__).parameters
     return {name: p.default for name, p in parameters.items()}
+
+
+FLUX_VAE: dict[str, Any] = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+FLUX_SCHEDULER: dict[str, Any] = {
+    "use_dynamic_shifting": True,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "shift": 3.0,
+}
+
+
+def random_flux(device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """FLUX.1-dev's pipeline with random weights, and what its call needs beside a prompt.
+
+    At full size in bfloat16 on a GPU, small and in float32 elsewhere. It has no text encoders: an
+    embedding is noise whose seed is the prompt's checksum.
+    """
+    import diffusers
+
+    class RandomFluxPipeline(diffusers.FluxPipeline):
+        def encode_prompt(
+            self,
+            prompt: str | list[str],
+            prompt_2: Any = None,
+            device: Any = None,
+            num_images_per_prompt: int = 1,
+            prompt_embeds: Any = None,
+            pooled_prompt_embeds: Any = None,
+            max_sequence_length: int = 512,
+            lora_scale: Any = None,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            config, dtype = self.transformer.config, self.transformer.dtype
+            prompts = [prompt] if isinstance(prompt, str) else prompt
+            drawn = []
+            for each in prompts:
+                generator = torch.Generator().manual_seed(zlib.crc32(each.encode()))
+                shapes = (text, config.joint_attention_dim), (config.pooled_projection_dim,)
+                drawn.append([torch.randn(shape, generator=generator) for shape in shapes])
+            long, pooled = (torch.stack(x).to(device, dtype) for x in zip(*drawn, strict=True))
+            return long, pooled, torch.zeros(text, 3, device=device, dtype=dtype)
+
+    full = device.type == "cuda"
+    text = TEXT_TOKENS if full else SMALL_TEXT
+    dtype = torch.bfloat16 if full else torch.float32
+    vae = FLUX_VAE | ({} if full else {"block_out_channels": (32,) * 4, "layers_per_block": 1})
+    pipe = RandomFluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULER),
+        vae=random_model("AutoencoderKL", vae, device, dtype),
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=None,
+        tokenizer_2=None,
+        transformer=random_model(
+            "FluxTransformer2DModel", FLUX_DEV if full else SMALL, device, dtype
+        ),
+    )
+    return pipe, {}

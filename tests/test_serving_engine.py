@@ -1,0 +1,736 @@
+"""The engine of the server: who waits, who draws with whom, and what becomes of lost ranks."""
+
+import asyncio
+import functools
+import json
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from piflux.demo import TEXT_TOKENS, demo_pipeline
+from piflux.errors import CannotLoad
+from piflux.serving import engine as engine_module
+from piflux.serving.engine import RankEngine
+from piflux.serving.grouping import Block, Pace, blocks_of, choose, expected_end
+from piflux.serving.jobs import Drawn, Job, Preview, Queued, Refused, Stepped
+from piflux.serving.messages import Draw, End, Failed, Finished, Gone, Load, Loaded, Step, Stop
+from piflux.serving.qualities import PROMISES, promises_of
+from piflux.serving.waiting import Waiting
+
+# --- who waits ---------------------------------------------------------------------------------
+
+
+def test_users_take_turns():
+    """Whoever asks for much waits for himself alone, and nobody overtakes within a user's."""
+    waiting = Waiting(10)
+    for item in ("a1", "a2", "a3", "b1", "c1", "b2"):
+        waiting.put(item[0], item)
+    assert list(waiting) == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    taken = [waiting.take(), waiting.take()]
+    waiting.put("a", "a4")  # who had his turn is behind the others, also with what comes later
+    taken += [waiting.take() for _ in range(len(waiting))]
+    assert taken == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+    assert waiting.take() is None
+
+
+def test_what_lost_its_turn_comes_first_and_what_is_dropped_takes_no_turn():
+    waiting = Waiting(10)
+    for item in ("a1", "a2", "b1"):
+        waiting.put(item[0], item)
+    waiting.put_back("again")
+    assert list(waiting) == ["again", "a1", "b1", "a2"]
+    waiting.drop(lambda item: item == "a1")
+    assert [waiting.take() for _ in range(3)] == ["again", "a2", "b1"]
+
+
+def test_only_what_fits_is_taken_and_the_rest_keeps_its_place():
+    waiting = Waiting(3)
+    for item in ("a1", "b1", "c2"):
+        waiting.put(item[0], item)
+    assert not waiting.fits(1)
+    assert waiting.take(lambda item: item.endswith("2")) == "c2"
+    assert waiting.fits(1) and not waiting.fits(2)
+    assert list(waiting) == ["a1", "b1"]
+
+
+# --- who draws with whom -----------------------------------------------------------------------
+
+
+def test_blocks_lie_within_each_other():
+    assert blocks_of(1) == [Block(0, 1)]
+    assert {b.size: sum(1 for x in blocks_of(4) if x.size == b.size) for b in blocks_of(4)} == {
+        1: 4,
+        2: 2,
+        4: 1,
+    }
+    assert blocks_of(3, [3]) == [Block(0, 3)]
+    with pytest.raises(ValueError, match="groups of 3 ranks: of 4 ranks choose among 1, 2, 4"):
+        blocks_of(4, [3])
+
+
+# Four ranks do an image in a third of one's time, two in 0.55 of it.
+SECONDS = {1: 10.0, 2: 5.5, 4: 3.3}
+
+
+def chosen(waiting, free_at=(0, 0, 0, 0), ranks=4):
+    return choose(blocks_of(ranks), dict(enumerate(free_at)), SECONDS, waiting, 0.0)
+
+
+def test_groups_are_as_the_load_asks():
+    """One image alone gets all ranks, a long queue one rank each, and pairs lie in between."""
+    sizes = [chosen(waiting).size for waiting in range(1, 60)]
+    assert sizes[0] == 4
+    assert sizes[-1] == 1
+    assert 2 in sizes
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_group_waits_for_a_rank_that_is_soon_free_and_for_no_other():
+    assert chosen(1, (0, 1, 0, 0)) is None  # 1 + 3.3 s on all are less than 5.5 on two
+    assert chosen(1, (0, 5, 0, 0)) == Block(2, 2)
+    assert chosen(1, (5, 0, 6, 6)) == Block(1, 1) or chosen(1, (5, 0, 6, 6)) is None
+    assert chosen(8, (9, 9, 9, 0)) == Block(3, 1)
+    assert chosen(1, (9, 9, 9, 9)) is None
+
+
+def test_a_group_of_a_size_that_was_never_timed_is_not_formed():
+    blocks = blocks_of(2)
+    assert choose(blocks, {0: 0, 1: 0}, {1: 3.0}, 1, 0.0) == Block(0, 1)
+    assert choose(blocks, {0: 0, 1: 0}, {}, 1, 0.0) is None
+
+
+def test_pace_tells_other_sizes_and_steps_from_those_that_were_drawn():
+    pace = Pace()
+    assert pace.seconds(2, 100, 10) is None
+    pace.learn(2, 100, 10, 12.0, 1.0)  # 2 s beside the steps
+    assert pace.seconds(2, 100, 10) == pytest.approx(12)
+    assert pace.seconds(2, 200, 5) == pytest.approx(2 * (2 + 5))
+    for _ in range(50):
+        pace.learn(2, 100, 10, 22.0, 2.0)
+    assert pace.seconds(2, 100, 10) == pytest.approx(22, rel=1e-3)
+    assert expected_end(10.0, 5.0, 12.0) == 15
+    assert expected_end(10.0, 5.0, 40.0) == 40.5  # late, and nobody knows by how much
+
+
+# --- what is promised --------------------------------------------------------------------------
+
+
+def test_fewer_steps_are_computed_the_less_is_promised():
+    counts = [PROMISES[quality].count(28) for quality in ("lossless", "high", "medium", "low")]
+    assert counts == [28, 18, 14, 10]
+    drifts = [promise.drift(28) for promise in PROMISES.values()]
+    assert drifts == sorted(drifts) and drifts[0] == 0
+    assert PROMISES["low"].count(50) == 18
+    # Of a few steps none is left out, so nothing drifts.
+    assert PROMISES["low"].count(4) == 4 and PROMISES["low"].drift(4) == 0
+
+
+def test_an_operators_schedule_takes_the_place_of_a_promise(tmp_path):
+    file = tmp_path / "tuned.json"
+    file.write_text(json.dumps({"policy": "rotate", "sync_steps": [0, 2, 5], "compute": "xx.x"}))
+    tuned = promises_of({"medium": file})["medium"]
+    assert tuned.settings == {"policy": "rotate", "sync_steps": (0, 2, 5)}
+    assert tuned.compute(4) == "xx.x"
+    assert tuned.count(28) == 21  # as large a share
+    assert tuned.drift(4) is None  # nobody measured it here
+    for name in ("lossless", "best"):
+        with pytest.raises(ValueError, match="choose one of high, medium, low"):
+            promises_of({name: file})
+    file.write_text('{"policy": "gather", "sync": "recompute"}')
+    with pytest.raises(ValueError, match="sync steps only"):
+        promises_of({"low": file})
+
+
+# --- the engine, on workers that only pretend --------------------------------------------------
+
+
+class Hall:
+    """Workers that answer as `act(worker, draw)` says; by default they draw at once.
+
+    Attributes:
+        workers: all that were started.
+        draws: what rank 0 of each group was told to draw for jobs, in order.
+    """
+
+    def __init__(self, act=None, loads=True):
+        self.act, self.loads = act, loads
+        self.workers: list[Pretended] = []
+        self.draws: list[Draw] = []
+
+    def open(self):
+        return "nowhere", 1
+
+    def start(self, number, hear):
+        self.workers.append(Pretended(self, number, hear))
+        return self.workers[-1]
+
+    def close(self):
+        self.closed = True
+
+
+class Pretended:
+    def __init__(self, hall, number, hear):
+        self.hall, self.number, self.hear = hall, number, hear
+        self.told = []
+        self.ended = False
+
+    def send(self, command):
+        self.told.append(command)
+        if isinstance(command, Load):
+            takes = {"image", "negative_prompt", "guidance_scale"}
+            if self.hall.loads:
+                self.hear(Loaded("cpu", "Pipe", frozenset(takes), True, 16, (64, 64), 28, 100))
+            else:
+                self.kill()
+        elif isinstance(command, End):
+            self.kill()
+        elif isinstance(command, Draw):
+            warms = command.pictures[0].prompt == ""
+            if not warms and command.group.rank == 0:
+                self.hall.draws.append(command)
+            if warms or self.hall.act is None:
+                self.draw(command)
+            else:
+                self.hall.act(self, command)
+
+    def draw(self, draw, ranks=None, leads=None):
+        """Answer with a picture whose only colour is the seed."""
+        leads = draw.group.rank == 0 if leads is None else leads
+        size = draw.group.size
+        seconds = draw.asked.steps * {1: 1.0, 2: 0.55}[size]
+        self.hear(Step(draw.number, draw.asked.steps, draw.asked.steps))
+        images = [Image.new("L", (1, 1), p.seed) for p in draw.pictures] if leads else None
+        self.hear(Finished(draw.number, images, False, ranks or size, seconds, None, 100))
+
+    def kill(self):
+        if not self.ended:
+            self.ended = True
+            self.hear(Gone(f"rank {self.number} was killed"))
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    for name, seconds in {"TICK_S": 0.01, "PAUSE_S": 0.001, "END_S": 0.1}.items():
+        monkeypatch.setattr(engine_module, name, seconds)
+
+
+def job(seed=1, *more, user="", **given):
+    return Job(f"job {seed}", f"prompt {seed}", (seed, *more), user=user, **given)
+
+
+async def drawn(engine, asked):
+    """All events of a job, of which the last is returned alone, too."""
+    events = [event async for event in engine.submit(asked)]
+    assert isinstance(events[-1], Drawn)
+    return events[-1], events
+
+
+def colours(done):
+    return [image.getpixel((0, 0)) for image in done.images]
+
+
+def run(hall, test, ranks=2, **given):
+    """`await test(engine)` with an engine that is ready; within seconds."""
+
+    async def all_of_it():
+        engine = RankEngine("demo", ranks, workers=hall, **given)
+        await engine.start()
+        try:
+            await until(lambda: engine.state().phase == "ready")
+            return await test(engine)
+        finally:
+            await engine.end(0)
+
+    return asyncio.run(asyncio.wait_for(all_of_it(), 20))
+
+
+async def until(is_so, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it never came to be so"
+        await asyncio.sleep(0.002)
+
+
+def test_one_job_is_drawn_by_all_ranks_and_many_by_one_each():
+    hall = Hall()
+
+    async def test(engine):
+        done, _ = await drawn(engine, job(7))
+        assert colours(done) == [7]
+        assert done.report.ranks == 2 and done.report.policy == "gather"
+        many = await asyncio.gather(*(drawn(engine, job(i)) for i in range(40)))
+        assert [colours(done) for done, _ in many] == [[i] for i in range(40)]
+        with pytest.raises(Refused, match="lora"):
+            await drawn(engine, job(1, loras=(("ink", 1.0),)))
+
+    run(hall, test)
+    sizes = [draw.group.size for draw in hall.draws]
+    assert sizes[0] == 2
+    assert set(sizes[2:20]) == {1}, "once they wait"
+
+
+def test_pictures_of_a_job_come_in_the_order_of_its_seeds_with_all_steps_counted():
+    async def test(engine):
+        done, events = await drawn(engine, job(5, 3, 9))
+        assert colours(done) == [5, 3, 9]
+        assert events[-2] == Stepped(3 * 28, 3 * 28)
+
+    run(Hall(), test)
+
+
+def test_users_are_served_in_turn():
+    held = []
+    hall = Hall(lambda worker, draw: held.append((worker, draw)))
+
+    async def test(engine):
+        many = [
+            asyncio.ensure_future(drawn(engine, job(i, user=user)))
+            for i, user in enumerate(["a", "a", "a", "a", "b", "c"])
+        ]
+        await until(lambda: len(held) >= 1)
+        while not all(task.done() for task in many):
+            while held:
+                worker, draw = held.pop(0)
+                worker.draw(draw)
+            await asyncio.sleep(0.001)
+        assert not [task.exception() for task in many if task.exception()]
+        queued = [e for e in (await many[5])[1] if isinstance(e, Queued)]
+        assert queued, "it was told how many were before it"
+
+    run(hall, test, ranks=1)
+    # The first two begin before b and c have come.
+    order = [draw.pictures[0].seed for draw in hall.draws]
+    assert order.index(4) <= 2 and order.index(5) <= 3
+
+
+def test_a_rank_that_dies_is_replaced_and_its_group_draws_on():
+    def act(worker, draw):
+        if draw.group.rank == 1 and len(hall.draws) == 1:
+            worker.kill()
+        elif draw.group.size == 2 and len(hall.draws) == 1:
+            worker.draw(draw, ranks=1)
+        else:
+            worker.draw(draw)
+
+    hall = Hall(act)
+
+    async def test(engine):
+        done, _ = await drawn(engine, job(7))
+        assert colours(done) == [7]
+        assert done.report.recovered == 1 and done.report.ranks == 1
+        await until(lambda: engine.state().groups == (2,))  # whole, and warm
+        assert engine.state().replaced == 1
+        done, _ = await drawn(engine, job(8))
+        assert done.report.ranks == 2 and done.report.recovered == 0
+
+    run(hall, test)
+    assert [worker.number for worker in hall.workers] == [0, 1, 1]
+    first, second = (draw.group.name for draw in hall.draws)
+    assert first != second, "those that were left never meet the new one in the old group"
+
+
+def test_a_job_that_kills_its_ranks_twice_is_refused_and_others_are_not():
+    def act(worker, draw):
+        if draw.pictures[0].seed == 66:
+            worker.kill()
+        else:
+            worker.draw(draw)
+
+    hall = Hall(act)
+
+    async def test(engine):
+        others = [asyncio.ensure_future(drawn(engine, job(i))) for i in range(4)]
+        with pytest.raises(Refused, match="lost 2 times") as refused:
+            await drawn(engine, job(66))
+        assert (refused.value.status, refused.value.code) == (500, "poisonous")
+        assert [colours(done) for done, _ in await asyncio.gather(*others)] == [
+            [i] for i in range(4)
+        ]
+        await until(lambda: engine.state().ranks == 2)
+
+    run(hall, test)
+    assert sum(draw.pictures[0].seed == 66 for draw in hall.draws) == 2
+
+
+def test_a_job_whose_ranks_lose_each_other_is_drawn_again():
+    """As on GPUs, where the image is lost with the rank."""
+
+    def act(worker, draw):
+        if len(hall.draws) > 1 or draw.group.size == 1:
+            worker.draw(draw)
+        elif draw.group.rank == 1:
+            worker.kill()
+        else:
+            worker.hear(Failed(draw.number, "lost", "rank 1 died"))
+
+    hall = Hall(act)
+
+    async def test(engine):
+        done, _ = await drawn(engine, job(7))
+        assert colours(done) == [7] and done.report.recovered == 1
+
+    run(hall, test)
+
+
+def test_an_error_is_told_once_and_a_fit_of_the_model_is_the_askers():
+    def act(worker, draw):
+        kind = "error" if draw.pictures[0].seed == 1 else "refused"
+        lost = Failed(draw.number, "lost", "rank 0 stopped")
+        own = Failed(draw.number, kind, f"{kind}: no")
+        worker.hear(own if draw.group.rank == 0 else lost)
+
+    hall = Hall(act)
+
+    async def test(engine):
+        for seed, status in ((1, 500), (2, 400)):
+            with pytest.raises(Refused, match=": no") as refused:
+                await drawn(engine, job(seed))
+            assert refused.value.status == status
+        for bad in (
+            job(1, mask=Image.new("L", (8, 8))),
+            job(1, size=(60, 64)),
+            job(1, steps=0),
+            job(1, true_cfg=2.0),
+        ):
+            with pytest.raises(Refused) as refused:
+                await drawn(engine, bad)
+            assert refused.value.status == 400 and refused.value.field
+
+    run(hall, test)
+    assert len(hall.draws) == 2
+
+
+def test_a_client_that_goes_away_stops_all_ranks_of_its_group():
+    held = []
+    hall = Hall(lambda worker, draw: held.append((worker, draw)))
+
+    async def test(engine):
+        events = engine.submit(job(1))
+        assert await anext(events) == Queued(0)
+        going = asyncio.ensure_future(anext(events))
+        await until(lambda: len(held) == 2)
+        (first, draw), (second, _) = held
+        first.hear(Step(draw.number, 1, 28))
+        assert await going == Stepped(1, 28)
+        await events.aclose()
+        for worker in (first, second):
+            assert worker.told[-1] == Stop(draw.number)
+            worker.hear(Finished(draw.number, None, True, 2, 0.1, None, 100))
+        hall.act = None
+        done, _ = await drawn(engine, job(2))  # in the same group, since its ranks are at one point
+        assert done.report.ranks == 2
+        assert hall.draws[0].group.name == hall.draws[1].group.name
+
+    run(hall, test)
+
+
+def test_what_is_late_is_refused_and_the_queue_is_bounded():
+    held = []
+    hall = Hall(lambda worker, draw: held.append((worker, draw)))
+
+    async def test(engine):
+        going = [asyncio.ensure_future(drawn(engine, job(i))) for i in range(3)]
+        await until(lambda: engine.state().waiting == 2)
+        with pytest.raises(Refused) as refused:
+            await drawn(engine, job(9))
+        assert refused.value.status == 429 and refused.value.retry_after_s >= 1
+        going[2].cancel()  # who goes away makes room
+        await until(lambda: engine.state().waiting == 1)
+        with pytest.raises(Refused) as refused:
+            await drawn(engine, job(9, deadline_s=0.02))
+        assert (refused.value.status, refused.value.code) == (504, "deadline")
+        assert engine.state().waiting == 1
+        hall.act = None
+        for worker, draw in held:
+            worker.draw(draw)
+        assert [colours(done) for done, _ in await asyncio.gather(*going[:2])] == [[0], [1]]
+
+    run(hall, test, ranks=1, queue=2)
+
+
+def test_ranks_that_do_not_step_are_ended_and_the_job_is_drawn():
+    def act(worker, draw):
+        if len(hall.draws) > 1:
+            worker.draw(draw)
+
+    hall = Hall(act)
+
+    async def test(engine):
+        done, _ = await drawn(engine, job(3))  # once, for the group to have drawn the shape
+        assert colours(done) == [3] and done.report.recovered == 1
+        assert engine.state().replaced == 2
+
+    run(hall, test, stuck_s=0.05, groups=[2])
+
+
+def test_an_engine_that_ends_draws_what_it_has_and_takes_no_more():
+    held = []
+    hall = Hall(lambda worker, draw: held.append((worker, draw)))
+
+    async def test(engine):
+        going = [asyncio.ensure_future(drawn(engine, job(i))) for i in range(2)]
+        await until(lambda: held)
+        ending = asyncio.ensure_future(engine.end(5))
+        await asyncio.sleep(0)
+        with pytest.raises(Refused) as refused:
+            await drawn(engine, job(9))
+        assert refused.value.status == 503
+        hall.act = None
+        for worker, draw in held:
+            worker.draw(draw)
+        assert [colours(done) for done, _ in await asyncio.gather(*going)] == [[0], [1]]
+        await ending
+        assert engine.state().ranks == 0 and hall.closed
+
+    run(hall, test, ranks=1)
+
+
+def test_ranks_that_never_load_are_told_of_and_not_started_for_ever():
+    hall = Hall(loads=False)
+
+    async def test():
+        engine = RankEngine("demo", 2, workers=hall)
+        await engine.start()
+        await until(lambda: engine.state().phase == "failed")
+        assert "3 times in a row" in engine.state().reason
+        with pytest.raises(Refused) as refused:
+            await drawn(engine, job(1))
+        assert refused.value.status == 503
+        await engine.end(0)
+
+    asyncio.run(asyncio.wait_for(test(), 20))
+    assert max(Counter(worker.number for worker in hall.workers).values()) == 3
+
+
+def test_jobs_of_one_kind_are_drawn_at_once_where_that_is_faster():
+    """Two at once take 1.5 times as long as one here, three take four times as long."""
+
+    class Batches(Pretended):
+        def draw(self, draw, ranks=None, leads=None):
+            n = len(draw.pictures)
+            images = [Image.new("L", (1, 1), p.seed) for p in draw.pictures]
+            seconds = draw.asked.steps * {1: 1.0, 2: 1.5, 3: 4.0}[n]
+            self.hear(Finished(draw.number, images, False, 1, seconds, None, 100))
+
+    hall = Hall()
+    hall.start = lambda number, hear: Batches(hall, number, hear)
+
+    async def test(engine):
+        jobs = [job(1), job(2, steps=5), *map(job, range(3, 7))]
+        many = await asyncio.gather(*(drawn(engine, each) for each in jobs))
+        assert [colours(done) for done, _ in many] == [[1], [2], [3], [4], [5], [6]]
+
+    run(hall, test, ranks=1, batch=3)
+    drawn_together = [[p.seed for p in draw.pictures] for draw in hall.draws]
+    assert drawn_together == [[1], [2], [3, 4], [5, 6]], "and none with one of other steps"
+
+
+def test_arguments_out_of_range_are_refused(tmp_path):
+    for given, told in (
+        ({"ranks": 0}, "ranks must be at least 1"),
+        ({"queue": 0}, "queue must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"ranks": 2, "groups": [3]}, "of 2 ranks choose among 1, 2"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            RankEngine("demo", **given)
+    with pytest.raises(CannotLoad, match="no folder of adapters"):
+        RankEngine("demo", loras=tmp_path / "none")
+
+
+# --- the engine, on two real ranks -------------------------------------------------------------
+
+PROMPT = "rose, flat style, white background"
+STEPS = 6
+SIZE = 96, 96  # the smallest on which the demo draws anything
+
+
+class Prefers(Pace):
+    """Takes groups of one size for by far the fastest."""
+
+    def __init__(self, size):
+        super().__init__()
+        self._size = size
+
+    def seconds(self, size, pixels, computed):
+        return 1e-3 if size == self._size else 1e3
+
+
+class Running:
+    """An engine in an event loop of its own thread."""
+
+    def __init__(self, loras):
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.engine = RankEngine("demo", 2, sizes=[SIZE], inner="eager", loras=loras)
+        self(self.engine.start())
+        self(until(lambda: self.engine.state().phase != "starting", 280))
+        assert self.engine.state().phase == "ready", self.engine.state().reason
+
+    def __call__(self, work):
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(290)
+
+    def draw(self, seed, *more, ranks=None, **given):
+        """A job's pictures as (pictures, height, width, 3) of int16, its report, and its events."""
+        if ranks is not None:
+            self.engine._pace = Prefers(ranks)
+        asked = Job("a job", PROMPT, (seed, *more), size=SIZE, steps=STEPS, **given)
+        done, events = self(drawn(self.engine, asked))
+        return pixels(done.images), done.report, events
+
+    def end(self):
+        self(self.engine.end(0))
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+
+
+def pixels(images):
+    return np.stack([np.asarray(image) for image in images]).astype(np.int16)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def alone(demo):
+    """What the pipeline itself draws, by seed."""
+
+    @functools.lru_cache
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        given = {"num_inference_steps": STEPS, "width": SIZE[0], "height": SIZE[1]}
+        drawn = demo(PROMPT, generator=generator, max_sequence_length=TEXT_TOKENS, **given)
+        return pixels(drawn.images)
+
+    return draw
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    generator = torch.Generator().manual_seed(0)
+    lora = {
+        f"transformer.transformer_blocks.{block}.attn.{name}.{side}.weight": torch.randn(
+            shape, generator=generator
+        )
+        / 8
+        for block in (0, 1)
+        for name in ("to_q", "to_v")
+        for side, shape in (("lora_A", (4, 320)), ("lora_B", (320, 4)))
+    }
+    save_file(lora, folder / "odd.safetensors")
+    save_file({"nonsense": torch.ones(1)}, folder / "broken.safetensors")
+    running = Running(folder)
+    yield running
+    running.end()
+
+
+def near(a, b):
+    """Within what rounding makes of a picture of 8 bits."""
+    return np.abs(a - b).max() <= 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_picture_is_the_pipelines_own(running, alone, ranks):
+    images, report, events = running.draw(1, ranks=ranks)
+    assert near(images, alone(1))
+    assert report.ranks == ranks and report.computed == STEPS and report.lpips == 0
+    assert [x.step for x in events if isinstance(x, Stepped)] == list(range(1, STEPS + 1))
+    assert running.engine.model.edits and running.engine.model.loras == ("broken", "odd")
+
+
+def test_a_seeds_picture_is_the_same_in_a_batch_and_alone(running, alone):
+    running.engine._alone |= {(1, 1): 1.0, (1, 2): 0.5}  # as if two at once were faster
+    try:
+        images, report, _ = running.draw(1, 2, ranks=1)
+    finally:
+        del running.engine._alone[1, 2]
+    assert report.batch == 2
+    assert near(images, np.concatenate([alone(1), alone(2)]))
+
+
+def test_previews_look_like_the_picture(running):
+    """And are told by one rank alone, evenly spaced."""
+    images, _, events = running.draw(3, ranks=2, previews=2)
+    kinds = [type(x).__name__ for x in events]
+    shown = [x for x in events if isinstance(x, Preview)]
+    assert [x.number for x in shown] == [0, 1]
+    assert [kinds[: kinds.index("Preview")].count("Stepped")] == [2]
+    small = pixels([Image.fromarray(images[0].astype(np.uint8)).resize((12, 12), Image.BOX)])
+    for each in shown:
+        preview = pixels(each.images)
+        assert preview.shape == (1, 12, 12, 3)
+        assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.9
+
+
+def test_ranks_stop_together_and_draw_on(running, alone):
+    """An image of 1,000 steps ends within a few, and the group isn't made anew."""
+    running.engine._pace = Prefers(2)
+
+    async def leave():
+        events = running.engine.submit(Job("a job", PROMPT, (1,), size=SIZE, steps=1000))
+        async for event in events:
+            if isinstance(event, Stepped) and event.step >= 3:
+                break
+        await events.aclose()
+        began = time.monotonic()
+        await until(lambda: not running.engine._calls, 20)
+        return time.monotonic() - began
+
+    rounds = dict(running.engine._rounds)
+    assert running(leave()) < 10
+    images, report, _ = running.draw(1, ranks=2)
+    assert near(images, alone(1)) and report.ranks == 2
+    assert dict(running.engine._rounds) == rounds
+
+
+def test_adapters_change_the_picture_and_leave_nothing_behind(running, alone):
+    with_one, report, _ = running.draw(1, ranks=2, loras=(("odd", 1.0),))
+    assert report.ranks == 2
+    assert np.abs(with_one - alone(1)).mean() > 1
+    by_one_rank, _, _ = running.draw(1, ranks=1, loras=(("odd", 1.0),))
+    assert near(by_one_rank, with_one)
+    with pytest.raises(Refused, match=r"broken\.safetensors can't be loaded") as refused:
+        running.draw(1, ranks=2, loras=(("broken", 1.0),))
+    assert refused.value.status == 400
+    assert near(running.draw(1, ranks=2)[0], alone(1))
+
+
+def test_a_picture_can_be_edited(running, alone):
+    """By the sister class, with the same compiled transformer."""
+    before = Image.fromarray(alone(1)[0].astype(np.uint8))
+    images, report, _ = running.draw(9, ranks=2, images=(before,))
+    assert report.ranks == 2 and images.shape == alone(1).shape
+    assert 1 < np.abs(images - alone(1)).mean() < np.abs(alone(9) - alone(1)).mean()
+
+
+def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
+    running.engine._pace = Prefers(2)
+    seat = running.engine._seats[0]  # which would have told the picture
+    replaced = running.engine.state().replaced
+
+    async def kill():
+        asked = Job("a job", PROMPT, (2,), size=SIZE, steps=STEPS)
+        events = running.engine.submit(asked)
+        async for event in events:
+            if event == Stepped(2, STEPS):
+                seat.worker.kill()
+        return event
+
+    done = running(kill())
+    assert near(pixels(done.images), alone(2)) and done.report.recovered == 1
+    running(until(lambda: running.engine.state().groups == (2,), 280))
+    assert running.engine.state().replaced == replaced + 1
+    images, report, _ = running.draw(2, ranks=2)
+    assert near(images, alone(2)) and report.ranks == 2
