@@ -75,7 +75,10 @@ TRIES = 2
 """A job whose ranks died so often is not drawn once more."""
 
 STARTS = 3
-"""Of a rank in a row, that came to nothing: if all come to that, the engine has failed."""
+"""Of a rank in a row, that come to nothing: then an engine that starts has failed."""
+
+STARTS_LATER = 10
+"""Likewise of all ranks of an engine that was ready."""
 
 PAUSE_S = 1.0
 """Before a rank is started that came to nothing; twice as long each time."""
@@ -867,9 +870,11 @@ class RankEngine:
         if self._phase == "ending":
             return
         log.warning("%s", told.reason)
-        fails = [each.failures >= STARTS for each in self._seats]
-        if all(fails) or any(fails) and self._phase == "starting":
-            return self._fail(f"{told.reason}, {STARTS} times in a row: see its messages")
+        starting = self._phase == "starting"
+        starts = STARTS if starting else STARTS_LATER
+        fails = [each.failures >= starts for each in self._seats]
+        if all(fails) or starting and any(fails):
+            return self._fail(f"{told.reason}, {starts} times in a row: see its messages")
         again = seat.failures - was_loaded  # the first time nothing speaks against a new one
         pause_s = min(LONGEST_PAUSE_S, PAUSE_S * 2 ** (again - 1)) if again else 0.0
         self._spawn(self._replace(seat, pause_s))
