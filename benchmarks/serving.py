@@ -208,9 +208,9 @@ class Direct(Server):
 
     def only(self, groups: tuple[int, ...] | None) -> None:
         """From now on ranks form groups of these sizes alone."""
-        from piflux.serving.grouping import blocks_of
+        from piflux.serving.grouping import teams_of
 
-        self.engine._blocks = blocks_of(self.served.ranks, groups)
+        self.engine._teams = teams_of(self.served.ranks, groups)
 
 
 @asynccontextmanager

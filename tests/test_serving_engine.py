@@ -17,7 +17,7 @@ from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad
 from piflux.serving import engine as engine_module
 from piflux.serving.engine import RankEngine
-from piflux.serving.grouping import Block, Pace, blocks_of, choose, expected_end
+from piflux.serving.grouping import Pace, Team, choose, expected_end, teams_of
 from piflux.serving.jobs import Drawn, Job, Preview, Queued, Refused, Stepped
 from piflux.serving.messages import Draw, End, Failed, Finished, Gone, Load, Loaded, Step, Stop
 from piflux.serving.qualities import PROMISES, promises_of
@@ -62,16 +62,16 @@ def test_only_what_fits_is_taken_and_the_rest_keeps_its_place():
 # --- who draws with whom -----------------------------------------------------------------------
 
 
-def test_blocks_lie_within_each_other():
-    assert blocks_of(1) == [Block(0, 1)]
-    assert {b.size: sum(1 for x in blocks_of(4) if x.size == b.size) for b in blocks_of(4)} == {
+def test_teams_lie_within_each_other():
+    assert teams_of(1) == [Team(0, 1)]
+    assert {b.size: sum(1 for x in teams_of(4) if x.size == b.size) for b in teams_of(4)} == {
         1: 4,
         2: 2,
         4: 1,
     }
-    assert blocks_of(3, [3]) == [Block(0, 3)]
+    assert teams_of(3, [3]) == [Team(0, 3)]
     with pytest.raises(ValueError, match="groups of 3 ranks: of 4 ranks choose among 1, 2, 4"):
-        blocks_of(4, [3])
+        teams_of(4, [3])
 
 
 # Four ranks do an image in a third of one's time, two in 0.55 of it.
@@ -79,7 +79,7 @@ SECONDS = {1: 10.0, 2: 5.5, 4: 3.3}
 
 
 def chosen(waiting, free_at=(0, 0, 0, 0), ranks=4):
-    return choose(blocks_of(ranks), dict(enumerate(free_at)), SECONDS, waiting, 0.0)
+    return choose(teams_of(ranks), dict(enumerate(free_at)), SECONDS, waiting, 0.0)
 
 
 def test_groups_are_as_the_load_asks():
@@ -93,16 +93,16 @@ def test_groups_are_as_the_load_asks():
 
 def test_a_group_waits_for_a_rank_that_is_soon_free_and_for_no_other():
     assert chosen(1, (0, 1, 0, 0)) is None  # 1 + 3.3 s on all are less than 5.5 on two
-    assert chosen(1, (0, 5, 0, 0)) == Block(2, 2)
-    assert chosen(1, (5, 0, 6, 6)) == Block(1, 1) or chosen(1, (5, 0, 6, 6)) is None
-    assert chosen(8, (9, 9, 9, 0)) == Block(3, 1)
+    assert chosen(1, (0, 5, 0, 0)) == Team(2, 2)
+    assert chosen(1, (5, 0, 6, 6)) == Team(1, 1) or chosen(1, (5, 0, 6, 6)) is None
+    assert chosen(8, (9, 9, 9, 0)) == Team(3, 1)
     assert chosen(1, (9, 9, 9, 9)) is None
 
 
 def test_a_group_of_a_size_that_was_never_timed_is_not_formed():
-    blocks = blocks_of(2)
-    assert choose(blocks, {0: 0, 1: 0}, {1: 3.0}, 1, 0.0) == Block(0, 1)
-    assert choose(blocks, {0: 0, 1: 0}, {}, 1, 0.0) is None
+    teams = teams_of(2)
+    assert choose(teams, {0: 0, 1: 0}, {1: 3.0}, 1, 0.0) == Team(0, 1)
+    assert choose(teams, {0: 0, 1: 0}, {}, 1, 0.0) is None
 
 
 def test_pace_tells_other_sizes_and_steps_from_those_that_were_drawn():

@@ -22,7 +22,7 @@ from PIL import Image
 from piflux.demo import NOTE, PROMPTS
 from piflux.errors import CannotLoad
 from piflux.pipelines.calls import Asked
-from piflux.serving.grouping import Block, Pace, blocks_of, choose, expected_end
+from piflux.serving.grouping import Pace, Team, choose, expected_end, teams_of
 from piflux.serving.jobs import (
     Drawn,
     Event,
@@ -190,7 +190,7 @@ class _Call:
 
     Attributes:
         number: of the call.
-        block: who draws it.
+        team: who draws it.
         tasks: of jobs; none to warm up.
         warms: what it warms up, and how many images of that are left after it.
         pending: ranks that have not answered.
@@ -205,7 +205,7 @@ class _Call:
     """
 
     number: int
-    block: Block
+    team: Team
     tasks: list[_Task]
     warms: tuple[_Warm, int] | None
     pending: set[int]
@@ -281,7 +281,7 @@ class RankEngine:
                 raise ValueError(f"{what} must be at least 1, got {number}")
         self._source, self._inner, self._name = source, inner, name or _named(source)
         self._sizes = tuple(sizes)
-        self._blocks = blocks_of(ranks, groups)
+        self._teams = teams_of(ranks, groups)
         self._promises = promises_of(schedules or {})
         self._loras = _adapters_in(loras)
         self._deadline_s, self._stuck_s, self._most_batch = deadline_s, stuck_s, batch
@@ -291,10 +291,10 @@ class RankEngine:
         self._tickets: set[_Ticket] = set()
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
-        self._rounds: Counter[Block] = Counter()  # a block's groups, one after the other
-        self._warmed: dict[Block, set[str]] = {}  # by block, the names of groups that are warm
-        self._warming: dict[Block, list[tuple[_Warm, int]]] = {}
-        self._compiled: dict[Block, set[tuple[object, ...]]] = {}  # shapes of calls
+        self._rounds: Counter[Team] = Counter()  # a team's groups, one after the other
+        self._warmed: dict[Team, set[str]] = {}  # by team, the names of groups that are warm
+        self._warming: dict[Team, list[tuple[_Warm, int]]] = {}
+        self._compiled: dict[Team, set[tuple[object, ...]]] = {}  # shapes of calls
         self._pace = Pace()
         self._alone: dict[tuple[int, int], float] = {}  # seconds a picture, by group and batch
         self._phase: Literal["starting", "ready", "ending", "failed"] = "starting"
@@ -342,9 +342,9 @@ class RankEngine:
         drawing = [call for call in self._calls.values() if call.tasks]
         # Where something is compiled no step is missed.
         quiet = [now - call.heard for call in self._calls.values() if not self._compiles(call)]
-        groups = [call.block.size for call in drawing]
+        groups = [call.team.size for call in drawing]
         if not groups:
-            widest = max((b for b in self._blocks if self._is_warm(b)), default=None, key=_size)
+            widest = max((b for b in self._teams if self._is_warm(b)), default=None, key=_size)
             groups = [] if widest is None else [widest.size]
         return State(
             self._phase,
@@ -470,24 +470,24 @@ class RankEngine:
         if first is None:
             return 1.0
         rates = [
-            block.size / len(self._seats) * seconds
-            for block in self._blocks
-            if (seconds := self._seconds(block.size, first.ticket)) is not None
+            team.size / len(self._seats) * seconds
+            for team in self._teams
+            if (seconds := self._seconds(team.size, first.ticket)) is not None
         ]
         return max(1.0, min(rates, default=1.0) * len(self._waiting) / 2)
 
     # --- who draws what --------------------------------------------------------------------------
 
-    def _name_of(self, block: Block) -> str:
-        incarnations = ".".join(str(self._seats[rank].incarnation) for rank in block.ranks)
-        return f"{block.first}+{block.size} {incarnations} {self._rounds[block]}"
+    def _name_of(self, team: Team) -> str:
+        incarnations = ".".join(str(self._seats[rank].incarnation) for rank in team.ranks)
+        return f"{team.first}+{team.size} {incarnations} {self._rounds[team]}"
 
-    def _is_there(self, block: Block) -> bool:
-        return all(self._seats[rank].loaded for rank in block.ranks)
+    def _is_there(self, team: Team) -> bool:
+        return all(self._seats[rank].loaded for rank in team.ranks)
 
-    def _is_warm(self, block: Block) -> bool:
-        there = self._is_there(block)
-        return there and self._name_of(block) in self._warmed.get(block, ())
+    def _is_warm(self, team: Team) -> bool:
+        there = self._is_there(team)
+        return there and self._name_of(team) in self._warmed.get(team, ())
 
     def _seconds(self, size: int, ticket: _Ticket) -> float | None:
         return self._pace.seconds(size, ticket.pixels, ticket.promise.count(ticket.steps))
@@ -497,41 +497,37 @@ class RankEngine:
         if self._loop is None or self._phase == "failed":
             return
         while (task := self._waiting.first()) is not None:
-            block = self._choose(task)
-            if block is None:
+            team = self._choose(task)
+            if team is None:
                 break
-            self._begin(block, self._take(block))
+            self._begin(team, self._take(team))
         # A larger group only while nobody waits, unless nobody could be served without it.
-        idle = not len(self._waiting) or not any(map(self._is_warm, self._blocks))
-        for block in self._blocks:
-            is_free = all(self._seats[rank].is_free for rank in block.ranks)
-            if (
-                is_free
-                and not self._is_warm(block)
-                and (idle or block.size == self._blocks[0].size)
-            ):
-                self._warm(block)
+        idle = not len(self._waiting) or not any(map(self._is_warm, self._teams))
+        for team in self._teams:
+            is_free = all(self._seats[rank].is_free for rank in team.ranks)
+            if is_free and not self._is_warm(team) and (idle or team.size == self._teams[0].size):
+                self._warm(team)
         self._tell_places()
 
-    def _choose(self, task: _Task) -> Block | None:
+    def _choose(self, task: _Task) -> Team | None:
         now = time.monotonic()
         free_at = {}
         for seat in self._seats:
             free_at[seat.number] = now if seat.call is None else seat.call.expected_end(now)
-        blocks = [block for block in self._blocks if self._is_warm(block)]
+        teams = [team for team in self._teams if self._is_warm(team)]
         seconds = {}
-        for size in {block.size for block in blocks}:
+        for size in {team.size for team in teams}:
             found = self._seconds(size, task.ticket)
             if found is not None:
                 seconds[size] = found
-        return choose(blocks, free_at, seconds, len(self._waiting), now)
+        return choose(teams, free_at, seconds, len(self._waiting), now)
 
-    def _take(self, block: Block) -> list[_Task]:
+    def _take(self, team: Team) -> list[_Task]:
         """The next in turn, and as many more like it as are faster at once."""
         first = self._waiting.take()
         assert first is not None, "one was seen"
         tasks = [first]
-        while len(tasks) < self._best_batch(block.size):
+        while len(tasks) < self._best_batch(team.size):
             more = self._waiting.take(lambda task: task.key == first.key)
             if more is None:
                 break
@@ -546,7 +542,7 @@ class RankEngine:
         best = min(found, key=lambda n: found[n])
         return best if found[best] < GAIN * alone else 1
 
-    def _begin(self, block: Block, tasks: list[_Task]) -> None:
+    def _begin(self, team: Team, tasks: list[_Task]) -> None:
         ticket, now = tasks[0].ticket, time.monotonic()
         for task in tasks:
             task.ticket.begun = task.ticket.begun or now
@@ -556,13 +552,13 @@ class RankEngine:
             Picture(task.ticket.job.prompt, task.seed, task.ticket.job.negative) for task in tasks
         )
         self._call(
-            block,
+            team,
             tasks,
             None,
             pictures,
             ticket.asked,
             ticket.promise,
-            (self._seconds(block.size, ticket) or 1.0) * len(tasks),
+            (self._seconds(team.size, ticket) or 1.0) * len(tasks),
             true_cfg=ticket.job.true_cfg,
             loras=tuple((str(self._loras[name]), scale) for name, scale in ticket.job.loras),
             previews=max(task.ticket.job.previews for task in tasks),
@@ -570,7 +566,7 @@ class RankEngine:
 
     def _call(
         self,
-        block: Block,
+        team: Team,
         tasks: list[_Task],
         warms: tuple[_Warm, int] | None,
         pictures: tuple[Picture, ...],
@@ -582,20 +578,20 @@ class RankEngine:
         loras: tuple[tuple[str, float], ...] = (),
         previews: int = 0,
     ) -> None:
-        number, now, name = next(self._numbers), time.monotonic(), self._name_of(block)
+        number, now, name = next(self._numbers), time.monotonic(), self._name_of(team)
         image = None if asked.image is None else asked.image.size
         settings = str(sorted(promise.settings.items()))
         shape = (name, settings, asked.size, image, asked.mask is None, len(pictures))
-        call = _Call(number, block, tasks, warms, set(block.ranks), now, now, seconds, shape)
+        call = _Call(number, team, tasks, warms, set(team.ranks), now, now, seconds, shape)
         self._calls[number] = call
         assert asked.steps is not None, "known by the caller"
-        for i, rank in enumerate(block.ranks):
+        for i, rank in enumerate(team.ranks):
             self._seats[rank].call = call
             self._send(
                 rank,
                 Draw(
                     number,
-                    Group(name, self._store, i, block.size),
+                    Group(name, self._store, i, team.size),
                     promise.settings,
                     promise.compute(asked.steps),
                     pictures,
@@ -623,27 +619,27 @@ class RankEngine:
 
     # --- warming up ------------------------------------------------------------------------------
 
-    def _warm(self, block: Block) -> None:
-        """Draw the next image that a block has to draw before it serves."""
+    def _warm(self, team: Team) -> None:
+        """Draw the next image that a team has to draw before it serves."""
         if self._phase == "ending" or self._phase == "failed":
             return
         # What one rank compiles the others find in inductor's cache.
-        first = self._blocks[0]
-        if block.size == first.size and block != first and not self._warmed.get(first):
+        first = self._teams[0]
+        if team.size == first.size and team != first and not self._warmed.get(first):
             return
         assert self._loaded is not None, "its ranks have told"
-        left, count = self._warming.get(block), WARM_IMAGES.get(self._loaded.device, 2)
+        left, count = self._warming.get(team), WARM_IMAGES.get(self._loaded.device, 2)
         if left is None:
-            left = self._warming[block] = [
-                (warm, i) for warm in self._to_warm(block) for i in reversed(range(count))
+            left = self._warming[team] = [
+                (warm, i) for warm in self._to_warm(team) for i in reversed(range(count))
             ]
         warm, _ = left[0]
         assert self._model is not None
         asked = Asked(WARM_STEPS, warm.size)
         pictures = tuple(Picture("", seed) for seed in range(warm.batch))
-        self._call(block, [], left[0], pictures, asked, warm.promise, COMPILING_S)
+        self._call(team, [], left[0], pictures, asked, warm.promise, COMPILING_S)
 
-    def _to_warm(self, block: Block) -> list[_Warm]:
+    def _to_warm(self, team: Team) -> list[_Warm]:
         assert self._model is not None
         sizes = self._sizes or (self._model.default_size,)
         found: dict[tuple[object, ...], _Warm] = {}
@@ -659,18 +655,18 @@ class RankEngine:
     def _warmed_up(self, call: _Call, told: Finished) -> None:
         assert call.warms is not None
         warm, i = call.warms
-        left = self._warming.get(call.block, [])
+        left = self._warming.get(call.team, [])
         if left and left[0] == call.warms:
             left.pop(0)
         if i == 0 and warm.size is not None:
-            size, pixels = call.block.size, warm.size[0] * warm.size[1]
+            size, pixels = call.team.size, warm.size[0] * warm.size[1]
             if warm.batch == 1:
                 self._pace.learn(size, pixels, WARM_STEPS, told.seconds, told.step_s)
             self._alone[size, warm.batch] = told.seconds / warm.batch
         if not left:
-            self._warming.pop(call.block, None)
-            self._warmed[call.block] = {self._name_of(call.block)}
-        if self._phase == "starting" and all(map(self._is_warm, self._blocks)):
+            self._warming.pop(call.team, None)
+            self._warmed[call.team] = {self._name_of(call.team)}
+        if self._phase == "starting" and all(map(self._is_warm, self._teams)):
             self._phase = "ready"
             log.info("ready: %d ranks", len(self._seats))
 
@@ -769,11 +765,11 @@ class RankEngine:
         """The pictures are there; other ranks may still have to answer."""
         assert told.images is not None
         call.is_drawn = True
-        self._compiled.setdefault(call.block, set()).add(call.shape)
-        if call.tasks and told.ranks == call.block.size and not call.lost:
+        self._compiled.setdefault(call.team, set()).add(call.shape)
+        if call.tasks and told.ranks == call.team.size and not call.lost:
             ticket = call.tasks[0].ticket
             self._pace.learn(
-                call.block.size,
+                call.team.size,
                 ticket.pixels * len(call.tasks),
                 ticket.promise.count(ticket.steps),
                 told.seconds,
@@ -782,7 +778,7 @@ class RankEngine:
         for task, image in zip(call.tasks, told.images, strict=False):
             ticket = task.ticket
             task.image, ticket.ranks = image, told.ranks
-            ticket.recovered += told.ranks < call.block.size
+            ticket.recovered += told.ranks < call.team.size
             images = [x.image for x in ticket.tasks if x.image is not None]
             if len(images) == len(ticket.tasks) and not ticket.over:
                 ticket.events.put_nowait(Drawn(images, self._report(ticket)))
@@ -810,9 +806,9 @@ class RankEngine:
         del self._calls[call.number]
         # What is refused is so by all of them, before they begin. Else they may have come apart.
         if call.lost or call.failure is not None and not call.refused_by_all:
-            self._rounds[call.block] += 1
-            self._warming.pop(call.block, None)
-            self._compiled.pop(call.block, None)
+            self._rounds[call.team] += 1
+            self._warming.pop(call.team, None)
+            self._compiled.pop(call.team, None)
         if call.is_drawn:
             return
         if call.warms is not None:
@@ -839,15 +835,15 @@ class RankEngine:
                 self._waiting.put_back(task)
 
     def _not_warm(self, call: _Call) -> None:
-        """A block can't serve, or lost a rank while it warmed up."""
+        """A team can't serve, or lost a rank while it warmed up."""
         if call.failure is None or call.failure.kind == "lost":
             return
-        text = f"{call.block.size} ranks can't draw: {call.failure.message}"
+        text = f"{call.team.size} ranks can't draw: {call.failure.message}"
         log.error("%s", text)
         if self._phase == "starting":
             self._fail(text)
         else:
-            self._blocks = [block for block in self._blocks if block != call.block]
+            self._teams = [team for team in self._teams if team != call.team]
 
     def _fail(self, reason: str) -> None:
         self._phase, self._reason = "failed", reason
@@ -860,9 +856,9 @@ class RankEngine:
         was_loaded, call = seat.loaded, seat.call
         seat.failures += 1
         seat.worker, seat.loaded, seat.call = None, False, None
-        for block in self._blocks:
-            if seat.number in block.ranks:
-                self._warming.pop(block, None)
+        for team in self._teams:
+            if seat.number in team.ranks:
+                self._warming.pop(team, None)
         if call is not None:
             call.lost = True
             call.pending.discard(seat.number)
@@ -905,7 +901,7 @@ class RankEngine:
 
     def _compiles(self, call: _Call) -> bool:
         """Whether it is the first of its shape in its group, and not drawn yet."""
-        return not call.is_drawn and call.shape not in self._compiled.get(call.block, ())
+        return not call.is_drawn and call.shape not in self._compiled.get(call.team, ())
 
     def _spawn(self, work: object) -> None:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
@@ -913,8 +909,8 @@ class RankEngine:
         task.add_done_callback(self._tasks.discard)
 
 
-def _size(block: Block) -> int:
-    return block.size
+def _size(team: Team) -> int:
+    return team.size
 
 
 def _named(source: Source) -> str:

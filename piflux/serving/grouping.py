@@ -14,7 +14,7 @@ LATE = 0.1
 
 
 @dataclass(frozen=True, order=True)
-class Block:
+class Team:
     """Neighbouring ranks that draw one call together.
 
     Attributes:
@@ -30,10 +30,10 @@ class Block:
         return range(self.first, self.first + self.size)
 
 
-def blocks_of(ranks: int, sizes: Iterable[int] | None = None) -> list[Block]:
+def teams_of(ranks: int, sizes: Iterable[int] | None = None) -> list[Team]:
     """All groups that are formed of so many ranks: of one, two, four .. and of all of them.
 
-    Each rank is in one block of a size at most, and a smaller block lies within a larger one.
+    Each rank is in one team of a size at most, and a smaller team lies within a larger one.
 
     Args:
         ranks: how many there are.
@@ -49,7 +49,7 @@ def blocks_of(ranks: int, sizes: Iterable[int] | None = None) -> list[Block]:
             f"groups of {', '.join(map(str, chosen)) or 'no'} ranks: of {ranks} ranks choose among "
             f"{', '.join(map(str, known))}"
         )
-    return [Block(i, size) for size in chosen for i in range(0, ranks - size + 1, size)]
+    return [Team(i, size) for size in chosen for i in range(0, ranks - size + 1, size)]
 
 
 class Pace:
@@ -88,13 +88,13 @@ class Pace:
 
 
 def choose(
-    blocks: Sequence[Block],
+    teams: Sequence[Team],
     free_at: Mapping[int, float],
     seconds: Mapping[int, float],
     waiting: int,
     now: float,
-) -> Block | None:
-    """The block that draws the next image, or None if it is better to wait for another rank.
+) -> Team | None:
+    """The team that draws the next image, or None if it is better to wait for another rank.
 
     For each size all that wait are drawn, in thought, by groups of that size alone, each as soon as
     its ranks are free. The size that ends them soonest in the mean is taken. So one image that
@@ -102,18 +102,18 @@ def choose(
     a rank of a smaller group does more; and a group does not wait for a rank that is long busy.
 
     Args:
-        blocks: that may be formed of ranks that live.
+        teams: that may be formed of ranks that live.
         free_at: when each rank is free, or is likely to be.
         seconds: that an image takes, by size.
         waiting: how many images wait.
         now: in the clock of `free_at`.
     """
-    found: tuple[float, int, Block, float] | None = None
-    for size in sorted({block.size for block in blocks if block.size in seconds}, reverse=True):
+    found: tuple[float, int, Team, float] | None = None
+    for size in sorted({team.size for team in teams if team.size in seconds}, reverse=True):
         ready = [
-            (max([now, *(free_at[rank] for rank in block.ranks)]), block)
-            for block in blocks
-            if block.size == size
+            (max([now, *(free_at[rank] for rank in team.ranks)]), team)
+            for team in teams
+            if team.size == size
         ]
         first_ready, first = min(ready)
         queue = [at for at, _ in ready]
