@@ -36,7 +36,7 @@ from piflux.integrations.hooks import (
     within_hooks,
 )
 from piflux.integrations.times import shown
-from piflux.memory.shares import Shares
+from piflux.memory.shares import Shares, is_shared
 from piflux.policies.schedule import Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device, serves
 from piflux.ranks.processes import ProcessRanks
@@ -288,6 +288,11 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         raise ValueError(
             "this module is already wrapped by torch.compile: pass the original module; "
             "parallelize compiles it"
+        )
+    if any(map(is_shared, target.parameters())):
+        raise ValueError(
+            f"the weights of this {type(target).__name__} are shared over the ranks already, by "
+            "an earlier parallelize: load it anew"
         )
     refuse_step_caches(target)
     refuse_hooks(target)

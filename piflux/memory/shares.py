@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from piflux.errors import CannotCapture, CompileError, WeightsLost
 from piflux.memory.aside import Aside, plain
@@ -26,6 +27,14 @@ ALIGNMENT = 256
 """Where weights begin in a buffer, in bytes, unless they adjoin others."""
 
 BUFFERS = 2
+
+_SHARED = WeakIdKeyDictionary()
+"""The weights that are shared, whatever model they are of."""
+
+
+def is_shared(weight: Tensor) -> bool:
+    """Whether a parameter is a view of a buffer, in which other weights come and go."""
+    return weight in _SHARED
 
 
 class Gathered(Protocol):
@@ -157,6 +166,7 @@ class Shares:
         self._count = max(self._padded(count) for _, count in layouts)
         self._make_buffers()
         self._members = self.ranks.control.members
+        _SHARED.update(dict.fromkeys(x for run in runs for y in run for x in y))
         rank, size = self.ranks.rank, self.ranks.size
         for number, (x, (places, count)) in enumerate(zip(gathered, layouts, strict=True)):
             whole = self._buffers[x.buffer].memory

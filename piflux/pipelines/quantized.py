@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from piflux.errors import CannotLoad
+from piflux.pipelines.blocks import blocks_of
 
 Quantization = Literal["fp8", "int8"]
 
@@ -78,27 +79,15 @@ def quantize(
 
 
 def layers_of(model: nn.Module) -> list[nn.Linear]:
-    """Those of a model's blocks that multiply tokens.
-
-    Blocks are the items of its outermost module lists in which a class repeats.
-    """
-    found: dict[nn.Linear, None] = {}
-    taken: list[str] = []
-    for path, blocks in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer in taken)
-        if not isinstance(blocks, nn.ModuleList) or inside:
-            continue
-        if len(blocks) == len({type(block) for block in blocks}):
-            continue
-        taken.append(path)
-        for name, layer in blocks.named_modules():
-            if (
-                isinstance(layer, nn.Linear)
-                and not _ONE_ROW.search(name)
-                and not any(size % MULTIPLE for size in layer.weight.shape)
-            ):
-                found[layer] = None
-    return list(found)
+    """Those of a model's blocks that multiply tokens."""
+    return [
+        layer
+        for block in blocks_of(model)
+        for name, layer in block.named_modules()
+        if isinstance(layer, nn.Linear)
+        and not _ONE_ROW.search(name)
+        and not any(size % MULTIPLE for size in layer.weight.shape)
+    ]
 
 
 def _check_fp8(device: torch.device | str | None) -> None:

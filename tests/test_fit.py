@@ -1,0 +1,105 @@
+"""What makes a pipeline fit into a GPU's memory: 8 bits, and text encoders that visit it."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+import transformers
+from models import tiny_flux, tiny_sd3
+from torch import nn
+
+from piflux.errors import CannotLoad
+from piflux.pipelines import quantized
+from piflux.pipelines.offload import visit
+from piflux.pipelines.quantized import layers_of, quantize
+
+CPU = torch.device("cpu")
+
+
+def encoder():
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4
+    )
+    return transformers.T5EncoderModel(config).eval()
+
+
+def test_an_encoder_that_visits_computes_the_same_and_is_back_home(monkeypatch):
+    """Copies stand for what is on another device."""
+    model, tokens = encoder(), torch.arange(6)[None]
+    want = model(tokens)[0]
+    homes = {name: x.data_ptr() for name, x in model.named_parameters()}
+    visit(model, CPU)
+    present: list[int] = []
+
+    def away(module, args):
+        present.append(sum(x.data_ptr() != homes[n] for n, x in model.named_parameters()))
+
+    to = torch.Tensor.to
+
+    def copied(x, *args, **kwargs):
+        return to(x, *args, **kwargs).clone() if args == (CPU,) else to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", copied)
+    for block in model.encoder.block:
+        block.layer[0].register_forward_pre_hook(away)
+    with torch.no_grad():
+        # Sums depend on where weights begin in memory.
+        assert (model(tokens)[0] - want).abs().max() < 1e-5
+    assert {name: x.data_ptr() for name, x in model.named_parameters()} == homes
+    # One block's weights at a time, and those that are in no block.
+    own = len(list(model.encoder.block[1].parameters()))
+    rest = len(homes) - sum(len(list(x.parameters())) for x in model.encoder.block)
+    assert present[1] == own + rest < len(homes)
+
+
+def test_layers_that_multiply_tokens_are_found_by_where_they_are():
+    flux = tiny_flux(double=2, single=2)
+    names = {layer: name for name, layer in flux.named_modules()}
+    found = {names[x] for x in layers_of(flux)}
+    assert "transformer_blocks.0.attn.to_q" in found
+    assert "single_transformer_blocks.1.proj_mlp" in found
+    assert not any(".norm" in name or "blocks" not in name for name in found)
+    sd3 = tiny_sd3(layers=2)
+    names = {layer: name for name, layer in sd3.named_modules()}
+    assert {names[x] for x in layers_of(sd3)} >= {"transformer_blocks.0.attn.to_q"}
+    assert not any("norm" in names[x] for x in layers_of(sd3))
+
+
+def test_sizes_that_are_no_multiples_stay():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, n)) for n in (16, 17))
+
+    model = Odd()
+    assert layers_of(model) == [model.blocks[0][0]]
+
+
+def test_without_torchao_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(quantized, "find_spec", lambda name: None)
+    with pytest.raises(CannotLoad, match=r"pip install 'piflux\[quantize\]'"):
+        quantize(tiny_flux(), "fp8")
+
+
+@pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao, which prints warnings where it is installed",
+)
+@pytest.mark.parametrize("home", [None, "cpu"])
+def test_int8(home):
+    model = tiny_flux(double=2, single=2)
+    count = quantize(model, "int8", CPU, home)
+    assert count == len(layers_of(model)) > 0
+    kinds = {type(layer.weight).__name__ for layer in layers_of(model)}
+    assert kinds == {"Int8Tensor"}
+    assert type(model.transformer_blocks[0].norm1.linear.weight) is nn.Parameter
+
+
+@pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao, which prints warnings where it is installed",
+)
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(CannotLoad, match="has no blocks"):
+        quantize(nn.Linear(16, 16), "int8")
