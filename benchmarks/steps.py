@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import piflux
 from piflux.cost.clock import between, mark, synchronize
+from piflux.pipelines.quantized import quantize
 from piflux.tools.bench.bench import measure_floor
 from piflux.tools.bench.models import build
-from piflux.tools.bench.rows import to_fp8
 from piflux.tools.quality.variants import Variant
 from piflux.tools.records import header, script
 
@@ -167,7 +167,7 @@ def main(
     floor = measure_floor(size, size)
     model, inputs = build(device, on_gpu, size, size)
     if fp8:
-        to_fp8(model)
+        quantize(model, "fp8")
     results: list[Result] = []
     record: dict[str, Any] = {
         **header("torchao", program=script()),

@@ -17,7 +17,7 @@ from piflux.policies.schedule import Schedule
 from piflux.tools import cli
 from piflux.tools.bench.bench import Floor, chart, markdown, measure_floor, run_row
 from piflux.tools.bench.models import ARCHITECTURES, build, count_flops
-from piflux.tools.bench.rows import ROWS, is_in_a_block, measure
+from piflux.tools.bench.rows import ROWS, measure
 from piflux.tools.bench.ways import EARLY, MODELS, WAYS, Result, Settings
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
@@ -151,15 +151,6 @@ def test_a_loop_of_its_own_is_timed_as_a_whole(monkeypatch):
     assert (settings["num_inference_steps"], settings["max_sequence_length"]) == (3, 64)
     assert settings["latents"] is inputs["hidden_states"]
     assert 20 <= mean <= whole / 3
-
-
-def test_what_is_quantized():
-    """All that multiplies tokens in blocks, and no modulation."""
-    model = tiny_flux(double=2, single=3)
-    chosen = [name for name, module in model.named_modules() if is_in_a_block(module, name)]
-    assert len(chosen) == 2 * (2 * 4 + 2 * 2) + 3 * 5
-    assert not [name for name in chosen if "norm" in name]
-    assert "proj_out" not in chosen and "x_embedder" not in chosen
 
 
 def test_a_row_that_fails_says_why(tmp_path):

@@ -11,8 +11,9 @@ from faults import KINDS, LOST, Fault, faults, try_out
 from ranks import Pool
 
 from piflux.errors import RankFailed
-from piflux.integrations.alike import Norm, _scales
+from piflux.integrations.alike import _scales
 from piflux.ranks import environment
+from piflux.ranks.agreement import Norm
 from piflux.ranks.board import Board, Silent, bounded
 from piflux.ranks.groups import resolve_group
 

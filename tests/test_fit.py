@@ -54,12 +54,12 @@ def test_an_encoder_that_visits_computes_the_same_and_is_back_home(monkeypatch):
 
 
 def test_layers_that_multiply_tokens_are_found_by_where_they_are():
-    flux = tiny_flux(double=2, single=2)
+    flux = tiny_flux(double=2, single=3)
     names = {layer: name for name, layer in flux.named_modules()}
     found = {names[x] for x in layers_of(flux)}
-    assert "transformer_blocks.0.attn.to_q" in found
-    assert "single_transformer_blocks.1.proj_mlp" in found
-    assert not any(".norm" in name or "blocks" not in name for name in found)
+    assert len(found) == 2 * (2 * 4 + 2 * 2) + 3 * 5
+    assert not any("norm" in name for name in found)  # the modulations
+    assert "proj_out" not in found and "x_embedder" not in found
     sd3 = tiny_sd3(layers=2)
     names = {layer: name for name, layer in sd3.named_modules()}
     assert {names[x] for x in layers_of(sd3)} >= {"transformer_blocks.0.attn.to_q"}

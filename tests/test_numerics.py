@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import piflux
 from piflux.integrations.alike import SameWeights
-from piflux.tools.bench.rows import is_in_a_block
+from piflux.pipelines.quantized import quantize
 
 STEPS = 9
 EXACT = 1e-5
@@ -149,29 +149,18 @@ def test_gather_of_a_quantized_model(virtual):
 
 
 def in_int8():
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = tiny_flux()
-    config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    quantize_(model, config, is_in_a_block)
+    model = tiny_flux(double=2, single=2)
+    quantize(model, "int8")
     return model
 
 
 def in_fp8():
-    from torchao.quantization import (
-        Float8DynamicActivationFloat8WeightConfig,
-        PerRow,
-        quant_api,
-        quantize_,
-    )
+    from torchao.quantization import quant_api
 
-    model = tiny_flux(dtype=torch.bfloat16)
+    model = tiny_flux(double=2, single=2, dtype=torch.bfloat16)
     # torchao asks for a GPU that is fast at it; a CPU computes the same.
     with mock.patch.object(quant_api, "_check_hardware_support"):
-        config = Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerRow(), set_inductor_config=False
-        )
-        quantize_(model, config, is_in_a_block)
+        quantize(model, "fp8")
     return model
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -12,15 +11,12 @@ from torch import Tensor, nn
 
 from piflux.errors import CannotCapture
 from piflux.memory.shares import Shares
-from piflux.ranks.agreement import Sketch
+from piflux.ranks.agreement import Norm, Sketch, norm_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.runtime.streams import Seen
 
 EACH_FOR_ITSELF = ("output_type", "return_dict", "callback", "callback_steps")
 """Arguments of pipelines in which ranks may differ, beside those of callbacks on steps."""
-
-ACCURACY = 1e-5
-"""Of a norm in float32, as kernels of different machines sum it up."""
 
 
 def facts_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,17 +196,6 @@ class Decoder:
         return facts | {f"the autoencoder's {name}": norm for name, norm in self._norms.items()}
 
 
-class Norm(float):
-    """A weight's norm, which may differ by rounding."""
-
-    def differs(self, other: Norm) -> bool:
-        """By more; also where one alone is infinite, or not a number."""
-        if self == other or math.isnan(self) and math.isnan(other):
-            return False
-        finite = math.isfinite(self) and math.isfinite(other)
-        return not finite or abs(self - other) > ACCURACY * max(self, other)
-
-
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
 
@@ -219,16 +204,11 @@ def _norms(weights: Mapping[str, Tensor]) -> dict[str, Norm]:
     named = [(name, part.detach()) for name, x in weights.items() for part in _plain_parts(x)]
     if not named:
         return {}
-    found = torch.stack([_norm(x).to(named[0][1].device) for _, x in named])
+    found = torch.stack([norm_of(x).to(named[0][1].device) for _, x in named])
     norms: dict[str, Norm] = {}
     for (name, _), norm in zip(named, found.tolist(), strict=True):
         norms[name if name not in norms else f"{name} ({len(norms)})"] = Norm(norm)
     return norms
-
-
-def _norm(x: Tensor) -> Tensor:
-    native = x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    return torch.linalg.vector_norm(x if native else x.float(), dtype=torch.float32)
 
 
 def _plain_parts(x: Tensor) -> list[Tensor]:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from piflux.errors import CannotCapture, CompileError, WeightsLost
 from piflux.memory.aside import Aside, plain
 from piflux.memory.slots import Recorder, at_once
-from piflux.ranks.agreement import Sketch
+from piflux.ranks.agreement import Norm, norm_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Filled
 
@@ -90,7 +90,7 @@ class Shares:
         self._members: tuple[int, ...] = ()
         self._epoch = -1
         self.complete = False
-        self._unchecked: dict[str, Sketch] = {}
+        self._unchecked: dict[str, Norm] = {}
 
     @property
     def nbytes(self) -> int:
@@ -174,9 +174,10 @@ class Shares:
                 waited = tensor in self.aside
                 there = _view(whole, tensor, begin)
                 there.copy_(self.aside.take(tensor))
-                if waited:  # of others the model's were compared
+                # Others were compared before. Of those in 8 bits the scales tell.
+                if waited and there.is_floating_point() and there.element_size() > 1:
                     name = f"weight {len(self._unchecked)}, of group {number}"
-                    self._unchecked[name] = Sketch.of(there)
+                    self._unchecked[name] = Norm(norm_of(there))
             pieces = whole[: self._padded(count)].view(size, -1)
             weights = [weight for run in runs[number] for weight in run]
             group = Group(weights, places, x.buffer, pieces[rank].clone())

@@ -54,21 +54,21 @@ def quantize(
         )
     from torchao import quantization
 
-    config: Any
-    if kind == "fp8":
-        _check_fp8(device)
-        # Else inductor would search for each kernel's best settings, in minutes.
-        config = quantization.Float8DynamicActivationFloat8WeightConfig(
-            granularity=quantization.PerRow(), set_inductor_config=False
-        )
-    else:
-        config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     layers = layers_of(model)
     if not layers:
         raise CannotLoad(
             f"{type(model).__name__} has no blocks with linear layers that could be turned to 8 "
             "bits: leave its weights as they are"
         )
+    config: Any
+    if kind == "fp8":
+        _check_fp8(torch.device(device or layers[0].weight.device))
+        # Else inductor would search for each kernel's best settings, in minutes.
+        config = quantization.Float8DynamicActivationFloat8WeightConfig(
+            granularity=quantization.PerRow(), set_inductor_config=False
+        )
+    else:
+        config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     for layer in layers:
         if device is not None:
             layer.to(device)
@@ -90,8 +90,8 @@ def layers_of(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def _check_fp8(device: torch.device | str | None) -> None:
-    if device is not None and torch.device(device).type == "cuda":
+def _check_fp8(device: torch.device) -> None:
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) < (8, 9):
             raise CannotLoad(

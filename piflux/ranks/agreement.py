@@ -26,6 +26,9 @@ TOLERANCE = 0.02
 # of what is smaller than this have a sum in float32.
 HUGE = 1e15
 
+ACCURACY = 1e-5
+"""Of a norm in float32, as kernels of different machines sum it up."""
+
 FEW = 8
 """A tensor of so few elements says when, or how: a timestep, a guidance. Ranks have them alike."""
 
@@ -36,6 +39,23 @@ class Approximate(Protocol):
 
     def differs(self, other: Any) -> bool:
         """From another of its kind by more than that."""
+
+
+class Norm(float):
+    """A weight's norm, which may differ by rounding."""
+
+    def differs(self, other: Norm) -> bool:
+        """By more; also where one alone is infinite, or not a number."""
+        if self == other or math.isnan(self) and math.isnan(other):
+            return False
+        finite = math.isfinite(self) and math.isfinite(other)
+        return not finite or abs(self - other) > ACCURACY * max(self, other)
+
+
+def norm_of(x: Tensor) -> Tensor:
+    """Of all numbers, in float32, without a copy of those that kernels read as they are."""
+    native = x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    return torch.linalg.vector_norm(x if native else x.float(), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from piflux.cost.clock import between, mark, synchronize
+from piflux.pipelines.quantized import quantize
 from piflux.ranks.copies import peak_bytes
 from piflux.tools.bench.models import ARCHITECTURES, TEXT_TOKENS, Architecture, Inputs, build
 from piflux.tools.bench.ways import EARLY, Result, Settings
@@ -109,32 +110,10 @@ def _fp8(
     prepare: Callable[[nn.Module, bool], Prepared],
 ) -> Callable[[nn.Module, bool], Prepared]:
     def quantized(model: nn.Module, on_gpu: bool) -> Prepared:
-        to_fp8(model)
+        quantize(model, "fp8")
         return prepare(model, on_gpu)
 
     return quantized
-
-
-def to_fp8(model: nn.Module) -> None:
-    """Turn the blocks' layers to 8-bit floating point in place, weights and activations by row.
-
-    Raises:
-        ModuleNotFoundError: torchao is not installed.
-    """
-    from torchao import quantization
-
-    config = quantization.Float8DynamicActivationFloat8WeightConfig(
-        granularity=quantization.PerRow(),
-        # Inductor would search for each kernel's best settings, in minutes.
-        set_inductor_config=False,
-    )
-    quantization.quantize_(model, config, is_in_a_block)
-
-
-def is_in_a_block(module: nn.Module, name: str) -> bool:
-    """Whether a layer multiplies tokens, of all blocks: a modulation multiplies one row."""
-    layer = isinstance(module, nn.Linear) and "transformer_blocks." in name
-    return layer and ".norm" not in name
 
 
 def _para_attention(model: nn.Module, on_gpu: bool) -> Prepared:
@@ -223,8 +202,10 @@ ROWS = {
     "piflux-1-18": Row(_piflux(compute=18)),
     "piflux-1-fp8": Row(_fp8(_piflux())),
     "gather": Row(_piflux(policy="gather")),
+    "gather-shared": Row(_piflux(policy="gather", shard_weights=True)),
     "gather-18": Row(_piflux(policy="gather", compute=18)),
     "rotate": Row(_piflux(policy="rotate")),
+    "rotate-shared": Row(_piflux(policy="rotate", shard_weights=True)),
     "rotate-18": Row(_piflux(policy="rotate", compute=18)),
     "rotate-fp8": Row(_fp8(_piflux(policy="rotate"))),
     "rotate-fp8-18": Row(_fp8(_piflux(policy="rotate", compute=18))),
