@@ -670,7 +670,7 @@ def _check_metrics(client: openai.OpenAI, url: str, engine: FakeEngine) -> None:
         assert found[name] == value, name
     for code in ("200", "400", "500"):
         route = f'code="{code}",method="POST",route="/v1/images/generations"'
-        until(lambda: metrics_of(url)[f"piflux_http_requests_total{{{route}}}"] == 1)  # noqa: B023
+        until(lambda: metrics_of(url).get(f"piflux_http_requests_total{{{route}}}") == 1)  # noqa: B023
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(url, client):
