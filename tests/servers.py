@@ -1,28 +1,40 @@
-"""Servers for tests: an application on a free port, in a thread."""
+"""Servers for tests: an application on a free port, beside the test."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
-import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import uvicorn
 
 
 @contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address of `app`, while it is served."""
+def served(app: Any, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[str]:
+    """The address of `app`, while it is served.
+
+    Args:
+        app: of ASGI.
+        loop: that runs in another thread; None for one of the server's own.
+    """
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server did not start"
-                thread.join(0.01)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
+        serving = server.serve(sockets=[listening])
+        with ThreadPoolExecutor(1) as pool:
+            ended: Future[None] = (
+                pool.submit(asyncio.run, serving)
+                if loop is None
+                else asyncio.run_coroutine_threadsafe(serving, loop)
+            )
+            try:
+                while not server.started:
+                    assert not ended.done(), "the server did not start"
+                    time.sleep(0.01)
+                yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+            finally:
+                server.should_exit = True
+                ended.result()

@@ -1,20 +1,25 @@
 """The engine of the server: who waits, who draws with whom, and what becomes of lost ranks."""
 
 import asyncio
+import base64
 import functools
+import io
 import json
 import threading
 import time
 from collections import Counter
 
 import numpy as np
+import openai
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from servers import served
 
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad
+from piflux.serving import build_app
 from piflux.serving import engine as engine_module
 from piflux.serving.engine import RankEngine
 from piflux.serving.grouping import Pace, Team, choose, expected_end, teams_of
@@ -713,6 +718,37 @@ def test_a_picture_can_be_edited(running, alone):
     images, report, _ = running.draw(9, ranks=2, images=(before,))
     assert report.ranks == 2 and images.shape == alone(1).shape
     assert 1 < np.abs(images - alone(1)).mean() < np.abs(alone(9) - alone(1)).mean()
+
+
+class Lent:
+    """An engine that a server neither starts nor ends."""
+
+    def __init__(self, engine):
+        self.model, self.submit, self.state = engine.model, engine.submit, engine.state
+
+    async def start(self):
+        pass
+
+    async def end(self, within_s):
+        pass
+
+
+def test_a_server_draws_with_it(running, alone):
+    """For OpenAI's client: the pipeline's own picture, and an edit of it, with previews."""
+    running.engine._pace = Prefers(2)
+    more = {"seed": 1, "num_inference_steps": STEPS}
+    with served(build_app(Lent(running.engine)), running.loop) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        drawn = client.images.generate(prompt=PROMPT, extra_body=more)
+        (made,) = drawn.data
+        file = base64.b64decode(made.b64_json)
+        assert near(pixels([Image.open(io.BytesIO(file))]), alone(1))
+        assert drawn.piflux["ranks"] == 2 and drawn.piflux["steps"] == STEPS
+        asked = {"image": file, "prompt": PROMPT, "stream": True, "partial_images": 1}
+        events = list(client.images.edit(**asked, extra_body=more))
+    kinds = [event.type.removeprefix("image_edit.") for event in events]
+    assert kinds.count("partial_image") == 1 and kinds[-1] == "completed"
+    assert kinds.count("progress") == events[-2].steps > 1
 
 
 def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):

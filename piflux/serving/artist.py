@@ -110,7 +110,8 @@ class Artist:
         pipe = self._parallel(draw.group, draw.settings, kind)
         set_compute(pipe, draw.compute)
         ranks = ranks_of(pipe)
-        watch = _Watch(draw, ranks, self._device, self._previews, is_stopped, tell)
+        size = (given["width"], given["height"]) if "width" in given else None
+        watch = _Watch(draw, size, ranks, self._device, self._previews, is_stopped, tell)
         if takes(kind, "callback_on_step_end"):
             given["callback_on_step_end"] = watch
         try:
@@ -184,6 +185,7 @@ class _Watch:
     def __init__(
         self,
         draw: Draw,
+        size: tuple[int, int] | None,
         ranks: ProcessRanks | None,
         device: torch.device,
         previews: Previews | None,
@@ -191,7 +193,8 @@ class _Watch:
         tell: Tell,
     ) -> None:
         self._draw, self._ranks, self._device = draw, ranks, device
-        self._previews = previews if draw.previews and draw.asked.size else None
+        self._size = size
+        self._previews = previews if draw.previews and size else None
         self._is_stopped, self._tell = is_stopped, tell
         self._ends: list[float] = []
         self._shown = 0
@@ -237,8 +240,8 @@ class _Watch:
         if due:
             self._shown += 1
         if found is not None:
-            assert self._draw.asked.size is not None, "else there are no previews"
-            width, height = self._draw.asked.size
+            assert self._size is not None, "else there are no previews"
+            width, height = self._size
             images = self._previews.pictures(found, height, width)
             self._tell(Shown(self._draw.number, self._shown - 1, images))
 
