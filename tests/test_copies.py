@@ -260,25 +260,29 @@ def test_two_ranks_of_one_gpu_do_not_copy(monkeypatch):
 class ByName:
     """Of torch's symmetric memory what has no need of a GPU: whose memory it is, by a name."""
 
-    @staticmethod
-    def set_group_info(name, rank, size, store):
-        pass
+    def __init__(self):
+        self.names = set()
 
-    @staticmethod
-    def empty_strided_p2p(size, stride, dtype, device):
+    def set_group_info(self, name, rank, size, store):
+        assert name not in self.names, "torch refuses a name that it knows"
+        self.names.add(name)
+
+    def empty_strided_p2p(self, size, stride, dtype, device):
         return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
-    @staticmethod
-    def rendezvous(memory, name):
+    def rendezvous(self, memory, name):
         return distributed._resolve_process_group(name)  # raises if nobody holds it
 
 
 def test_memory_is_shared_more_than_once(monkeypatch):
-    monkeypatch.setattr(_symmetric_memory, "_SymmetricMemory", ByName)
+    """By one model, and by another one of the same ranks."""
+    monkeypatch.setattr(_symmetric_memory, "_SymmetricMemory", ByName())
     link = Link(dist.HashStore(), "twice", 0, 1, {}, within_s=5)
-    peers = copies.Peers(link, torch.device("cpu"))
-    (_, first), (_, second) = peers.share(8), peers.share(8)
-    assert first is second
+    first, second = (copies.Peers(link, torch.device("cpu")) for _ in range(2))
+    shared = [first.share(8)[1], first.share(8)[1], second.share(8)[1]]
+    assert shared == shared[:1] * 3
+    del first, shared
+    second.share(8)
 
 
 def test_memory_that_can_not_be_shared_is_told_and_done_without(monkeypatch, caplog):

@@ -203,6 +203,26 @@ def test_programs_of_other_sizes_are_recorded_at_one_site(recorder, monkeypatch)
     assert len(sites) == 2 * 2 * 3 and len(set(sites)) == 1
 
 
+def test_a_site_is_given_up_with_its_last_recording(monkeypatch):
+    """Its memory can't be recorded in again."""
+
+    class Graph:
+        pass
+
+    for name in ("Stream", "MemPool"):
+        monkeypatch.setattr(torch.cuda, name, object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    shared = SharedSite()
+    site = shared.get()
+    assert shared.get() is site  # nothing was recorded there yet
+    first, second = site.graph(), site.graph()
+    del first
+    assert shared.get() is site
+    del second
+    assert shared.get() is not site
+
+
 def test_what_is_left_of_a_graph_computes_the_same(recorder):
     """SD3 makes a picture of its tokens after they are gathered."""
     model, inputs = tiny_sd3(), sd3_inputs()

@@ -81,7 +81,6 @@ class Peers:
         self._zeros = torch.zeros_like(self._ones)
         self._link = link
         self._shared: list[Shared] = []
-        self._named: dist.ProcessGroup | None = None
         if device.type == "cuda":
             link.at_end(self._release)
 
@@ -89,14 +88,15 @@ class Peers:
         """So many bytes of each rank, with this rank's own. All ranks call it together."""
         from torch.distributed._symmetric_memory import _SymmetricMemory
 
-        if self._named is None:
+        if self.device.type not in self._link.named:
             # It looks for the ranks' store by a group's name, whenever memory is shared; of the
-            # group it needs no more. Whoever registers a group has to hold it.
+            # group it needs no more. A name is registered once, whatever models share the link, and
+            # whoever registers a group has to hold it.
             group = dist.ProcessGroup(self._store, self.rank, self.size)
             group._set_group_name(self._group)
             distributed._register_process_group(self._group, group)
             _SymmetricMemory.set_group_info(self._group, self.rank, self.size, self._store)
-            self._named = group
+            self._link.named[self.device.type] = group
         # Not `empty`, which takes memory from a pool: where a rank finds room in it depends on what
         # it has freed, and ranks that share different places wait for ever or overwrite.
         memory = _SymmetricMemory.empty_strided_p2p((count,), (1,), torch.uint8, self.device)

@@ -44,6 +44,8 @@ class Link:
         name: of the epoch, the same on all of them and no other's.
         broken: whether it was ended; what was under way raises RuntimeError.
         left: set once the main thread knows, and gives the device no more work of this epoch.
+        named: the group that torch knows by this link's name, by the type of a device; see
+            `piflux.ranks.copies`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Link:
         self.store, self.name, self.rank, self.size = store, name, rank, size
         self.broken = False
         self.left = threading.Event()
+        self.named: dict[str, dist.ProcessGroup] = {}
         self._backends = backends
         self._others = [(rank + i) % size for i in range(1, size)]
         self._started = itertools.count()

@@ -4,20 +4,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 
 from piflux.memory.slots import Recorder
 
 
-class Site(NamedTuple):
+class Site:
     """Where recordings are made. They share their memory: what one returns is read before another
     runs.
     """
 
-    stream: torch.cuda.Stream
-    pool: torch.cuda.MemPool
+    def __init__(self) -> None:
+        # Not a mere handle, which can't be used again once its last recording is gone.
+        self.stream, self.pool = torch.cuda.Stream(), torch.cuda.MemPool()
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self._is_used = False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether recordings were made here, and all of them are gone.
+
+        The memory of the host's side of a pool ends with the last recording in it, and another one
+        can't be made there (torch 2.11: "use_count > 0 INTERNAL ASSERT FAILED").
+        """
+        return self._is_used and not self._graphs
+
+    def graph(self) -> torch.cuda.CUDAGraph:
+        """A new one, to be recorded here."""
+        graph = torch.cuda.CUDAGraph()
+        self._graphs.add(graph)
+        self._is_used = True
+        return graph
 
 
 class SharedSite:
@@ -31,9 +51,8 @@ class SharedSite:
 
     def get(self) -> Site | None:
         """The site; None where there is no GPU."""
-        if self._site is None and torch.cuda.is_available():
-            # Not a mere handle, which can't be used again once its last recording is gone.
-            self._site = Site(torch.cuda.Stream(), torch.cuda.MemPool())
+        if torch.cuda.is_available() and (self._site is None or self._site.is_spent):
+            self._site = Site()
         return self._site
 
 
@@ -57,7 +76,7 @@ def record(
     torch.cuda.synchronize()
     torch.cuda.empty_cache()  # a recording can't use the memory of steps that were not recorded
 
-    graph = torch.cuda.CUDAGraph()
+    graph = site.graph()
 
     def begin() -> None:
         # Of this thread alone: NCCL's watchdog polls events from its own.
@@ -68,7 +87,7 @@ def record(
         nonlocal graph
         graph.capture_end()
         tape.append(function)
-        graph = torch.cuda.CUDAGraph()
+        graph = site.graph()
         begin()
 
     with torch.cuda.stream(site.stream):
