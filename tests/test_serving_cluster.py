@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import importlib
+import inspect
+import io
 import pickle
 import queue
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import httpx2
+import numpy as np
+import psutil
 import pytest
+import torch
+import yaml
 from fake_engine import MODEL
 from PIL import Image
 
+from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.serving.jobs import (
     Drawn,
     Event,
@@ -30,14 +43,17 @@ from piflux.serving.messages import Finished, Step
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
+from ray import serve  # noqa: E402
 from ray.exceptions import ActorDiedError  # noqa: E402
 from ray.serve.exceptions import BackPressureError  # noqa: E402
+from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
-from piflux.serving.cluster import Settings  # noqa: E402
+from piflux.serving.cluster import Settings, app  # noqa: E402
 from piflux.serving.cluster.leader import Seen, Word  # noqa: E402
 from piflux.serving.cluster.replicas import Replicas  # noqa: E402
 from piflux.serving.cluster.workers import _latest  # noqa: E402
 
+DOCKER = Path(__file__).parent.parent / "docker"
 JOB = Job("a", "x", (1,), previews=2)
 REPORT = Report("lossless", "gather", 0.0, 2, 2, 2, 0.0, 0.1, 1)
 PICTURE = Image.new("RGB", (8, 8))
@@ -253,3 +269,110 @@ def test_a_replica_takes_what_its_ranks_need() -> None:
     # As `serve run` and a manifest give them.
     read = Settings(ranks="2", insecure="true", sizes=[[64, 96]])  # type: ignore[arg-type]
     assert (read.ranks, read.insecure, read.sizes) == (2, True, ((64, 96),))
+
+
+def test_the_manifest_asks_for_what_there_is() -> None:
+    """KubeRay would tell of a wrong name only on a cluster."""
+    (manifest,) = yaml.safe_load_all((DOCKER / "rayservice.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    spec = manifest["spec"]
+    config = ServeDeploySchema(**yaml.safe_load(spec["serveConfigV2"]))
+    (found,) = config.applications
+    module, name = found.import_path.split(":")
+    builder = getattr(importlib.import_module(module), name)
+    # By this Serve knows that a config's args are to be read as settings.
+    (parameter,) = inspect.signature(builder).parameters.values()
+    assert builder is app and parameter.annotation is Settings
+    settings = Settings(**found.args)
+    (bundle,) = settings.bundles(settings.gpus or 0)
+    cluster = spec["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    (worker,) = group["template"]["spec"]["containers"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    assert int(worker["resources"]["limits"]["nvidia.com/gpu"]) == bundle["GPU"]
+    assert float(worker["resources"]["limits"]["cpu"]) > bundle["CPU"]
+    assert group["maxReplicas"] == settings.most_replicas
+    assert worker["image"] == head["image"] and cluster["rayVersion"] == ray.__version__
+    assert {"containerPort": 8000, "name": "serve"} in head["ports"]
+    mounted = {mount["name"]: mount["mountPath"] for mount in worker["volumeMounts"]}
+    assert {volume["name"] for volume in group["template"]["spec"]["volumes"]} == set(mounted)
+    assert settings.model.startswith(mounted["models"])
+    assert str(settings.cache) == mounted["cache"]
+    assert "ARG EXTRAS" in (DOCKER / "Dockerfile").read_text()
+
+
+# --- a replica, for real -------------------------------------------------------------------------
+
+STEPS, SIZE = 3, 64
+ASKED = {"prompt": "rose", "size": f"{SIZE}x{SIZE}", "num_inference_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Where one replica of two ranks is served, on a cluster that ends with this."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        settings = Settings(
+            ranks=2, groups=(2,), sizes=((SIZE, SIZE),), insecure=True, names=("127.0.0.1",)
+        )
+        serve.run(app(settings), name="piflux")
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
+        yield url
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def until(holds: Callable[[], bool], within_s: float = 120.0) -> None:
+    end = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def ranks() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [each for each in children if each.cmdline()[:1] == ["ray::_Rank"]]
+
+
+def drawn(answer: httpx2.Response) -> tuple[Any, dict[str, Any]]:
+    """The picture's pixels, and what is told of it."""
+    assert answer.status_code == 200, answer.text
+    told = answer.json()
+    image = Image.open(io.BytesIO(base64.b64decode(told["data"][0]["b64_json"])))
+    return np.asarray(image, dtype=int), told["piflux"]
+
+
+@pytest.mark.timeout(600)
+def test_a_replica_draws_what_the_pipeline_draws_and_outlives_a_rank(url: str) -> None:
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+
+    def alone(seed: int, steps: int) -> Any:
+        given = {"width": SIZE, "height": SIZE, "max_sequence_length": TEXT_TOKENS}
+        generator = torch.Generator().manual_seed(seed)
+        image = pipe("rose", generator=generator, num_inference_steps=steps, **given).images[0]
+        return np.asarray(image, dtype=int)
+
+    def ask(seed: int, steps: int = STEPS) -> httpx2.Response:
+        asked = ASKED | {"seed": seed, "num_inference_steps": steps}
+        return httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=300)
+
+    for seed in (1, 2):
+        pixels, told = drawn(ask(seed))
+        assert abs(pixels - alone(seed, STEPS)).max() <= 2
+        assert (told["ranks"], told["recovered"]) == (2, 0)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, 3, 60)
+        until(lambda: "piflux_drawing 1.0" in httpx2.get(f"{url}/metrics").text)
+        time.sleep(0.2)
+        ranks()[0].kill()
+        pixels, told = drawn(asking.result())
+    assert told["recovered"] == 1
+    assert abs(pixels - alone(3, 60)).max() <= 2
+    # The other name is not the server's, which says so through Serve, too.
+    assert httpx2.get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 403

@@ -1,7 +1,5 @@
 """The application for Ray Serve: a front before replicas."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 
