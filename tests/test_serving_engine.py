@@ -3,11 +3,14 @@
 import asyncio
 import base64
 import functools
+import heapq
 import io
 import json
+import random
+import statistics
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 
 import numpy as np
 import openai
@@ -22,7 +25,7 @@ from piflux.errors import CannotLoad
 from piflux.serving import build_app
 from piflux.serving import engine as engine_module
 from piflux.serving.engine import RankEngine
-from piflux.serving.grouping import Pace, Team, choose, expected_end, teams_of
+from piflux.serving.grouping import Pace, Rate, Team, choose, expected_end, teams_of
 from piflux.serving.jobs import Drawn, Job, Preview, Queued, Refused, Stepped
 from piflux.serving.messages import Draw, End, Failed, Finished, Gone, Load, Loaded, Step, Stop
 from piflux.serving.qualities import PROMISES, promises_of
@@ -102,6 +105,41 @@ def test_a_group_waits_for_a_rank_that_is_soon_free_and_for_no_other():
     assert chosen(1, (5, 0, 6, 6)) == Team(1, 1) or chosen(1, (5, 0, 6, 6)) is None
     assert chosen(8, (9, 9, 9, 0)) == Team(3, 1)
     assert chosen(1, (9, 9, 9, 9)) is None
+
+
+def simulated(ranks, groups, seconds, load, count=2000):
+    """Mean seconds from asking to the picture, where images are asked for at random times."""
+    dice, now, coming = random.Random(0), 0.0, []
+    for _ in range(count):
+        now += dice.expovariate(load * ranks / seconds[1])
+        coming.append(now)
+    seconds = {size: seconds[size] for size in groups}
+    teams, free_at = teams_of(ranks, groups), dict.fromkeys(range(ranks), 0.0)
+    moments, waiting, rate, took, memory_s = list(coming), deque(), Rate(), [], 15.0
+    coming = deque(coming)
+    while moments:
+        now = heapq.heappop(moments)
+        while coming and coming[0] <= now:
+            rate.came(1, coming[0], memory_s)
+            waiting.append(coming.popleft())
+        while waiting:
+            asked = rate.a_second(now, memory_s)
+            team = choose(teams, free_at, seconds, len(waiting), now, asked)
+            if team is None:
+                break
+            end = now + seconds[team.size]
+            free_at |= dict.fromkeys(team.ranks, end)
+            heapq.heappush(moments, end)
+            took.append(end - waiting.popleft())
+    return statistics.mean(took)
+
+
+@pytest.mark.parametrize("load", [0.25, 0.6, 0.8, 0.9])
+@pytest.mark.parametrize("seconds", [{1: 1.0, 2: 0.55}, {1: 1.0, 2: 0.7}])
+def test_groups_as_the_load_asks_are_as_good_as_the_best_fixed_ones(seconds, load):
+    """At every load, whether or not a pair is nearly twice as fast."""
+    fixed = [simulated(2, [size], seconds, load) for size in seconds]
+    assert simulated(2, list(seconds), seconds, load) < 1.03 * min(fixed)
 
 
 def test_a_group_of_a_size_that_was_never_timed_is_not_formed():

@@ -22,7 +22,7 @@ from PIL import Image
 from piflux.demo import NOTE, PROMPTS
 from piflux.errors import CannotLoad
 from piflux.pipelines.calls import Asked
-from piflux.serving.grouping import Pace, Team, choose, expected_end, teams_of
+from piflux.serving.grouping import Pace, Rate, Team, choose, expected_end, teams_of
 from piflux.serving.jobs import (
     Drawn,
     Event,
@@ -91,6 +91,9 @@ WARM_STEPS = 4
 WARM_IMAGES = {"cpu": 2, "cuda": 4}
 """Drawn of each kind: the first compiles, of the last the time counts. On GPUs those in between are
 recorded."""
+
+REMEMBERED = 15
+"""Images of one rank that the load is told by."""
 
 GAIN = 0.97
 """A batch is taken where a picture of it takes less than this share of one alone."""
@@ -295,7 +298,7 @@ class RankEngine:
         self._warmed: dict[Team, set[str]] = {}  # by team, the names of groups that are warm
         self._warming: dict[Team, list[tuple[_Warm, int]]] = {}
         self._compiled: dict[Team, set[tuple[object, ...]]] = {}  # shapes of calls
-        self._pace = Pace()
+        self._pace, self._rate = Pace(), Rate()
         self._alone: dict[tuple[int, int], float] = {}  # seconds a picture, by group and batch
         self._phase: Literal["starting", "ready", "ending", "failed"] = "starting"
         self._reason = ""
@@ -402,6 +405,7 @@ class RankEngine:
         ticket = _Ticket(job, self._promises[job.quality], steps, asked, time.monotonic())
         ticket.tasks = [_Task(ticket, seed) for seed in job.seeds]
         self._tickets.add(ticket)
+        self._rate.came(len(ticket.tasks), ticket.came, self._memory_s(ticket))
         for task in ticket.tasks:
             self._waiting.put(job.user, task)
         self._dispatch()
@@ -520,7 +524,13 @@ class RankEngine:
             found = self._seconds(size, task.ticket)
             if found is not None:
                 seconds[size] = found
-        return choose(teams, free_at, seconds, len(self._waiting), now)
+        rate = self._rate.a_second(now, self._memory_s(task.ticket))
+        return choose(teams, free_at, seconds, len(self._waiting), now, rate)
+
+    def _memory_s(self, ticket: _Ticket) -> float:
+        """How long it counts for the load that images came."""
+        smallest = min(team.size for team in self._teams)
+        return REMEMBERED * (self._seconds(smallest, ticket) or 1.0)
 
     def _take(self, team: Team) -> list[_Task]:
         """The next in turn, and as many more like it as are faster at once."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 LEARNS = 0.3
 """How much of an estimate the latest image is."""
+
+FULLEST = 0.95
+"""A load that is taken for no more, since none that is bearable can be told from 1 for sure."""
 
 LATE = 0.1
 """An image that takes longer than was estimated is taken to need this share of its time more."""
@@ -87,19 +91,42 @@ class Pace:
         return pixels * (self._fixed[size] + computed * self._step[size])
 
 
+class Rate:
+    """How many images are asked for a second, of late."""
+
+    def __init__(self) -> None:
+        self._count = self._at = 0.0
+
+    def came(self, images: int, now: float, memory_s: float) -> None:
+        """So many were asked for; what came `memory_s` seconds ago counts a third of that."""
+        self._count = self._faded(now, memory_s) + images
+        self._at = now
+
+    def a_second(self, now: float, memory_s: float) -> float:
+        return self._faded(now, memory_s) / memory_s
+
+    def _faded(self, now: float, memory_s: float) -> float:
+        return self._count * math.exp((self._at - now) / memory_s)
+
+
 def choose(
     teams: Sequence[Team],
     free_at: Mapping[int, float],
     seconds: Mapping[int, float],
     waiting: int,
     now: float,
+    rate: float = 0.0,
 ) -> Team | None:
     """The team that draws the next image, or None if it is better to wait for another rank.
 
     For each size all that wait are drawn, in thought, by groups of that size alone, each as soon as
-    its ranks are free. The size that ends them soonest in the mean is taken. So one image that
-    waits alone is drawn by all ranks, and a long queue by as many groups as there are ranks, since
-    a rank of a smaller group does more; and a group does not wait for a rank that is long busy.
+    its ranks are free; and what comes later waits for what the ranks then have to do. The size is
+    taken by which all of them wait least. So one image alone is drawn by all ranks, and a long
+    queue, or one that is about to be long, by as many groups as there are ranks, since a rank of a
+    smaller group does more. And a group does not wait for a rank that is long busy.
+
+    What comes later is told by a flow: of work that would take all ranks b seconds, as many as
+    `rate * b / (1 - load)` images find some, in the mean half of it.
 
     Args:
         teams: that may be formed of ranks that live.
@@ -107,12 +134,20 @@ def choose(
         seconds: that an image takes, by size.
         waiting: how many images wait.
         now: in the clock of `free_at`.
+        rate: images that are asked for a second.
     """
-    found: tuple[float, int, Team, float] | None = None
-    for size in sorted({team.size for team in teams if team.size in seconds}, reverse=True):
+    formed = [team for team in teams if team.size in seconds]
+    if not formed:
+        return None
+    ranks = {rank for team in formed for rank in team.ranks}
+    busy = sum(max(0.0, free_at[rank] - now) for rank in ranks)
+    least = min(team.size * seconds[team.size] for team in formed)
+    load = min(FULLEST, rate * least / len(ranks))
+    found: tuple[float, Team, float] | None = None
+    for size in sorted({team.size for team in formed}, reverse=True):
         ready = [
             (max([now, *(free_at[rank] for rank in team.ranks)]), team)
-            for team in teams
+            for team in formed
             if team.size == size
         ]
         first_ready, first = min(ready)
@@ -123,11 +158,12 @@ def choose(
             end = heapq.heappop(queue) + seconds[size]
             heapq.heappush(queue, end)
             total += end - now
+        backlog = (busy + waiting * size * seconds[size]) / len(ranks)
+        total += rate * backlog**2 / (2 * (1 - load))
         if found is None or total < found[0]:
-            found = total, size, first, first_ready
-    if found is None or found[3] > now:
-        return None
-    return found[2]
+            found = total, first, first_ready
+    assert found is not None, "there is a size"
+    return None if found[2] > now else found[1]
 
 
 def expected_end(began: float, seconds: float, now: float) -> float:
