@@ -83,6 +83,11 @@ class Told:
             await self.app(scope, receive, sending)
         except ClientDisconnect:
             note["status"] = GONE
+        except asyncio.CancelledError:  # the server ends, and waits for nobody
+            if status is not None:
+                raise
+            ending = Refused(503, "ending", "the server ends", retry_after_s=5)
+            await refusal(ending)(scope, receive, sending)
         except (
             Exception
         ) as error:  # of our own making: told whole here, and by its id to the client

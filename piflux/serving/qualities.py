@@ -58,8 +58,10 @@ class Promise:
     def tell(self) -> str:
         """In words."""
         share = "all steps" if self.computed >= MEASURED_STEPS else f"{self.computed} of 28 steps"
-        drift = "not measured" if self.lpips is None else f"{self.lpips:.2g}"
-        return f"{self.settings['policy']}, {share} computed, LPIPS {drift}"
+        drift = "drift not measured"
+        if self.lpips is not None:
+            drift = f"LPIPS {self.lpips:.6f}".rstrip("0") if self.lpips else "exact"
+        return f"{self.settings['policy']}, {share} computed, {drift}"
 
 
 MEASURED = "benchmarks/results/2026-11-29-serving-qualities-cpu.json"
