@@ -197,12 +197,13 @@ def _advance(
     low_mask = inside[:, None] & (low < HALF)
     high_mask = inside[:, None] & (low < DIM - HALF)
 
-    packed = tl.load(change_numbers + place[:, None] * HALF + low, mask=low_mask, other=0x88)
+    packed = tl.load(change_numbers + place[:, None] * HALF + low, mask=low_mask, other=0)
     scale = tl.load(change_scales + place, mask=inside, other=0.0).to(tl.float32)[:, None]
     a = _value(numbers, scales, place, low, inside, low_mask, DIM, tl.float32)
-    a += ((packed & 15).to(tl.float32) - 8) * scale
+    # What stands for nothing must not count among a head's largest.
+    a = tl.where(low_mask, a + ((packed & 15).to(tl.float32) - 8) * scale, 0.0)
     b = _value(numbers + HALF, scales, place, low, inside, high_mask, DIM, tl.float32)
-    b += ((packed >> 4).to(tl.float32) - 8) * scale
+    b = tl.where(high_mask, b + ((packed >> 4).to(tl.float32) - 8) * scale, 0.0)
     _store_version(
         numbers, scales, place, low, a, b, inside, low_mask, high_mask, DIM, HALF, LARGEST_8
     )
@@ -267,7 +268,7 @@ def _exchange_rounded(
     old_a = _value(numbers, scales, place, low, needed, needed[:, None] & in_low, DIM, WIDE)
     old_b = _value(numbers + HALF, scales, place, low, needed, needed[:, None] & in_high, DIM, WIDE)
     stale_low = is_stale[:, None] & in_low
-    packed = tl.load(change_numbers + place[:, None] * HALF + low, mask=stale_low, other=0x88)
+    packed = tl.load(change_numbers + place[:, None] * HALF + low, mask=stale_low, other=0)
     scale = tl.load(change_scales + place, mask=is_stale, other=0.0)
     scale = scale.to(tl.float32).to(WIDE)[:, None]
     on_a = old_a + share * (((packed & 15).to(WIDE) - 8) * scale)
