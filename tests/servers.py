@@ -22,7 +22,8 @@ def served(app: Any, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[
         loop: that runs in another thread; None for one of the server's own.
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", http="h11")
+        server = uvicorn.Server(config)
         serving = server.serve(sockets=[listening])
         with ThreadPoolExecutor(1) as pool:
             ended: Future[None] = (

@@ -673,6 +673,14 @@ def _check_metrics(client: openai.OpenAI, url: str, engine: FakeEngine) -> None:
         until(lambda: metrics_of(url).get(f"piflux_http_requests_total{{{route}}}") == 1)  # noqa: B023
 
 
+def test_what_clients_make_up_is_no_name_of_a_metric(url):
+    for method, path in (("PROPFIND", "/v1/models"), ("GET", "/made/up"), ("PROPFIND", "/made/up")):
+        httpx2.request(method, url + path)
+    names = "".join(metrics_of(url))
+    assert "PROPFIND" not in names and "made/up" not in names
+    assert 'code="405",method="other",route="/v1/models"' in names
+
+
 def test_the_dashboard_asks_for_metrics_that_there_are(url, client):
     client.images.generate(prompt="x")
     there = {name.partition("{")[0] for name in metrics_of(url)}

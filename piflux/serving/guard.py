@@ -33,6 +33,9 @@ UPLOADS = "/v1/images/edits"
 NOTE = "piflux.note"
 """Where in a request's scope handlers leave what its log line is to say."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+"""That metrics tell apart."""
+
 GONE = 499
 """In logs and metrics: the client went away before its answer. Of nginx."""
 
@@ -100,9 +103,10 @@ class Told:
     def _tell(
         self, scope: Scope, note: Mapping[str, Any], status: int | None, seconds: float
     ) -> None:
-        path = scope.get("route")  # as it is declared: there are few of them
-        route = getattr(path, "path", "other")
-        method = scope["method"] if route != "other" else "other"
+        # What clients make up is not to become names of metrics.
+        route = getattr(scope.get("route"), "path", "other")
+        known = route != "other" and scope["method"] in METHODS
+        method = scope["method"] if known else "other"
         self.metrics.requests.labels(route, method, status or GONE).inc()
         self.metrics.seconds.labels(route).observe(seconds)
         client = scope.get("client")

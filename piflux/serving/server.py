@@ -97,6 +97,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
+            http="h11",  # the one that was fuzzed, whichever else is installed
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=math.ceil(drain_s + ANSWER_S),
