@@ -16,6 +16,7 @@ import piflux
 from piflux.compile import choices
 from piflux.cost.memory import Own, free_bytes
 from piflux.errors import DoesNotFit, RanksDisagree
+from piflux.kernels.products import adjoining
 from piflux.memory.rounded import RoundedSlot
 from piflux.ranks.virtual import virtual_ranks
 
@@ -52,6 +53,16 @@ def test_what_is_counted_is_what_is_held(options):
         image(parallel, flux_inputs(), 3)
     (report,) = piflux.explain(parallel).graphs
     assert found == [report.cache_bytes]
+    assert report.weight_bytes == sum(x.nbytes for x in model.parameters())
+
+
+def test_joined_weights_are_counted_each():
+    """As they lie once a model was parallelized with its layers joined."""
+    model = tiny_flux()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
+        attn = block.attn
+        adjoining(attn.to_q.weight, attn.to_k.weight, attn.to_v.weight)
+    (report,) = piflux.explain(limited(None, model)).graphs
     assert report.weight_bytes == sum(x.nbytes for x in model.parameters())
 
 

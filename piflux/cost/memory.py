@@ -29,8 +29,9 @@ class Own(NamedTuple):
     def of(cls, graph: fx.Graph) -> Own:
         """Of a graph that the passes have run on, as long as Dynamo compiles it."""
         inputs = graph.find_nodes(op="placeholder")
+        # Weights that a program has joined lie in one memory, one behind the other.
         places = {
-            memory_of(x): bytes_of(x)
+            (memory_of(x), x.storage_offset()): bytes_of(x)
             for node in inputs
             if is_of_the_model(node)
             for x in _plain(node)
