@@ -67,7 +67,7 @@ class Told:
             return
         began = time.perf_counter()
         asked = Headers(scope=scope).get("x-request-id", "")
-        id = asked if re.fullmatch(r"[\w.-]{1,64}", asked) else uuid.uuid4().hex
+        id = asked if re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", asked) else uuid.uuid4().hex
         note: dict[str, Any] = {"id": id}
         scope[NOTE] = note
         status: int | None = None
@@ -91,9 +91,8 @@ class Told:
                 raise
             ending = Refused(503, "ending", "the server ends", retry_after_s=5)
             await refusal(ending)(scope, receive, sending)
-        except (
-            Exception
-        ) as error:  # of our own making: told whole here, and by its id to the client
+        except Exception as error:
+            # Of our own making: told whole here, and by its id to the client.
             logs.tell("failed", level=logging.ERROR, error=error, id=id)
             if status is None:
                 await refusal(own_error(id))(scope, receive, sending)
