@@ -20,6 +20,8 @@ from piflux.serving.jobs import Refused
 CHROMIUM = shutil.which("chromium")
 PHONE, DESK = {"width": 420, "height": 860}, {"width": 1300, "height": 860}
 
+expect.set_options(timeout=20_000)  # where other tests have the cores
+
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not there")
 
 
