@@ -22,7 +22,7 @@ from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
 from piflux.memory.shares import Shares
-from piflux.policies.schedule import Compression, PolicyName, Schedule
+from piflux.policies.schedule import Compression, PolicyName, Schedule, sync_steps_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 
@@ -176,6 +176,7 @@ class Choices:
 
     def _choose_policy(self, schedule: Schedule, part: Counted, steps: int | None) -> Schedule:
         ranks, (_, ctx) = self._ranks, part
+        schedule = with_fields(schedule, sync_steps=sync_steps_of(schedule, steps))
         policy: PolicyName = "gather"
         if not isinstance(ranks, ProcessRanks):
             where, why = "", "no link lies between ranks that one process computes"

@@ -25,6 +25,11 @@ Compression = Literal["none", "int8", "int4"]
 # prediction two exact versions as early as they can be some way apart (docs/drift.md).
 BEST_SYNC_STEPS = (0, 2)
 
+# Of so few steps two are far apart, and the second changes most: there a second sync step does most
+# good at 1 (docs/policies.md). 'auto' takes it in place of the default.
+FEW_STEPS = 9
+FEW_SYNC_STEPS = (0, 1)
+
 # Where steps are skipped a part is computed less often, and its keys and values are older. One more
 # sync step makes up for most of it (docs/skipped.md).
 SKIPPING_SYNC_STEPS = (0, 2, 5)
@@ -172,6 +177,12 @@ class Schedule:
         """Those of an image of so many steps."""
         unrolled = Unrolled(self, mask_of(self.compute, count) or "")
         return [unrolled.next(skip=unrolled.may_skip) for _ in range(count)]
+
+
+def sync_steps_of(schedule: Schedule, steps: int | None) -> int | tuple[int, ...] | None:
+    """A schedule's sync steps, or better ones for an image of so few steps than the default's."""
+    few = steps is not None and steps <= FEW_STEPS
+    return FEW_SYNC_STEPS if few and schedule.sync_steps == BEST_SYNC_STEPS else schedule.sync_steps
 
 
 class Unrolled:

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 import piflux
 from piflux.errors import INTERRUPTED, PackageMissing, PifluxError, RankFailed, plain
 from piflux.launch import cores, is_first, is_joined, launch
-from piflux.policies.schedule import Schedule
+from piflux.policies.schedule import Schedule, sync_steps_of
 from piflux.tools import options
 from piflux.tools.bench.bench import bench
 from piflux.tools.interrupts import importing
@@ -502,6 +502,7 @@ def explain(
             syncs = sum(remembering.step(index).sync for index in range(steps))
             choice = choose(foreseen.layers, rates, steps, syncs)
         if policy == "auto" and choice is not None:
+            settings["sync_steps"] = sync_steps_of(Schedule(**first), steps)
             settings |= options.chosen(choice.policy)
             foreseen = foreseen.under(Schedule(**settings, world_size=ranks))
         alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
