@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
-import signal
 import socket
 import statistics
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +46,9 @@ ROUNDING = 2
 
 LEADER = "ray::ServeReplica:piflux:Leader"
 
-ENDS_S = 120.0
+RANK = "ray::_Rank"
+
+ENDS_S = 240.0
 """How long a replica may take to be there again."""
 
 
@@ -61,10 +65,14 @@ class Answered:
 
 @dataclass
 class Killed:
-    """Seconds from a leader's death until Serve knew of it, and until all replicas were there."""
+    """Seconds from a leader's death until Serve knew of it, and until all replicas were there.
+
+    `cpu_s` are those of one core that the new replica's leader and ranks took for it.
+    """
 
     noticed_s: float
     whole_s: float
+    cpu_s: float
 
 
 class Clients:
@@ -108,15 +116,13 @@ class Clients:
             await asyncio.gather(*(one(number) for number in range(count)))
 
 
-def leaders() -> list[psutil.Process]:
-    """Of this process's cluster."""
-    found = []
+def processes(*names: str) -> dict[int, psutil.Process]:
+    """Of this process's cluster, by number."""
+    found = {}
     for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(LEADER):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            continue
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(names):
+                found[process.pid] = process
     return found
 
 
@@ -127,7 +133,8 @@ def running() -> int:
 
 async def kill(replicas: int) -> Killed:
     """Kill one leader, and wait until all replicas are there again."""
-    leaders()[0].send_signal(signal.SIGKILL)
+    before = processes(LEADER, RANK)
+    next(iter(processes(LEADER).values())).kill()
     began, noticed = time.monotonic(), 0.0
     while time.monotonic() < began + ENDS_S:
         await asyncio.sleep(0.1)
@@ -135,7 +142,9 @@ async def kill(replicas: int) -> Killed:
         if count < replicas and not noticed:
             noticed = time.monotonic() - began
         if noticed and count == replicas:
-            return Killed(noticed, time.monotonic() - began)
+            whole_s = time.monotonic() - began
+            times = [x.cpu_times() for n, x in processes(LEADER, RANK).items() if n not in before]
+            return Killed(noticed, whole_s, sum(x.user + x.system for x in times))
     raise SystemExit(f"a replica wasn't there again after {ENDS_S:.0f} s")
 
 
@@ -153,6 +162,10 @@ async def measure(
         killed.append(await kill(replicas))
     await load
     return quiet, loaded, killed
+
+
+def _rounded(found: Answered | Killed) -> dict[str, float]:
+    return {name: round(number, 4) for name, number in asdict(found).items()}
 
 
 def main(
@@ -215,6 +228,10 @@ def main(
         ),
         ("replicas killed", str(len(killed))),
         ("noticed after", " ".join(f"{each.noticed_s:.1f}" for each in killed) + " s"),
+        (
+            "seconds of a core that its start takes",
+            " ".join(f"{each.cpu_s:.0f}" for each in killed),
+        ),
         ("whole again after", " ".join(f"{each.whole_s:.1f}" for each in killed) + " s"),
     ):
         table.add_row(name, text)
@@ -222,15 +239,17 @@ def main(
     if out is not None:
         told = {
             "settings": settings.model_dump(mode="json"),
-            "versions": {"ray": ray.__version__},
+            "when": time.strftime("%Y-%m-%d %H:%M"),
+            "command": " ".join(sys.argv),
+            "versions": {name: version(name) for name in ("ray", "torch", "diffusers")},
             "cores": os.cpu_count(),
             "load": os.getloadavg(),
             "started_s": started_s,
-            "quiet": [asdict(each) for each in quiet],
-            "loaded": [asdict(each) for each in loaded],
-            "killed": [asdict(each) for each in killed],
+            "quiet": [_rounded(each) for each in quiet],
+            "loaded": [_rounded(each) for each in loaded],
+            "killed": [_rounded(each) for each in killed],
         }
-        out.write_text(json.dumps(told, indent=1) + "\n")
+        out.write_text(json.dumps(told) + "\n")
     if lost or wrong:
         raise typer.Exit(1)
 

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -51,7 +52,8 @@ from ray.serve.schema import ServeDeploySchema  # noqa: E402
 from piflux.serving.cluster import Settings, app  # noqa: E402
 from piflux.serving.cluster.leader import Seen, Word  # noqa: E402
 from piflux.serving.cluster.replicas import Replicas  # noqa: E402
-from piflux.serving.cluster.workers import _latest  # noqa: E402
+from piflux.serving.cluster.server import _why  # noqa: E402
+from piflux.serving.cluster.workers import _latest, _own_gpu  # noqa: E402
 
 DOCKER = Path(__file__).parent.parent / "docker"
 JOB = Job("a", "x", (1,), previews=2)
@@ -256,6 +258,27 @@ def test_of_steps_that_wait_to_be_told_the_last_is_told() -> None:
     for each in (Step(1, 1, 3), Step(1, 2, 3), finished, Step(2, 1, 3), None):
         told.put(each)
     assert _latest(told) == [Step(1, 2, 3), finished, Step(2, 1, 3), None]
+
+
+def test_why_nothing_is_served_is_one_line() -> None:
+    raised = "a.b.CannotLead: nothing can be drawn: rank 0 failed\n"
+    message = f"Failed to start. Error:\nTraceback ...\n  File x, line 1, in f\n{raised}\n"
+    failed = SimpleNamespace(message=message, deployments={"Leader": SimpleNamespace(message="")})
+    assert _why(failed) == "nothing can be drawn: rank 0 failed"
+    failed.message = "The deployment failed to start: something"
+    assert _why(failed) == "see the replicas' messages"
+
+
+@pytest.mark.parametrize(
+    "given, visible, place", [([], "", 0), (["1"], None, 1), (["5"], "3,5", 1), (["3"], "3,5", 0)]
+)
+def test_a_rank_finds_its_gpu_among_all_that_it_sees(monkeypatch, given, visible, place) -> None:
+    context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given})
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _own_gpu() == place
 
 
 def test_a_replica_takes_what_its_ranks_need() -> None:

@@ -25,6 +25,12 @@ HEALTH_S = 2.0
 ANSWER_S = 30.0
 """How long it may take to say so. While a graph is compiled there are other threads."""
 
+STARTS = 2
+"""Of a replica that comes to nothing, whose engine has tried several times: then Serve gives up."""
+
+QUIET = {"log_level": "WARNING", "enable_access_log": False}
+"""The front has a line of its own for each request."""
+
 UPSCALE_S, DOWNSCALE_S = 10.0, 600.0
 """How long it has to be that there is too much, or too little to do. To load takes long."""
 
@@ -44,9 +50,11 @@ def app(settings: Settings) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=settings.jobs_a_replica + 1,  # and one that asks what it is at
         max_queued_requests=settings.queue,
+        max_constructor_retry_count=STARTS,
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=ANSWER_S,
         graceful_shutdown_timeout_s=settings.drain_s,
+        logging_config=QUIET,
         **_counts(settings),
     )
     front = serve.deployment(Front).options(
@@ -55,6 +63,7 @@ def app(settings: Settings) -> serve.Application:
         health_check_period_s=HEALTH_S,
         health_check_timeout_s=ANSWER_S,
         graceful_shutdown_timeout_s=settings.drain_s,
+        logging_config=QUIET,
     )
     return front.bind(settings, leader.bind(settings, gpus))
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import ray
 from ray import serve as ray_serve
@@ -59,11 +60,11 @@ def serve(
         signal.signal(number, end)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        # A line for each call of a replica says nothing that the front's lines don't.
-        quiet = {"log_level": "WARNING"}
-        ray_serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
+        ray_serve.start(
+            http_options={"host": host, "port": port}, logging_config={"log_level": "WARNING"}
+        )
         ray_serve.run_many(
-            [ray_serve.RunTarget(app(settings), NAME, logging_config=quiet)],
+            [ray_serve.RunTarget(app(settings), NAME)],
             wait_for_applications_running=False,
         )
         tell(f"Listening on {url}; it is ready once the model is warm.")
@@ -71,7 +72,7 @@ def serve(
         while not ended.wait(LOOK_S):
             status = ray_serve.status().applications[NAME]
             if status.status == "DEPLOY_FAILED":
-                raise CannotServe(f"nothing can be drawn: {_why(status)}")
+                raise CannotServe(_why(status))
             if status.status == "RUNNING" and not ready:
                 ready, seconds = True, time.perf_counter() - began
                 tell(
@@ -88,8 +89,9 @@ def serve(
         ray.shutdown()
 
 
-def _why(status: object) -> str:
-    """What Serve says of the application and its deployments."""
-    deployments = getattr(status, "deployments", {}).values()
-    said = [getattr(status, "message", ""), *(each.message for each in deployments)]
-    return " ".join(text for text in said if text) or "see the replicas' messages"
+def _why(status: Any) -> str:
+    """The last line of what Serve says of an application, if it is what a replica raised."""
+    said = [*(each.message for each in status.deployments.values()), status.message]
+    lines = [line.strip() for text in said for line in text.splitlines() if line.strip()]
+    kind, _, text = lines[-1].partition(": ") if lines else ("", "", "")
+    return text if text and " " not in kind else "see the replicas' messages"
