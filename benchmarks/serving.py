@@ -229,6 +229,12 @@ async def directly(served: Served) -> AsyncIterator[Direct]:
         await engine.end(0)
 
 
+def _cpu_s(pid: int) -> float:
+    """Seconds of cores that a process has had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _resident(pid: int) -> int:
     try:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
@@ -402,9 +408,12 @@ def flood(
                     if len(answers) % max(1, requests // 8) == 0:
                         memory.append({"after": len(answers), **at.memory()})
 
-            began = time.perf_counter()
+            began, workers = time.perf_counter(), at.workers()
+            before = _cpu_s(at.pid), sum(map(_cpu_s, workers))
             await asyncio.gather(*(ask() for _ in range(clients)))
             row = _told(answers, at.served, time.perf_counter() - began)
+            row["front, CPU ms a request"] = 1000 * (_cpu_s(at.pid) - before[0]) / requests
+            row["ranks"] = 1000 * (sum(map(_cpu_s, workers)) - before[1]) / requests
         _show(f"{model}, {ranks} ranks, {clients} clients at once", [row])
         _show("megabytes", memory)
         _save(out, "flood", [row], {"answers": [asdict(x) for x in answers], "memory": memory})
