@@ -497,31 +497,38 @@ def load(
         console.print(*(f"{k} {row[k]:.4g}," if k != "way" else f"{way}," for k in SHORT))
         _save(out, "load", rows, answers)
 
-    async def all_loads(at: Server, way: str, capacity: float | None) -> float:
-        """Gives how many images a second the ranks draw, alone each."""
-        for seed in range(SEEDS):
-            await at.ask(seed)
-        if capacity is None:
-            alone = [(await at.ask(seed)).seconds for seed in range(3)]
-            both = [_busy(at, seed, max(3.0, 3 * min(alone))) for seed in range(ranks)]
-            capacity = sum(await asyncio.gather(*both))
-        for share in map(float, loads.split(",")):
-            await loaded(at, way, share * capacity, share)
-        return capacity
+    shares = [float(x) for x in loads.split(",")]
+
+    async def capacity(at: Server) -> float:
+        """How many images a second the ranks draw, alone each."""
+        alone = [(await at.ask(seed)).seconds for seed in range(3)]
+        both = [_busy(at, seed, max(3.0, 3 * min(alone))) for seed in range(ranks)]
+        return sum(await asyncio.gather(*both))
+
+    async def measure_one_engine() -> None:
+        async with directly(Served(model, ranks, size, steps, inner)) as at:
+            for groups in ways.values():
+                at.only(groups)
+                for seed in range(SEEDS):
+                    await at.ask(seed)
+            at.only((1,))
+            most = await capacity(at)
+            for share in shares:
+                for way, groups in ways.items():
+                    at.only(groups)
+                    await loaded(at, way, share * most, share)
 
     async def measure() -> None:
-        capacity: float | None = None
-        if direct:  # one engine serves all ways
-            async with directly(Served(model, ranks, size, steps, inner)) as engine:
-                for way, groups in ways.items():
-                    engine.only(groups)
-                    capacity = await all_loads(engine, way, capacity)
-            return
+        most: float | None = None
         for way, groups in ways.items():
             async with running(Served(model, ranks, size, steps, inner, groups)) as at:
-                capacity = await all_loads(at, way, capacity)
+                for seed in range(SEEDS):
+                    await at.ask(seed)
+                most = most or await capacity(at)
+                for share in shares:
+                    await loaded(at, way, share * most, share)
 
-    asyncio.run(measure())
+    asyncio.run(measure_one_engine() if direct else measure())
     rows.sort(key=lambda row: row["load"])
     kept = [{k: row[k] for k in SHORT} for row in rows]
     _show(f"{model}, {ranks} ranks, {size} pixels, {steps} steps, {seconds:.0f} s each", kept)
