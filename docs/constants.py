@@ -1,7 +1,7 @@
 """Shows values in the Python interface, in place of the names of piflux's own constants.
 
-A signature with `sync_steps=BEST_SYNC_STEPS` and `policy: Policy` says less to its reader than one
-with `(0, 2)` and `Literal['gather', 'rotate', 'displaced']`.
+A signature with `drain_s=DRAIN_S` and `policy: Policy` says less to its reader than one
+with `30.0` and `Literal['gather', 'rotate', 'displaced']`.
 """
 
 from typing import Any

@@ -95,8 +95,9 @@ def test_a_sync_step_that_is_skipped_comes_later():
     assert [step.index for step in steps if step.sync and step.computed] == [0, 3, 5, 11]
 
 
-def test_one_more_sync_step_where_steps_are_skipped():
-    assert Schedule("rotate", compute=18).first_syncs == (0, 2, 5)
+def test_more_sync_steps_where_steps_are_skipped():
+    for n, syncs in ((1, (0, 2, 5)), (2, (0, 2, 5)), (3, (0, 2, 5, 10, 16))):
+        assert Schedule("rotate", compute=18, world_size=n).first_syncs == syncs
     assert Schedule("rotate", compute="xxxxxx").first_syncs == Schedule("rotate").first_syncs
     assert Schedule("rotate", (0, 3), compute=18).first_syncs == (0, 3)
 

@@ -23,16 +23,18 @@ Compression = Literal["none", "int8", "int4"]
 
 # The first steps change keys and values most. A second sync step does most good at 2: it gives
 # prediction two exact versions as early as they can be some way apart (docs/drift.md).
-BEST_SYNC_STEPS = (0, 2)
+BEST_SYNC_STEPS: tuple[int, ...] = (0, 2)
 
 # Of so few steps two are far apart, and the second changes most: there a second sync step does most
 # good at 1 (docs/policies.md). 'auto' takes it in place of the default.
 FEW_STEPS = 9
 FEW_SYNC_STEPS = (0, 1)
 
-# Where steps are skipped a part is computed less often, and its keys and values are older. One more
-# sync step makes up for most of it (docs/skipped.md).
+# Where steps are skipped a part is computed less often, and its keys and values are older, the more
+# so the more ranks there are. More sync steps make up for it (docs/skipped.md).
 SKIPPING_SYNC_STEPS = (0, 2, 5)
+SKIPPING_SYNC_STEPS_OF_MANY = (0, 2, 5, 10, 16)
+"""Of more than two ranks."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Schedule:
     Attributes:
         policy: 'gather' (every step is a sync step), 'rotate' or 'displaced'.
         sync_steps: how many first steps are sync steps, or which ones are. Step 0 always is: the
-            caches start empty, and only a sync step can fill them. None becomes (0, 2), and
-            (0, 2, 5) where steps are skipped.
+            caches start empty, and only a sync step can fill them. None becomes (0, 2); where
+            steps are skipped (0, 2, 5), on more than two ranks (0, 2, 5, 10, 16).
         refresh_every: after the last of those, one sync step every so many steps; None for never.
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
@@ -85,7 +87,10 @@ class Schedule:
             )
         read_compute(self.compute)
         if self.sync_steps is None:
-            best = SKIPPING_SYNC_STEPS if self.skips else BEST_SYNC_STEPS
+            best = BEST_SYNC_STEPS
+            if self.skips:
+                many = self.world_size > 2
+                best = SKIPPING_SYNC_STEPS_OF_MANY if many else SKIPPING_SYNC_STEPS
             object.__setattr__(self, "sync_steps", best)
         steps = self.sync_steps
         if not all(

@@ -21,7 +21,6 @@ from piflux.launch import cores, is_joined
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
-    SKIPPING_SYNC_STEPS,
     Schedule,
     read_settings,
 )
@@ -44,8 +43,7 @@ SyncStepsOption = Annotated[
     str | None,
     typer.Option(
         help="Steps that gather everything, as '0,2', or how many first ones. Default: "
-        f"{','.join(map(str, BEST_SYNC_STEPS))}; with skipped steps "
-        f"{','.join(map(str, SKIPPING_SYNC_STEPS))}"
+        f"{','.join(map(str, BEST_SYNC_STEPS))}; more with skipped steps."
     ),
 ]
 RefreshOption = Annotated[
@@ -142,8 +140,7 @@ def settings(
         given["compute"] = read_compute(setting(str(given.get("compute", "all"))))
         if policy.endswith(".json"):
             given |= read_settings(policy)
-        schedule = Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
-        given["sync_steps"] = schedule.sync_steps
+        Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
     except ValueError as error:
         also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
         raise typer.BadParameter(f"{error}{also}") from None
