@@ -12,6 +12,7 @@ from test_virtual_ranks import image
 from torch import nn
 
 import piflux
+from piflux import api
 from piflux.errors import CannotCapture, CompileError, RanksDisagree, WeightsLost
 from piflux.memory.aside import Aside, plain
 from piflux.memory.shares import Shares
@@ -225,6 +226,17 @@ def moved(parallel):
 )
 def test_weights_that_were_changed_since_are_refused(ranks, act, said):
     assert all(said in text for text in ranks(2, refused, act))
+
+
+def test_what_failed_on_gpus_is_refused_there(monkeypatch, caplog):
+    shares = SimpleNamespace(ranks=SimpleNamespace(rank=0))
+    api._check_shared_on_gpus(quantized(model()), shares)  # without GPUs it works
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(CannotCapture, match="leave quantized ones whole"):
+        api._check_shared_on_gpus(quantized(model()), shares)
+    assert not caplog.records
+    api._check_shared_on_gpus(model(), shares)
+    assert "compare a picture" in caplog.text
 
 
 def without_blocks(rank, group):
