@@ -27,7 +27,18 @@ from piflux.serving import engine as engine_module
 from piflux.serving.engine import RankEngine
 from piflux.serving.grouping import Pace, Rate, Team, choose, expected_end, teams_of
 from piflux.serving.jobs import Drawn, Job, Preview, Queued, Refused, Stepped
-from piflux.serving.messages import Draw, End, Failed, Finished, Gone, Load, Loaded, Step, Stop
+from piflux.serving.messages import (
+    Draw,
+    End,
+    Failed,
+    Finished,
+    Gone,
+    Load,
+    Loaded,
+    Shown,
+    Step,
+    Stop,
+)
 from piflux.serving.qualities import PROMISES, promises_of
 from piflux.serving.waiting import Waiting
 
@@ -405,6 +416,8 @@ def test_a_job_whose_ranks_lose_each_other_is_drawn_again():
     """As on GPUs, where the image is lost with the rank."""
 
     def act(worker, draw):
+        if draw.group.rank == 0:
+            worker.hear(Shown(draw.number, 0, [Image.new("L", (1, 1))]))
         if len(hall.draws) > 1 or draw.group.size == 1:
             worker.draw(draw)
         elif draw.group.rank == 1:
@@ -415,8 +428,9 @@ def test_a_job_whose_ranks_lose_each_other_is_drawn_again():
     hall = Hall(act)
 
     async def test(engine):
-        done, _ = await drawn(engine, job(7))
+        done, events = await drawn(engine, job(7, previews=1))
         assert colours(done) == [7] and done.report.recovered == 1
+        assert sum(isinstance(x, Preview) for x in events) == 1, "though it was drawn twice"
 
     run(hall, test)
 

@@ -115,6 +115,7 @@ class _Ticket:
         ranks: of the last one.
         recovered: how many of its calls went on, or were drawn again, without a rank.
         before: jobs that are before it, as was told.
+        shown: how many previews were told.
         over: whether nobody waits for it any more.
     """
 
@@ -131,6 +132,7 @@ class _Ticket:
     ranks: int = 1
     recovered: int = 0
     before: int | None = None
+    shown: int = 0
     over: bool = False
 
     @property
@@ -751,7 +753,9 @@ class RankEngine:
             task.previews[told.index] = image
             shown = [each.previews.get(told.index) for each in ticket.tasks]
             images = [x for x in shown if x is not None]
-            if len(images) == len(shown) and told.index < ticket.job.previews and not ticket.over:
+            wanted = ticket.shown <= told.index < ticket.job.previews  # once, if drawn again
+            if len(images) == len(shown) and wanted and not ticket.over:
+                ticket.shown = told.index + 1
                 ticket.events.put_nowait(Preview(told.index, images))
 
     def _answered(self, seat: _Seat, call: _Call, told: Finished | Failed) -> None:
