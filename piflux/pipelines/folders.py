@@ -97,6 +97,13 @@ def load(model: str, device: torch.device, fit: Fit = Fit()) -> tuple[Any, dict[
             visit(part, device)
         else:
             part.to(device)
+    if fit.offload:
+        # Where a pipeline computes it looks up at the first model that is not named here.
+        pipe._exclude_from_cpu_offload = [
+            name
+            for name, part in pipe.components.items()
+            if isinstance(part, nn.Module) and not hasattr(part, "_hf_hook")
+        ]
     check_numbers(pipe, model, device)
     return pipe, more
 
