@@ -108,6 +108,18 @@ def load(model: str, device: torch.device, fit: Fit = Fit()) -> tuple[Any, dict[
     return pipe, more
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """A folder's pipeline, loaded as `fit` has it by whoever calls this with a device."""
+
+    model: str
+    fit: Fit
+
+    def __call__(self, device: torch.device) -> tuple[Any, dict[str, Any]]:
+        """See `load`."""
+        return load(self.model, device, self.fit)
+
+
 def as_kind(pipe: Any, kind: Any) -> Any:
     """The same parts in a pipeline of another class, in the dtype that they have."""
     if type(pipe) is kind:

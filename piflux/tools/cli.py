@@ -174,8 +174,7 @@ def generate(
     if not options.is_hub_id(model):
         _check_size(model, total, pixels, batch)
     on_gpu = torch.cuda.is_available()
-    if offload and not on_gpu:
-        raise typer.BadParameter("--offload: there is no GPU here to make room on")
+    options.check_offload(offload)
     settings["shard_weights"] = shard_weights
     settings["inner"] = inner or ("inductor" if on_gpu else "eager")
     request = work.Request(
@@ -274,6 +273,8 @@ def serve(
     loras: Annotated[
         Path | None, typer.Option(help="A folder of NAME.safetensors, which requests name.")
     ] = None,
+    quantize: options.QuantizeOption = "none",
+    offload: options.OffloadOption = False,
     queue: Annotated[int, typer.Option(min=1, help="Pictures that may wait.")] = 256,
     batch: Annotated[
         int, typer.Option(min=1, help="Of several requests drawn at once, where that is faster.")
@@ -329,6 +330,9 @@ def serve(
     tell = functools.partial(console.print, soft_wrap=True, markup=False, highlight=False)
     source = str(options.folder_of(model)) if options.is_hub_id(model) else model
     name = model if options.is_hub_id(model) else None
+    fitted = quantize != "none" or offload
+    if ray and fitted:
+        raise typer.BadParameter("--quantize and --offload don't go with --ray")
     if ray:
         at = host, listening.getsockname()[1]
         listening.close()  # Serve's own processes listen
@@ -369,11 +373,14 @@ def serve(
         raise typer.BadParameter("--replicas and --hosts go with --ray")
     with importing():
         import torch
+
+        from piflux.pipelines.folders import Fit, Fitted
+    options.check_offload(offload)
     try:
         engine = RankEngine(
-            source,
+            Fitted(source, Fit(quantize, offload=offload)) if fitted else source,
             options.ranks(ranks),
-            name=name,
+            name=name or (Path(source).name if fitted else None),
             sizes=pixels,
             groups=blocks,
             queue=queue,

@@ -327,6 +327,14 @@ def check_memory(
         )
 
 
+def check_offload(offload: bool) -> None:
+    """Refuses to make room on a GPU where there is none."""
+    import torch
+
+    if offload and not torch.cuda.is_available():
+        raise typer.BadParameter("--offload: there is no GPU here to make room on")
+
+
 def prompt(text: str) -> str:
     if not text.strip():
         raise typer.BadParameter("the prompt is empty: say what to draw")
