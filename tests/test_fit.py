@@ -9,11 +9,16 @@ from models import tiny_flux, tiny_sd3
 from torch import nn
 
 from piflux.errors import CannotLoad
+from piflux.memory.aside import Aside, plain
 from piflux.pipelines import quantized
 from piflux.pipelines.offload import visit
 from piflux.pipelines.quantized import layers_of, quantize
 
 CPU = torch.device("cpu")
+needs_torchao = pytest.mark.skipif(
+    find_spec("torchao") is None,
+    reason="needs torchao, which prints warnings where it is installed",
+)
 
 
 def encoder():
@@ -82,10 +87,7 @@ def test_without_torchao_it_says_what_to_install(monkeypatch):
         quantize(tiny_flux(), "fp8")
 
 
-@pytest.mark.skipif(
-    find_spec("torchao") is None,
-    reason="needs torchao, which prints warnings where it is installed",
-)
+@needs_torchao
 @pytest.mark.parametrize("home", [None, "cpu"])
 def test_int8(home):
     model = tiny_flux(double=2, single=2)
@@ -96,10 +98,21 @@ def test_int8(home):
     assert type(model.transformer_blocks[0].norm1.linear.weight) is nn.Parameter
 
 
-@pytest.mark.skipif(
-    find_spec("torchao") is None,
-    reason="needs torchao, which prints warnings where it is installed",
-)
+@needs_torchao
+def test_what_torchao_made_is_put_aside_and_comes_back():
+    """A parameter of it wraps other tensors than the tensor that it was made of."""
+    model, aside = tiny_flux(double=2, single=2), Aside()
+    quantize(model, "int8")
+    weights = [x for layer in layers_of(model) for x in plain(layer.weight)]
+    before = [x.clone() for x in weights]
+    aside.put(model, CPU)
+    after = [x for layer in layers_of(model) for x in plain(layer.weight)]
+    assert all(x in aside and x.untyped_storage().nbytes() == 0 for x in after)
+    aside.bring()
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@needs_torchao
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(CannotLoad, match="has no blocks"):
         quantize(nn.Linear(16, 16), "int8")

@@ -1,11 +1,13 @@
 """Weights that ranks share: each holds an N-th, and computes the very same."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 from captures import captured_once
 from models import flux_inputs, quantized, tiny_flux
+from ranks import Pool
 from test_copies import Files, Launched
 from test_replay import as_captured, farthest, on_tape
 from test_virtual_ranks import image
@@ -268,3 +270,26 @@ def test_who_lost_a_share_is_told_at_every_call():
         with pytest.raises(WeightsLost, match="rank 1 held a share") as raised:
             shares.check_members()
         assert raised.value.ranks == (1,) and not raised.value.resumable
+
+
+@captured_once()
+def one_ends(rank, group):
+    parallel = shared(group, policy="gather")
+    image(parallel, flux_inputs(), 2)
+    if rank == 1:
+        os._exit(1)
+    told = []
+    for _ in range(2):
+        with pytest.raises(WeightsLost) as raised:
+            image(parallel, flux_inputs(), 2)
+        told.append(raised.value.ranks)
+    return told
+
+
+def test_a_rank_that_ends_takes_its_share_along():
+    """Two go on without a third, and one without a second, if they have whole weights."""
+    for size in (3, 2):
+        with Pool(size) as pool:
+            outcomes = pool.run(size, one_ends, timeout=120)
+        assert outcomes[1].died
+        assert outcomes[0] == [(1,), (1,)] and outcomes[-1] in (outcomes[0], outcomes[1]), outcomes

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -151,6 +151,8 @@ class Shares:
     def _group_of(self, args: Sequence[Any], gathered: Gathered) -> Group | None:
         """None where nothing is shared, as of adapters that were loaded later on."""
         weights = [args[i] for run in gathered.runs for i in run]
+        if any(id(x) not in self._of and self._is_in_a_buffer(x) for x in weights):
+            self._refuse_moved()
         groups = {self._of[id(x)] for x in weights if id(x) in self._of}
         if len(groups) > 1 or any(group.buffer != gathered.buffer for group in groups):
             raise CompileError(
@@ -172,6 +174,8 @@ class Shares:
             whole = self._buffers[x.buffer].memory
             for tensor, begin in places:
                 waited = tensor in self.aside
+                if not waited and tensor.nbytes > tensor.untyped_storage().nbytes():
+                    self._refuse_moved()  # from where it was put aside
                 there = _view(whole, tensor, begin)
                 there.copy_(self.aside.take(tensor))
                 # Others were compared before. Of those in 8 bits the scales tell.
@@ -210,11 +214,19 @@ class Shares:
         tensor, begin = group.places[0]
         whole = self._buffers[group.buffer].memory
         if tensor.data_ptr() != whole.data_ptr() + begin:
-            raise CannotCapture(
-                "the model's weights are shared over the ranks, and were moved or replaced since: "
-                "load it anew, and move it before piflux.parallelize, not after "
-                "(enable_model_cpu_offload moves it with each image)"
-            )
+            self._refuse_moved()
+
+    def _is_in_a_buffer(self, weight: Tensor) -> bool:
+        memories = {x.memory.untyped_storage().data_ptr() for x in self._buffers}
+        return any(x.untyped_storage().data_ptr() in memories for x in plain(weight))
+
+    @staticmethod
+    def _refuse_moved() -> NoReturn:
+        raise CannotCapture(
+            "the model's weights are shared over the ranks, and were moved or replaced since: load "
+            "it anew, and move it before piflux.parallelize, not after (enable_model_cpu_offload "
+            "moves it with each image)"
+        )
 
 
 class Fetching:
