@@ -259,4 +259,13 @@ def test_links_lead_to_files(path: Path) -> None:
     inline = [t for token in MarkdownIt().parse(path.read_text()) for t in token.children or ()]
     for link in (str(t.attrs[key]) for t in inline for key in ("href", "src") if key in t.attrs):
         if not link.startswith("https://"):
-            assert (path.parent / link).exists(), link
+            file, _, heading = link.partition("#")
+            page = path.parent / file if file else path
+            assert page.exists(), link
+            assert not heading or heading in slugs(page), link
+
+
+def slugs(page: Path) -> set[str]:
+    """By which links lead to a page's headings."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
