@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported, UserError
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
@@ -300,7 +299,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
     if compiler.shares is not None:
-        _check_shared_on_gpus(target, compiler.shares)
+        _tell_of_gpus(compiler.shares)
         _put_aside(target, compiler.shares)
     if not hooked(target):
         parameter = next(target.parameters(), None)
@@ -320,19 +319,12 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     return view
 
 
-def _check_shared_on_gpus(target: nn.Module, shares: Shares) -> None:
-    """Refuses what was seen to fail, and says what was not seen to the end."""
-    if not torch.cuda.is_available() or not serves(shares.ranks, torch.device("cuda")):
-        return
-    if any(is_traceable_wrapper_subclass(x) for x in target.parameters()):
-        raise CannotCapture(
-            f"the weights of this {type(target).__name__} are quantized, and to share them over "
-            "GPUs failed when it was tried (an illegal memory access, on two H200): share those "
-            "of bfloat16, or leave quantized ones whole"
-        )
-    if shares.ranks.rank == 0:
+def _tell_of_gpus(shares: Shares) -> None:
+    """What was not seen to the end is not to be relied on unseen."""
+    on_gpus = torch.cuda.is_available() and serves(shares.ranks, torch.device("cuda"))
+    if on_gpus and shares.ranks.rank == 0:
         log.warning(
-            "sharing weights over GPUs has run on CPUs only so far: compare a picture with one "
+            "sharing weights is proven on CPUs only so far: on GPUs compare a picture with one "
             "that is drawn with whole weights before you rely on it"
         )
 
