@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -307,6 +307,14 @@ def _told(answers: list[Answered], served: Served, seconds: float) -> dict[str, 
     }
 
 
+def _columns(answers: list[Answered]) -> dict[str, list[Any]]:
+    """By field, what clients saw, in the order of answers."""
+    names = [x.name for x in fields(Answered)]
+    return {
+        name: [round(x, 4) for x in (getattr(answer, name) for answer in answers)] for name in names
+    }
+
+
 def _show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*rows[0], title=title)
     for row in rows:
@@ -416,7 +424,7 @@ def flood(
             row["ranks"] = 1000 * (sum(map(_cpu_s, workers)) - before[1]) / requests
         _show(f"{model}, {ranks} ranks, {clients} clients at once", [row])
         _show("megabytes", memory)
-        _save(out, "flood", [row], {"answers": [asdict(x) for x in answers], "memory": memory})
+        _save(out, "flood", [row], {"answers": _columns(answers), "memory": memory})
 
     asyncio.run(measure())
 
@@ -466,7 +474,7 @@ def kills(
             row = _told(answers, at.served, time.perf_counter() - began)
         row |= {"kills": len(whole), "all ranks back, s": statistics.median(whole)}
         _show(f"{model}, {ranks} ranks, one killed every {every:.0f} s", [row])
-        _save(out, "kills", [row], {"answers": [asdict(x) for x in answers], "whole": whole})
+        _save(out, "kills", [row], {"answers": _columns(answers), "whole": whole})
 
     asyncio.run(measure())
 
@@ -493,7 +501,7 @@ def load(
         took = await _poisson(at, rate, seconds, random.Random(round(1000 * share)))
         row = {"load": share, "way": way} | _told(took[0], at.served, took[1])
         rows.append(row)
-        answers[f"{way}, {share}"] = [asdict(x) for x in took[0]]
+        answers[f"{way}, {share}"] = _columns(took[0])
         console.print(*(f"{k} {row[k]:.4g}," if k != "way" else f"{way}," for k in SHORT))
         _save(out, "load", rows, answers)
 
