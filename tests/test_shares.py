@@ -285,9 +285,7 @@ def one_ends(rank, group):
 
 
 def test_a_rank_that_ends_takes_its_share_along():
-    """Two go on without a third, and one without a second, if they have whole weights."""
-    for size in (3, 2):
-        with Pool(size) as pool:
-            outcomes = pool.run(size, one_ends, timeout=120)
-        assert outcomes[1].died
-        assert outcomes[0] == [(1,), (1,)] and outcomes[-1] in (outcomes[0], outcomes[1]), outcomes
+    """With whole weights the one that is left would run the model itself."""
+    with Pool(2) as pool:
+        left, ended = pool.run(2, one_ends, timeout=120)
+    assert ended.died and left == [(1,), (1,)], left
