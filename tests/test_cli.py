@@ -40,7 +40,7 @@ from piflux.ranks import links
 from piflux.tools import cli, options
 from piflux.tools import generate as work
 from piflux.tools.doctor import Examined, Link, examine
-from piflux.tools.generate import Request, save, save_video, show
+from piflux.tools.generate import Made, Request, save, save_video, show
 from piflux.tools.options import numbered
 
 SMALL = ["--steps=3", "--size=64x64"]
@@ -139,6 +139,7 @@ def test_pictures_outlive_a_rank(tmp_path):
     with Pool(2, joined=False) as pool:
         made, died = pool.run(2, drawn_until_killed, free_port(), request, 1, timeout=120)
     assert died.died
+    assert isinstance(made, Made), made
     assert made.ranks == 1
     assert [picture.prompt for picture in made.pictures] == ["camera", "rose"]
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["x-1.png", "x-2.png"]

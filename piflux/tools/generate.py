@@ -241,7 +241,7 @@ def _save_all(unsaved: list[Any], fps: int, ranks: ProcessRanks | None) -> None:
 
 def _taken(pipe: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
     """The settings with what was left to piflux, and why it took it; after a call."""
-    if settings["policy"] != "auto" and settings["memory"] is None:
+    if settings["policy"] != "auto" and settings.get("memory") is None:
         return settings, None
     report = piflux.explain(pipe)
     taken = {name: getattr(report.graphs[0].schedule, name) for name in CHOSEN}
