@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 os.environ["OMP_NUM_THREADS"] = "1"
 
 LONGEST = (
-    *("pipelines", "cli", "numerics", "replay", "quality", "outline", "model_zoo", "skipped"),
+    *("pipelines", "cli", "two_hosts", "numerics", "replay", "shares", "quality", "outline"),
+    *("model_zoo", "skipped"),
     *("faults", "serving_engine", "serving_cluster", "errors", "products", "serving_http"),
 )
 """The files that take longest, in order: begun last, one would leave a core without work.
