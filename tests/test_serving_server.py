@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,9 +75,14 @@ class Server:
         out, err = self.process.communicate(timeout=30)
         return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
 
-    def until_draws(self) -> None:
-        while "piflux_drawing 1.0" not in httpx2.get(f"{self.url}/metrics").text:
-            pass
+    def until_taken(self, count: int = 1) -> None:
+        """Until so many requests are drawn, or wait for it."""
+        pattern = r"^piflux_(?:drawing|queue_length) (\S+)$"
+        while True:
+            told = httpx2.get(f"{self.url}/metrics").text
+            if sum(map(float, re.findall(pattern, told, re.MULTILINE))) == count:
+                return
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -96,8 +103,8 @@ def test_sigterm_lets_be_drawn_what_was_taken(start):
     """Also where it comes twice: to the process, and to its group."""
     server = start(0.1, 20)
     with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(server.draw, 8) for _ in range(2)]
-        server.until_draws()
+        answers = [pool.submit(server.draw, 30) for _ in range(2)]
+        server.until_taken(2)
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGTERM)
         assert [answer.result().status_code for answer in answers] == [200, 200]
@@ -113,7 +120,7 @@ def test_what_takes_longer_than_the_drain_is_told(start):
     server = start(0.1, 0.3)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(server.draw, 100)
-        server.until_draws()
+        server.until_taken()
         server.signal(signal.SIGINT)
         assert answer.result().status_code == 503
         assert answer.result().json()["error"]["code"] == "ending"
@@ -124,7 +131,7 @@ def test_a_second_interrupt_ends_at_once(start):
     server = start(0.5, 60)
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(server.draw, 100)
-        server.until_draws()
+        server.until_taken()
         server.signal(signal.SIGINT)
         while not httpx_refused(server.url):
             pass
