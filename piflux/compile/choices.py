@@ -222,7 +222,7 @@ def _less_memory(schedule: Schedule) -> list[Schedule]:
     if schedule.kind.remembers:
         for compression in BITS:
             found.append(with_fields(schedule, order=1, compression=compression))
-    if schedule.policy == "displaced":
+    if schedule.kind.remembers and not schedule.kind.rotates:  # what it sends is held, too
         found.append(with_fields(found[-1], policy="rotate"))
     found.append(with_fields(schedule, policy="gather", sync="gather", order=1, compression="none"))
     return [x for x in found if x != schedule]
