@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import functools
+import gc
 import heapq
 import io
 import json
@@ -485,6 +486,88 @@ def test_a_client_that_goes_away_stops_all_ranks_of_its_group():
         assert hall.draws[0].group.name == hall.draws[1].group.name
 
     run(hall, test)
+
+
+def test_no_picture_outlives_its_job():
+    """However it ends, and without waiting for Python to look for circles, which it seldom does."""
+    held = []
+
+    def act(worker, draw):
+        seed = draw.pictures[0].seed
+        if draw.group.rank == 0:
+            worker.hear(Shown(draw.number, 0, [Image.new("L", (1, 1))]))
+        if seed == 1 or len(hall.draws) > 1 and seed == 4:
+            worker.draw(draw)
+        elif seed == 2:
+            worker.hear(Failed(draw.number, "error", "no"))
+        elif seed == 4 and draw.group.rank == 1:
+            worker.kill()
+        elif seed == 4:
+            worker.hear(Failed(draw.number, "lost", "rank 1 died"))
+        else:
+            held.append((worker, draw))
+
+    hall = Hall(act)
+
+    async def test(engine):
+        def asked(seed, **given):
+            return job(seed, previews=1, images=(Image.new("L", (64, 64)),), **given)
+
+        async def done():
+            await drawn(engine, asked(1))
+
+        async def drawn_again():
+            done, _ = await drawn(engine, asked(4))
+            assert done.report.recovered == 1
+
+        async def leaves_none(end, *given):
+            await end(*given)
+            await until(lambda: not engine._calls)
+            hall.draws.clear()
+            for worker in hall.workers:
+                worker.told.clear()
+            await until(lambda: not pictures_alive())
+
+        async def refused(status, *given, **more):
+            came = None
+            try:
+                await drawn(engine, asked(*given, **more))
+            except Refused as refused:  # `pytest.raises` would keep it
+                came = refused.status
+            assert came == status
+
+        async def leave():
+            events = engine.submit(asked(3))
+            assert await anext(events) == Queued(0)
+            await until(lambda: len(held) == 2)
+            await events.aclose()
+            answer()
+
+        async def late():
+            await refused(504, 3, deadline_s=0.01)
+            answer()
+
+        def answer():
+            while held:
+                worker, draw = held.pop()
+                worker.hear(Finished(draw.number, None, True, 2, 0.1, None, 100))
+
+        gc.collect()
+        gc.disable()
+        try:
+            await leaves_none(done)
+            await leaves_none(refused, 500, 2)
+            await leaves_none(leave)
+            await leaves_none(late)
+            await leaves_none(drawn_again)
+        finally:
+            gc.enable()
+
+    run(hall, test, groups=[2])
+
+
+def pictures_alive():
+    return sum(isinstance(x, Image.Image) for x in gc.get_objects())
 
 
 def test_what_is_late_is_refused_and_the_queue_is_bounded():

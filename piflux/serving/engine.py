@@ -334,7 +334,10 @@ class RankEngine:
             while True:
                 event = await ticket.events.get()
                 if isinstance(event, Refused):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        del event  # it has this frame, and so the job, in its traceback
                 yield event
                 if isinstance(event, Drawn):
                     return
@@ -460,6 +463,9 @@ class RankEngine:
                 call.stopped = True
                 for rank in call.pending:
                     self._send(rank, Stop(call.number))
+        # Its pictures go with it. A circle would keep them until Python looks for such, which is
+        # after hundreds of jobs.
+        ticket.tasks.clear()
         self._dispatch()
 
     def _refuse(self, ticket: _Ticket, refused: Refused) -> None:
@@ -896,22 +902,24 @@ class RankEngine:
             self._start(seat)
 
     async def _watch(self) -> None:
-        """Ends ranks that are stuck: they don't step, or don't answer."""
         while True:
             await asyncio.sleep(TICK_S)
-            now = time.monotonic()
-            for call in list(self._calls.values()):
-                allowed = ANSWER_S if call.is_drawn else self._stuck_s
-                if self._compiles(call):
-                    allowed = max(allowed, COMPILING_S)
-                if now - call.heard > allowed:
-                    ranks = sorted(call.pending)
-                    log.error("ranks %s have not stepped for %.0f s: ended", ranks, allowed)
-                    for rank in ranks:
-                        worker = self._seats[rank].worker
-                        if worker is not None:
-                            worker.kill()
-                    call.heard = now
+            self._end_stuck(time.monotonic())
+
+    def _end_stuck(self, now: float) -> None:
+        """Ends ranks that are stuck: they don't step, or don't answer."""
+        for call in self._calls.values():
+            allowed = ANSWER_S if call.is_drawn else self._stuck_s
+            if self._compiles(call):
+                allowed = max(allowed, COMPILING_S)
+            if now - call.heard > allowed:
+                ranks = sorted(call.pending)
+                log.error("ranks %s have not stepped for %.0f s: ended", ranks, allowed)
+                for rank in ranks:
+                    worker = self._seats[rank].worker
+                    if worker is not None:
+                        worker.kill()
+                call.heard = now
 
     def _compiles(self, call: _Call) -> bool:
         """Whether it is the first of its shape in its group, and not drawn yet."""
