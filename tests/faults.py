@@ -17,8 +17,9 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
@@ -30,6 +31,10 @@ from models import flux_inputs, tiny_flux
 from ranks import Failure, Pool, RanksFailed
 
 import piflux
+from piflux.compile import compiler
+from piflux.compile.program import make_program
+from piflux.cost import remembered
+from piflux.cost.rates import slowest_rates
 from piflux.errors import PifluxError
 from piflux.ranks.links import Link
 
@@ -47,11 +52,20 @@ DIFFERS = ("noise", "scale", "prompt", "clock", "guidance", "weights", "skips", 
 HARMLESS = ("slow", "same nan", "same infinity")
 KINDS = (*LOST, *RAISES, *DIFFERS, *HARMLESS)
 POLICIES = ("gather", "rotate", "displaced")
+MEASURING, COMPILING = -1, -2
+"""Steps of what happens at the first call: while `policy="auto"` measures, and once the program has
+been made."""
+
+AT_FIRST = 0.2
+"""The share of such faults among those that can happen there."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What rank `rank` does where its step `step` begins, or at gather `inside` of that step."""
+    """What rank `rank` does where its step `step` begins, or at gather `inside` of that step.
+
+    It is a step of the second image; what happens at the first call is of the first one.
+    """
 
     kind: str
     policy: str
@@ -61,24 +75,42 @@ class Fault:
     inside: int | None
 
     def __str__(self) -> str:
-        at = f"step {self.step}" + ("" if self.inside is None else f", gather {self.inside}")
+        firsts = {MEASURING: "the measurement", COMPILING: "the compilation"}
+        at = firsts.get(self.step, f"step {self.step}")
+        at += "" if self.inside is None else f", gather {self.inside}"
         return f"rank {self.rank} of {self.size}, {self.policy}: {self.kind} in {at}"
 
+    @property
+    def image(self) -> int:
+        """The number of the image that it is in."""
+        return 0 if self.step < 0 else 1
 
-def faults(seed: int, kinds=KINDS):
+    @property
+    def taken(self) -> str:
+        """The policy that images are drawn under."""
+        return "gather" if self.policy == "auto" else self.policy
+
+
+def faults(seed: int, kinds=KINDS, at_first=AT_FIRST):
     """For ever."""
-    chosen = random.Random(seed)
+    chosen, moments = random.Random(seed), random.Random(f"moments {seed}")
     for kind in (k for _ in count() for k in kinds):
         size = chosen.choice((2, 2, 3))
         inside = chosen.choice((None, chosen.randrange(3)))
-        yield Fault(
+        happens = kind in (*LOST, *RAISES, "slow")
+        fault = Fault(
             kind,
             chosen.choice(POLICIES),
             size,
             chosen.randrange(size),
             chosen.randrange(STEPS),
-            inside if kind in (*LOST, *RAISES, "slow") else None,
+            inside if happens else None,
         )
+        if happens and moments.random() < at_first:
+            step = moments.choice((MEASURING, COMPILING))
+            inside = fault.inside if step == MEASURING else None
+            fault = replace(fault, policy="auto", step=step, inside=inside)
+        yield fault
 
 
 # --- in a rank ----------------------------------------------------------------------------------
@@ -120,10 +152,30 @@ def draw(model, seed, fault=None):
             happen(kind)
         return original(link, *args)
 
+    def measure(*args):
+        here = fault is not None and fault.step == MEASURING
+        gathers[0] = here and fault.inside is not None
+        if here and not gathers[0]:
+            happen(kind)
+        rates = slowest_rates(*args)
+        gathers[0] = False
+        return replace(rates, link_gbs=1e9)  # for which it takes `gather`, wherever it runs
+
+    def make(*args):
+        program = make_program(*args)
+        if fault is not None and fault.step == COMPILING:
+            happen(kind)
+        return program
+
     gathers = [False]
     if kind == "weights":
         model.x_embedder.weight.mul_(1.5)
-    with mock.patch.object(Link, "gather", gather), piflux.generation(model):
+    with (
+        mock.patch.object(Link, "gather", gather),
+        mock.patch.object(remembered, "slowest_rates", measure),
+        mock.patch.object(compiler, "make_program", make),
+        piflux.generation(model),
+    ):
         for i in range(STEPS):
             here = fault is not None and i == fault.step
             step = dict(inputs, timestep=torch.tensor([1 - i / STEPS]))
@@ -161,21 +213,25 @@ def heal(model):
 
 
 @captured_once()
-def drawn(rank, group, fault):
-    """What became of three images, the second with the fault."""
+def drawn(rank, group, fault, folder):
+    """What became of three images, the first or the second with the fault; the policy in the end.
+
+    What is measured is remembered in `folder`.
+    """
+    os.environ["XDG_CACHE_HOME"] = folder
     model = piflux.parallelize(tiny_flux(), group=group, policy=fault.policy, inner="eager")
     mine = fault.rank == rank or fault.kind.startswith("same")
     outcomes = []
     for seed in range(3):
         began = time.monotonic()
         try:
-            got = draw(model, seed, fault if seed == 1 and mine else None)
+            got = draw(model, seed, fault if seed == fault.image and mine else None)
         except (Exception, KeyboardInterrupt) as error:
             got = Failure.of(error)
         outcomes.append((got, time.monotonic() - began))
         if fault.kind == "weights" and isinstance(got, Failure) and seed == 1 and mine:
             heal(model)
-    return outcomes
+    return outcomes, model._piflux_compiler.runtime.schedule.policy
 
 
 # --- judged -------------------------------------------------------------------------------------
@@ -235,7 +291,8 @@ def try_out(fault: Fault) -> Judged:
     with mock.patch.dict(os.environ, {"PIFLUX_TIMEOUT_S": str(TIMEOUT_S)}):
         pool = Pool(fault.size, group_timeout=TIMEOUT_S)
     try:
-        outcomes = pool.run(fault.size, drawn, fault, timeout=LIMIT_S)
+        with tempfile.TemporaryDirectory(prefix="faults") as folder:
+            outcomes = pool.run(fault.size, drawn, fault, folder, timeout=LIMIT_S)
     except RanksFailed as error:
         judged.hung = True
         judged.told = [str(error)]
@@ -253,9 +310,13 @@ def try_out(fault: Fault) -> Judged:
             left.append((rank, outcome))
     own = (Injected, KeyboardInterrupt, torch.OutOfMemoryError)
     rights, nexts = [], []
-    for rank, outcome in left:
+    for rank, (outcome, taken) in left:
+        if taken != fault.taken and not (rank == fault.rank and fault.kind == "stopped"):
+            judged.silent = True
+            judged.told.append(f"rank {rank}: took policy {taken}")
         for number, (got, seconds) in enumerate(outcome):
-            kind = fault.kind if number == 1 and fault.kind.startswith("same") else None
+            here = number == fault.image
+            kind = fault.kind if here and fault.kind.startswith("same") else None
             right = not isinstance(got, Failure) and _right(got, fault, number, kind)
             what = f"right in {seconds:.1f} s" if right else "WRONG"
             if isinstance(got, Failure):
@@ -267,10 +328,10 @@ def try_out(fault: Fault) -> Judged:
             judged.told.append(f"rank {rank}, image {number}: {what}")
             if rank == fault.rank and fault.kind == "stopped":
                 continue  # the others have gone on without it
-            if number == 1:
+            if here:
                 rights.append(right)
                 judged.seconds = max(judged.seconds, seconds)
-            if number == 2:
+            if number > fault.image:
                 nexts.append(right)
     # A rank that differs is told of, or has none but its own picture wrong.
     told_of = any("Error" in x or "Disagree" in x or "Failed" in x for x in judged.told)
@@ -284,7 +345,7 @@ def _right(got, fault, number, kind) -> bool:
     if kind:
         want, _ = wanted(fault.policy, fault.size, number, kind, fault.step)
         return bool((got.isfinite() == want.isfinite()).all())
-    want, off = wanted(fault.policy, fault.size, number)
+    want, off = wanted(fault.taken, fault.size, number)
     return bool((got - want).abs().max() <= off)
 
 
@@ -311,11 +372,18 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument(
+        "--at-first",
+        type=float,
+        default=AT_FIRST,
+        help="how many of those that can happen there are at a model's first call",
+    )
     parser.add_argument("--table", type=Path, help="write it there, too")
     options = parser.parse_args()
     found = []
     try:
-        for fault in islice(faults(options.seed, options.kinds), options.count):
+        all_ = faults(options.seed, options.kinds, options.at_first)
+        for fault in islice(all_, options.count):
             judged = try_out(fault)
             found.append(judged)
             print("BAD" if judged.bad else "ok ", fault, f"{judged.seconds:.1f} s", flush=True)

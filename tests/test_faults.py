@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from faults import KINDS, LOST, Fault, faults, try_out
+from faults import COMPILING, KINDS, LOST, MEASURING, Fault, faults, try_out
 from ranks import Pool
 
 from piflux.errors import RankFailed
@@ -36,6 +36,10 @@ SOME = [
     Fault("leaves", "rotate", 2, 1, 4, None),
     Fault("leaves", "gather", 2, 0, 0, None),
     Fault("same nan", "rotate", 2, 0, 0, None),
+    Fault("killed", "auto", 3, 2, MEASURING, 1),
+    Fault("stopped", "auto", 3, 1, MEASURING, None),
+    Fault("raises", "auto", 2, 0, MEASURING, 2),
+    Fault("interrupted", "auto", 2, 1, COMPILING, None),
 ]
 
 
@@ -46,7 +50,10 @@ def test_a_fault_is_told_or_outlived(fault):
     assert not judged.bad, "\n".join(judged.told)
     told = "\n".join(judged.told)
     if fault.kind in ("raises", "interrupted", "out of memory"):
-        assert f"RankFailed: rank {fault.rank} stopped in step" in told
+        at = {MEASURING: "the measurement", COMPILING: "the model's capture"}.get(
+            fault.step, "step"
+        )
+        assert f"RankFailed: rank {fault.rank} stopped in {at}" in told
     if fault.kind == "stopped":
         assert f"rank {fault.rank}, image 2: Excluded" in told
     if fault.kind in ("noise", "prompt", "clock", "weights", "skips", "leaves"):

@@ -48,7 +48,9 @@ def check_memory(memory: Any) -> None:
 
 
 class Choices:
-    """What is left open of a model's schedule.
+    """What is left open of a model's schedule, until a program was made with what is chosen.
+
+    Before that a rank may be lost or raise, and all choose anew.
 
     Args:
         policy: whether the policy is; likewise the way to sync, where the schedule has 'auto'.
@@ -72,12 +74,19 @@ class Choices:
         self.why_sync = ""
         self._ranks = ranks
         self._notes = notes
+        self._told: list[str] = []  # to be notes once it is kept
         self._shares = shares
+
+    def keep(self) -> None:
+        """What was chosen last is for this graph and all later ones."""
+        self.policy = self._memory_is_open = False
+        self._notes += self._told
+        self._told = []
 
     def settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None, steps: int | None
     ) -> tuple[Schedule, str]:
-        """Choose what is open, for this graph and all later ones; see `piflux.compile.program`.
+        """Choose what is open; see `keep`, and `Settle` of `piflux.compile.program`.
 
         Args:
             schedule: with what is open.
@@ -85,16 +94,15 @@ class Choices:
             whole: the graph that computes all tokens, where sync steps may.
             steps: of an image, where they are known.
         """
-        chosen = self.policy
+        self._told = []
         if self.policy:
-            self.policy = False
             schedule = self._choose_policy(schedule, part, steps)
         if schedule.sync == "auto":
             choice = self._choose_sync(part, whole)
             schedule, self.why_sync = with_fields(schedule, sync=choice.sync), choice.reason
-        return self._fitting(schedule, part, chosen), self.why_sync
+        return self._fitting(schedule, part), self.why_sync
 
-    def _fitting(self, schedule: Schedule, part: Counted, chosen: bool) -> Schedule:
+    def _fitting(self, schedule: Schedule, part: Counted) -> Schedule:
         """The schedule, if its memory fits; one that does, if that was piflux's to choose.
 
         Raises:
@@ -108,8 +116,6 @@ class Choices:
         free = self._left(device, own)
         if isinstance(ranks, ProcessRanks):
             (free,) = ranks.least([free - self._to_come(own, ctx)])
-        # As with the policy, graphs that follow share what was chosen for the first.
-        opened, self._memory_is_open = self._memory_is_open, False
         streams = ranks.size if ranks.in_one_process else 1
 
         def report(schedule: Schedule) -> GraphReport:
@@ -122,11 +128,11 @@ class Choices:
 
         need = report(schedule)
         if fits(schedule):
-            if opened:
+            if self._memory_is_open:
                 self._tell(f"memory: {_settings(schedule)} fits, {_takes(need, free)}")
             return schedule
         others = [x for x in _less_memory(schedule) if fits(x)]
-        if (chosen or opened) and others:
+        if (self.policy or self._memory_is_open) and others:
             taken = others[0]
             self._tell(
                 f"memory: took {_settings(taken)}, {_takes(report(taken), free)}; "
@@ -155,7 +161,7 @@ class Choices:
         return min(free, self.memory * 2**30 - held)
 
     def _tell(self, line: str) -> None:
-        self._notes.append(line)
+        self._told.append(line)
         if self._ranks is None or self._ranks.rank == 0:
             log.warning("%s", line)
 
@@ -180,6 +186,8 @@ class Choices:
         policy: PolicyName = "gather"
         if not isinstance(ranks, ProcessRanks):
             where, why = "", "no link lies between ranks that one process computes"
+        elif ranks.size == 1:
+            where, why = "", "no other rank is left"
         else:
             layers = layers_of(*part)
             shape, dtype, device = _query(part)

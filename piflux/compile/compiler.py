@@ -149,6 +149,11 @@ class Compiler:
         program = make_program(
             captured, schedule, ranks, self.inner, self._settle, self.shares, site
         )
+        if ranks is not None:
+            # Where one raises until here, none has the program, so that all make it at the next
+            # call. What they chose is the same.
+            ranks.agree(fingerprint({"schedule of the program": program.schedule}, {}))
+        self._choices.keep()
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)

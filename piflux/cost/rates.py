@@ -58,6 +58,9 @@ def slowest_rates(
         count: bytes of a layer's keys and values on one rank.
     """
     *heads, tokens, head_dim = query
+    before, ranks.doing = ranks.doing, "the measurement of links and kernels"
     link_gbs = measure_link(ranks, device, count)
     kernels = measure_rates(tokens, heads[-1] if heads else 1, head_dim, dtype, device, FEW)
-    return Rates(*ranks.least([*kernels, link_gbs]))
+    rates = Rates(*ranks.least([*kernels, link_gbs]))
+    ranks.doing = before
+    return rates
