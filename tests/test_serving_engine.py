@@ -1,17 +1,13 @@
-"""The engine of the server: who waits, who draws with whom, and what becomes of lost ranks."""
+"""The engine of the server: who draws what, and what becomes of jobs whose ranks are lost."""
 
 import asyncio
 import base64
 import functools
 import gc
-import heapq
 import io
-import json
-import random
-import statistics
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import numpy as np
 import openai
@@ -25,8 +21,9 @@ from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad
 from piflux.serving import build_app
 from piflux.serving import engine as engine_module
+from piflux.serving import seats as seats_module
 from piflux.serving.engine import RankEngine
-from piflux.serving.grouping import Pace, Rate, Team, choose, expected_end, teams_of
+from piflux.serving.grouping import Pace
 from piflux.serving.jobs import Drawn, Job, Preview, Queued, Refused, Stepped
 from piflux.serving.messages import (
     Draw,
@@ -40,167 +37,6 @@ from piflux.serving.messages import (
     Step,
     Stop,
 )
-from piflux.serving.qualities import PROMISES, promises_of
-from piflux.serving.waiting import Waiting
-
-# --- who waits ---------------------------------------------------------------------------------
-
-
-def test_users_take_turns():
-    """Whoever asks for much waits for himself alone, and nobody overtakes within a user's."""
-    waiting = Waiting(10)
-    for item in ("a1", "a2", "a3", "b1", "c1", "b2"):
-        waiting.put(item[0], item)
-    assert list(waiting) == ["a1", "b1", "c1", "a2", "b2", "a3"]
-    taken = [waiting.take(), waiting.take()]
-    waiting.put("a", "a4")  # who had his turn is behind the others, also with what comes later
-    taken += [waiting.take() for _ in range(len(waiting))]
-    assert taken == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
-    assert waiting.take() is None
-
-
-def test_what_lost_its_turn_comes_first_and_what_is_dropped_takes_no_turn():
-    waiting = Waiting(10)
-    for item in ("a1", "a2", "b1"):
-        waiting.put(item[0], item)
-    waiting.put_back("again")
-    assert list(waiting) == ["again", "a1", "b1", "a2"]
-    waiting.drop(lambda item: item == "a1")
-    assert [waiting.take() for _ in range(3)] == ["again", "a2", "b1"]
-
-
-def test_only_what_fits_is_taken_and_the_rest_keeps_its_place():
-    waiting = Waiting(3)
-    for item in ("a1", "b1", "c2"):
-        waiting.put(item[0], item)
-    assert not waiting.fits(1)
-    assert waiting.take(lambda item: item.endswith("2")) == "c2"
-    assert waiting.fits(1) and not waiting.fits(2)
-    assert list(waiting) == ["a1", "b1"]
-
-
-# --- who draws with whom -----------------------------------------------------------------------
-
-
-def test_teams_lie_within_each_other():
-    assert teams_of(1) == [Team(0, 1)]
-    assert {b.size: sum(1 for x in teams_of(4) if x.size == b.size) for b in teams_of(4)} == {
-        1: 4,
-        2: 2,
-        4: 1,
-    }
-    assert teams_of(3, [3]) == [Team(0, 3)]
-    with pytest.raises(ValueError, match="groups of 3 ranks: of 4 ranks choose among 1, 2, 4"):
-        teams_of(4, [3])
-
-
-# Four ranks do an image in a third of one's time, two in 0.55 of it.
-SECONDS = {1: 10.0, 2: 5.5, 4: 3.3}
-
-
-def chosen(waiting, free_at=(0, 0, 0, 0), ranks=4):
-    return choose(teams_of(ranks), dict(enumerate(free_at)), SECONDS, waiting, 0.0)
-
-
-def test_groups_are_as_the_load_asks():
-    """One image alone gets all ranks, a long queue one rank each, and pairs lie in between."""
-    sizes = [chosen(waiting).size for waiting in range(1, 60)]
-    assert sizes[0] == 4
-    assert sizes[-1] == 1
-    assert 2 in sizes
-    assert sizes == sorted(sizes, reverse=True)
-
-
-def test_a_group_waits_for_a_rank_that_is_soon_free_and_for_no_other():
-    assert chosen(1, (0, 1, 0, 0)) is None  # 1 + 3.3 s on all are less than 5.5 on two
-    assert chosen(1, (0, 5, 0, 0)) == Team(2, 2)
-    assert chosen(1, (5, 0, 6, 6)) == Team(1, 1) or chosen(1, (5, 0, 6, 6)) is None
-    assert chosen(8, (9, 9, 9, 0)) == Team(3, 1)
-    assert chosen(1, (9, 9, 9, 9)) is None
-
-
-def simulated(ranks, groups, seconds, load, count=2000):
-    """Mean seconds from asking to the picture, where images are asked for at random times."""
-    dice, now, coming = random.Random(0), 0.0, []
-    for _ in range(count):
-        now += dice.expovariate(load * ranks / seconds[1])
-        coming.append(now)
-    seconds = {size: seconds[size] for size in groups}
-    teams, free_at = teams_of(ranks, groups), dict.fromkeys(range(ranks), 0.0)
-    moments, waiting, rate, took, memory_s = list(coming), deque(), Rate(), [], 15.0
-    coming = deque(coming)
-    while moments:
-        now = heapq.heappop(moments)
-        while coming and coming[0] <= now:
-            rate.came(1, coming[0], memory_s)
-            waiting.append(coming.popleft())
-        while waiting:
-            asked = rate.a_second(now, memory_s)
-            team = choose(teams, free_at, seconds, len(waiting), now, asked)
-            if team is None:
-                break
-            end = now + seconds[team.size]
-            free_at |= dict.fromkeys(team.ranks, end)
-            heapq.heappush(moments, end)
-            took.append(end - waiting.popleft())
-    return statistics.mean(took)
-
-
-@pytest.mark.parametrize("load", [0.25, 0.6, 0.8, 0.9])
-@pytest.mark.parametrize("seconds", [{1: 1.0, 2: 0.55}, {1: 1.0, 2: 0.7}])
-def test_groups_as_the_load_asks_are_as_good_as_the_best_fixed_ones(seconds, load):
-    """At every load, whether or not a pair is nearly twice as fast."""
-    fixed = [simulated(2, [size], seconds, load) for size in seconds]
-    assert simulated(2, list(seconds), seconds, load) < 1.03 * min(fixed)
-
-
-def test_a_group_of_a_size_that_was_never_timed_is_not_formed():
-    teams = teams_of(2)
-    assert choose(teams, {0: 0, 1: 0}, {1: 3.0}, 1, 0.0) == Team(0, 1)
-    assert choose(teams, {0: 0, 1: 0}, {}, 1, 0.0) is None
-
-
-def test_pace_tells_other_sizes_and_steps_from_those_that_were_drawn():
-    pace = Pace()
-    assert pace.seconds(2, 100, 10) is None
-    pace.learn(2, 100, 10, 12.0, 1.0)  # 2 s beside the steps
-    assert pace.seconds(2, 100, 10) == pytest.approx(12)
-    assert pace.seconds(2, 200, 5) == pytest.approx(2 * (2 + 5))
-    for _ in range(50):
-        pace.learn(2, 100, 10, 22.0, 2.0)
-    assert pace.seconds(2, 100, 10) == pytest.approx(22, rel=1e-3)
-    assert expected_end(10.0, 5.0, 12.0) == 15
-    assert expected_end(10.0, 5.0, 40.0) == 40.5  # late, and nobody knows by how much
-
-
-# --- what is promised --------------------------------------------------------------------------
-
-
-def test_fewer_steps_are_computed_the_less_is_promised():
-    counts = [PROMISES[quality].count(28) for quality in ("lossless", "high", "medium", "low")]
-    assert counts == [28, 18, 14, 10]
-    drifts = [promise.drift(28) for promise in PROMISES.values()]
-    assert drifts == sorted(drifts) and drifts[0] == 0
-    assert PROMISES["low"].count(50) == 18
-    # Of a few steps none is left out, so nothing drifts.
-    assert PROMISES["low"].count(4) == 4 and PROMISES["low"].drift(4) == 0
-
-
-def test_an_operators_schedule_takes_the_place_of_a_promise(tmp_path):
-    file = tmp_path / "tuned.json"
-    file.write_text(json.dumps({"policy": "rotate", "sync_steps": [0, 2, 5], "compute": "xx.x"}))
-    tuned = promises_of({"medium": file})["medium"]
-    assert tuned.settings == {"policy": "rotate", "sync_steps": (0, 2, 5)}
-    assert tuned.compute(4) == "xx.x"
-    assert tuned.count(28) == 21  # as large a share
-    assert tuned.drift(4) is None  # nobody measured it here
-    for name in ("lossless", "best"):
-        with pytest.raises(ValueError, match="choose one of high, medium, low"):
-            promises_of({name: file})
-    file.write_text('{"policy": "gather", "sync": "recompute"}')
-    with pytest.raises(ValueError, match="sync steps only"):
-        promises_of({"low": file})
-
 
 # --- the engine, on workers that only pretend --------------------------------------------------
 
@@ -271,8 +107,9 @@ class Pretended:
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    for name, seconds in {"TICK_S": 0.01, "PAUSE_S": 0.001, "END_S": 0.1}.items():
-        monkeypatch.setattr(engine_module, name, seconds)
+    monkeypatch.setattr(engine_module, "TICK_S", 0.01)
+    for name, seconds in {"PAUSE_S": 0.001, "END_S": 0.1}.items():
+        monkeypatch.setattr(seats_module, name, seconds)
 
 
 def job(seed=1, *more, user="", **given):
@@ -720,7 +557,7 @@ class Running:
     def draw(self, seed, *more, ranks=None, **given):
         """A job's pictures as (pictures, height, width, 3) of int16, its report, and its events."""
         if ranks is not None:
-            self.engine._pace = Prefers(ranks)
+            self.engine._turns.pace = Prefers(ranks)
         asked = Job("a job", PROMPT, (seed, *more), size=SIZE, steps=STEPS, **given)
         done, events = self(drawn(self.engine, asked))
         return pixels(done.images), done.report, events
@@ -791,11 +628,11 @@ def test_a_picture_is_the_pipelines_own(running, alone, ranks):
 
 
 def test_a_seeds_picture_is_the_same_in_a_batch_and_alone(running, alone):
-    running.engine._alone |= {(1, 1): 1.0, (1, 2): 0.5}  # as if two at once were faster
+    running.engine._turns.alone |= {(1, 1): 1.0, (1, 2): 0.5}  # as if two at once were faster
     try:
         images, report, _ = running.draw(1, 2, ranks=1)
     finally:
-        del running.engine._alone[1, 2]
+        del running.engine._turns.alone[1, 2]
     assert report.batch == 2
     assert near(images, np.concatenate([alone(1), alone(2)]))
 
@@ -816,7 +653,7 @@ def test_previews_look_like_the_picture(running):
 
 def test_ranks_stop_together_and_draw_on(running, alone):
     """An image of 1,000 steps ends within a few, and the group isn't made anew."""
-    running.engine._pace = Prefers(2)
+    running.engine._turns.pace = Prefers(2)
 
     async def leave():
         events = running.engine.submit(Job("a job", PROMPT, (1,), size=SIZE, steps=1000))
@@ -828,11 +665,11 @@ def test_ranks_stop_together_and_draw_on(running, alone):
         await until(lambda: not running.engine._calls, 20)
         return time.monotonic() - began
 
-    rounds = dict(running.engine._rounds)
+    rounds = dict(running.engine._warmth._rounds)
     assert running(leave()) < 10
     images, report, _ = running.draw(1, ranks=2)
     assert near(images, alone(1)) and report.ranks == 2
-    assert dict(running.engine._rounds) == rounds
+    assert dict(running.engine._warmth._rounds) == rounds
 
 
 def test_adapters_change_the_picture_and_leave_nothing_behind(running, alone):
@@ -870,7 +707,7 @@ class Lent:
 
 def test_a_server_draws_with_it(running, alone):
     """For OpenAI's client: the pipeline's own picture, and an edit of it, with previews."""
-    running.engine._pace = Prefers(2)
+    running.engine._turns.pace = Prefers(2)
     more = {"seed": 1, "num_inference_steps": STEPS}
     with served(build_app(Lent(running.engine)), running.loop) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -887,7 +724,7 @@ def test_a_server_draws_with_it(running, alone):
 
 
 def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
-    running.engine._pace = Prefers(2)
+    running.engine._turns.pace = Prefers(2)
     seat = running.engine._seats[0]  # which would have told the picture
     replaced = running.engine.state().replaced
 
