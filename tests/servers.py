@@ -12,17 +12,24 @@ from typing import Any
 
 import uvicorn
 
+from piflux.serving import Limits
+from piflux.serving.server import connections
+
 
 @contextlib.contextmanager
-def served(app: Any, loop: asyncio.AbstractEventLoop | None = None) -> Iterator[str]:
+def served(
+    app: Any, loop: asyncio.AbstractEventLoop | None = None, limits: Limits | None = None
+) -> Iterator[str]:
     """The address of `app`, while it is served.
 
     Args:
         app: of ASGI.
         loop: that runs in another thread; None for one of the server's own.
+        limits: of connections.
     """
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        config = uvicorn.Config(app, log_level="warning", lifespan="on", http="h11")
+        http = connections(limits or Limits())
+        config = uvicorn.Config(app, log_level="warning", lifespan="on", http=http)
         server = uvicorn.Server(config)
         serving = server.serve(sockets=[listening])
         with ThreadPoolExecutor(1) as pool:

@@ -82,7 +82,7 @@ def file_of(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
 
 
 def until(holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + 10
+    end = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -632,6 +632,63 @@ def test_a_body_that_trickles_is_not_waited_for():
                 b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
             )
             assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+WHOLE = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+REFUSED = b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Length: 9999999\r\n\r\n"
+
+DRAW = (
+    b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\n\r\n"
+)
+
+
+def test_connections_without_a_request_are_closed():
+    """Whatever came before, and however often a byte comes: there is a time for the whole head."""
+    engine, limits = FakeEngine(step_s=0.02), replace(SMALL, head_s=0.3)
+    with served(build_app(engine, limits=limits), limits=limits) as url:
+        host, port = url.removeprefix("http://").split(":")
+
+        def answered(request: bytes) -> tuple[socket.socket, bytes]:
+            """A connection on which this was answered; where we were too slow for it, the next."""
+            while True:
+                client = socket.create_connection((host, int(port)), timeout=60)
+                with contextlib.suppress(ConnectionError):
+                    client.sendall(request)
+                    if answer := client.recv(10_000):
+                        return client, answer
+                client.close()
+
+        def waits_for_end(client: socket.socket, sent: bytes) -> None:
+            with client, contextlib.suppress(ConnectionError):  # if it is closed meanwhile
+                client.sendall(sent)
+                assert client.recv(10_000) == b""
+
+        def trickles(client: socket.socket) -> None:
+            def closed() -> bool:
+                try:
+                    client.sendall(b"x")
+                except ConnectionError:
+                    return True
+                return False
+
+            with client:
+                until(closed)
+
+        for sent in (b"", WHOLE[:20]):
+            waits_for_end(socket.create_connection((host, int(port)), timeout=60), sent)
+        trickles(socket.create_connection((host, int(port)), timeout=60))
+        client, answer = answered(WHOLE)
+        assert answer.startswith(b"HTTP/1.1 200")
+        waits_for_end(client, WHOLE[:20])
+        client, answer = answered(REFUSED)
+        assert answer.startswith(b"HTTP/1.1 413")
+        trickles(client)
+        # A request that is whole has all the time that its picture takes.
+        body = b'{"prompt": "x", "num_inference_steps": 50}'
+        client, answer = answered(DRAW % len(body) + body)
+        with client:
+            assert answer.startswith(b"HTTP/1.1 200") and len(engine.seen) == 1
 
 
 # -------------------------------------------------------------------------------- metrics and logs

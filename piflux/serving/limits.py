@@ -21,6 +21,8 @@ class Limits:
         uploads: pictures of one request, its mask left out.
         upload_bytes: of a request with pictures, all of it.
         upload_pixels: of a request's pictures and its mask together, found in their headers.
+        head_s: seconds in which a request's head has to arrive, from the connection's beginning or
+            its first byte.
         body_s: seconds in which a request's body has to arrive.
         deadline_s: the latest deadline, in seconds, that a request may ask for.
     """
@@ -36,5 +38,6 @@ class Limits:
     uploads: int = 4
     upload_bytes: int = 32 << 20
     upload_pixels: int = 4096 * 4096
+    head_s: float = 20.0
     body_s: float = 60.0
     deadline_s: float = 3600.0

@@ -10,12 +10,15 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
+from typing import Any
 
 import uvicorn
 
 from piflux.errors import PifluxError
 from piflux.serving import logs
 from piflux.serving.app import DRAIN_S, build_app
+from piflux.serving.connections import Connection
 from piflux.serving.guard import is_loopback
 from piflux.serving.jobs import Engine, Quality
 from piflux.serving.keys import Keys
@@ -97,7 +100,7 @@ def serve(
             log_config=None,
             access_log=False,
             server_header=False,
-            http="h11",  # the one that was fuzzed, whichever else is installed
+            http=connections(limits or Limits()),
             ws="none",
             lifespan="on",
             timeout_graceful_shutdown=math.ceil(drain_s + ANSWER_S),
@@ -108,6 +111,14 @@ def serve(
         asyncio.run(_serve(server, engine, listening, host, tell))
     if server.force_exit:
         raise KeyboardInterrupt
+
+
+def connections(limits: Limits) -> Any:
+    """What uvicorn takes for `http`.
+
+    Of its kinds it is the one that was fuzzed, whichever else is installed.
+    """
+    return partial(Connection, limits.head_s)
 
 
 def names_of(host: str) -> set[str]:
