@@ -92,7 +92,7 @@ def main(
 ) -> None:
     device = join()
     vae = autoencoder(device, getattr(torch, dtype))
-    ranks = ProcessRanks(dist.group.WORLD)
+    ranks = ProcessRanks.of(dist.group.WORLD)
     rows = [measure(vae, ranks, size) for size in sizes]
     if not is_first():
         return

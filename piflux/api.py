@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from piflux.ranks.processes import Meeting
+    from piflux.ranks.meeting import Meeting
     from piflux.ranks.virtual import VirtualRanks
 
 Target = TypeVar("Target")
@@ -195,7 +195,7 @@ def parallelize(
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the default group. With none
             initialised and torchrun's environment present, it is initialised; else one rank runs
             alone. `piflux.virtual_ranks(n)` simulates n ranks in this process. Where processes come
-            and go, as in a server, a `piflux.ranks.processes.Meeting`.
+            and go, as in a server, a `piflux.ranks.meeting.Meeting`.
         policy: where attention gets the other parts' keys and values: 'gather' (fresh, exact),
             'rotate' or 'displaced' (remembered). 'auto' takes the freshest that the link between
             the ranks can afford, on all of them alike: at the first call it measures the link and

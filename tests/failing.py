@@ -25,7 +25,7 @@ def loses_the_first() -> list[str]:
     join()
     assert dist.group.WORLD is not None
     rank = dist.get_rank()
-    ranks = ProcessRanks(dist.group.WORLD)
+    ranks = ProcessRanks.of(dist.group.WORLD)
     ranks.exchange(rank, "ranks")
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)

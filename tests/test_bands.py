@@ -57,7 +57,7 @@ DECODERS = {"flux": autoencoder, "deep": deep, "tiny": tiny}
 
 def banded(vae, group, z: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A picture, and how many of its rows this rank made."""
-    bands = Bands(ProcessRanks(group), z.shape[-2])
+    bands = Bands(ProcessRanks.of(group), z.shape[-2])
     band = bands.cut(z)
     with torch.no_grad(), bands:
         band = vae.decode(band, return_dict=False)[0]

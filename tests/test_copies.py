@@ -25,6 +25,7 @@ from piflux.policies import gather
 from piflux.ranks import copies
 from piflux.ranks import processes as runtime_ranks
 from piflux.ranks.links import Link
+from piflux.ranks.meeting import Meeting
 from piflux.runtime import ops
 
 STEPS = 6
@@ -34,7 +35,7 @@ class Files(copies.Peers):
     """Ranks that share files in a folder."""
 
     def __init__(self, group, folder):
-        super().__init__(runtime_ranks.ProcessRanks(group).link, torch.device("cpu"))
+        super().__init__(runtime_ranks.ProcessRanks.of(group).link, torch.device("cpu"))
         self._pg = group
         self._folder = Path(folder)
         self._numbers = count()
@@ -100,7 +101,7 @@ class Launched(copies.Copies):
 def through_files(patch, group, folder):
     """Packets go this way from here on. Returns the collectives that are started all the same."""
     peers = Files(group, folder)
-    patch.setattr(runtime_ranks, "reach", lambda *_: peers)
+    patch.setattr(runtime_ranks.ProcessRanks, "_reached", lambda *_: peers)
     patch.setattr(runtime_ranks, "Copies", Launched)
     started, original = [], Link.gather
 
@@ -211,7 +212,7 @@ def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, tmp_path, lo
 
 def about_peers(rank, group, folder):
     """What peers without GPUs say: where it goes, and what it holds."""
-    ranks = runtime_ranks.ProcessRanks(group)
+    ranks = runtime_ranks.ProcessRanks.of(group)
     assert copies.reach(ranks.link, torch.device("cpu"), ranks.exchange) is None
     peers = Files(group, folder)
     first, second = (copies.Copies(count, peers) for count in (5, 7))
@@ -277,7 +278,7 @@ class ByName:
 def test_memory_is_shared_more_than_once(monkeypatch):
     """By one model, and by another one of the same ranks."""
     monkeypatch.setattr(_symmetric_memory, "_SymmetricMemory", ByName())
-    link = Link(dist.HashStore(), "twice", 0, 1, {}, within_s=5)
+    link = Link(Meeting(dist.HashStore(), "twice", 0, 1), within_s=5)
     first, second = (copies.Peers(link, torch.device("cpu")) for _ in range(2))
     shared = [first.share(8)[1], first.share(8)[1], second.share(8)[1]]
     assert shared == shared[:1] * 3

@@ -165,7 +165,7 @@ def on_another_gpu(rank, group):
         mock.patch.object(torch.cuda, "current_device", return_value=rank),
         mock.patch("piflux.ranks.groups.serves", return_value=True),
     ):
-        return [caught(check_device, ProcessRanks(group), there)]
+        return [caught(check_device, ProcessRanks.of(group), there)]
 
 
 def test_a_model_on_another_ranks_gpu(ranks):
@@ -198,9 +198,9 @@ def brought(rank, group):
         mock.patch.object(torch.cuda, "current_device", return_value=rank),
         mock.patch.object(torch.cuda, "empty_cache"),
     ):
-        bring(ProcessRanks(group), model, [encoder, apart])
-        bring(ProcessRanks(group), hooked)
-        bring(ProcessRanks(group), on_cpu)
+        bring(ProcessRanks.of(group), model, [encoder, apart])
+        bring(ProcessRanks.of(group), hooked)
+        bring(ProcessRanks.of(group), on_cpu)
     return [str(x.device) for x in (model, encoder, apart, hooked, on_cpu)]
 
 

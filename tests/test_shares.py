@@ -106,7 +106,7 @@ def through_files(rank, group, folder):
     want = image(whole(group, policy="gather"), inputs, STEPS)
     with pytest.MonkeyPatch.context() as patch:
         peers = Files(group, folder)
-        patch.setattr(runtime_ranks, "reach", lambda *_: peers)
+        patch.setattr(runtime_ranks.ProcessRanks, "_reached", lambda *_: peers)
         patch.setattr(runtime_ranks, "Copies", Launched)
         recorder = on_tape(patch)
         parallel = shared(group, inner=as_captured, policy="gather")
@@ -258,12 +258,12 @@ def test_one_process_shares_nothing_and_says_so(size):
 
 
 def test_who_lost_a_share_is_told_at_every_call():
-    control = SimpleNamespace(members=(0, 1, 2))
-    shares = Shares(SimpleNamespace(control=control))
+    ranks = SimpleNamespace(members=(0, 1, 2))
+    shares = Shares(ranks)
     shares.check_members()  # before they are shared any rank may be lost
-    shares._members = control.members
+    shares._members = ranks.members
     shares.check_members()
-    control.members = (0, 2)
+    ranks.members = (0, 2)
     for _ in range(2):
         with pytest.raises(WeightsLost, match="rank 1 held a share") as raised:
             shares.check_members()

@@ -58,6 +58,9 @@ class Choices:
         notes: where to say what was chosen.
         memory: within what to choose whatever takes memory. None: that is open if the policy is.
         shares: of the model's weights; None if they are whole.
+
+    Attributes:
+        asked: whether ranks were asked what fits on all of them, in the last choice.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Choices:
         self.memory = memory
         self._memory_is_open = memory is not None
         self.why_sync = ""
+        self.asked = False
         self._ranks = ranks
         self._notes = notes
         self._told: list[str] = []  # to be notes once it is kept
@@ -95,6 +99,7 @@ class Choices:
             steps: of an image, where they are known.
         """
         self._told = []
+        self.asked = False
         if self.policy:
             schedule = self._choose_policy(schedule, part, steps)
         if schedule.sync == "auto":
@@ -115,6 +120,7 @@ class Choices:
         own = Own.of(gm.graph)
         free = self._left(device, own)
         if isinstance(ranks, ProcessRanks):
+            self.asked = True
             (free,) = ranks.least([free - self._to_come(own, ctx)])
         streams = ranks.size if ranks.in_one_process else 1
 

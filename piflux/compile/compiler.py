@@ -113,7 +113,7 @@ class Compiler:
         """Make a program of a graph. Returns what Dynamo calls in its place; see `make`."""
         ranks = self.runtime.ranks
         if ranks is None:
-            return _PerCall(self, captured, apart, self.make(captured, apart))
+            return _PerCall(self, captured, apart, self.make(captured, apart, together=False))
         first = not self.programs
         make = partial(self._agree_and_make, captured, apart, first)
         return _PerCall(self, captured, apart, ranks.surviving(make, "compiling"))
@@ -130,14 +130,16 @@ class Compiler:
                 "memory": self._choices.memory,
             }
             runtime.ranks.agree(fingerprint(settings, {}))
-        return self.make(captured, apart)
+        return self.make(captured, apart, together=first)
 
-    def make(self, captured: Captured, apart: bool) -> Program:
+    def make(self, captured: Captured, apart: bool, *, together: bool) -> Program:
         """A program for as many ranks as there are now. All of them call it together.
 
         Args:
             captured: the graph.
             apart: whether what it returns is read after other programs have run.
+            together: whether all ranks are sure to be here. Where they are not, those that were
+                called with something else, and need no new program, say so in the step.
         """
         runtime = self.runtime
         size = 1 if runtime.ranks is None else runtime.ranks.size
@@ -149,7 +151,7 @@ class Compiler:
         program = make_program(
             captured, schedule, ranks, self.inner, self._settle, self.shares, site
         )
-        if ranks is not None:
+        if ranks is not None and (together or self._choices.asked):
             # Where one raises until here, none has the program, so that all make it at the next
             # call. What they chose is the same.
             ranks.agree(fingerprint({"schedule of the program": program.schedule}, {}))
@@ -250,7 +252,7 @@ class _PerCall:
                 return self._captured.module(*args)  # the model itself
         if ranks.size != self.program.schedule.world_size:
             with tracing(self._context):
-                self.program = self._compiler.make(self._captured, self._apart)
+                self.program = self._compiler.make(self._captured, self._apart, together=True)
         return self._run(*args)
 
     def _run(self, *args: Any) -> Any:

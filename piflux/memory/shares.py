@@ -105,7 +105,7 @@ class Shares:
         """Raises WeightsLost, on all ranks that are left, if one that held a share is gone."""
         if not self._members:
             return
-        there = self.ranks.control.members
+        there = self.ranks.members
         lost = [rank for rank in self._members if rank not in there]
         if lost:
             raise WeightsLost(
@@ -167,7 +167,7 @@ class Shares:
         self._device = layouts[0][0][0][0].device
         self._count = max(self._padded(count) for _, count in layouts)
         self._make_buffers()
-        self._members = self.ranks.control.members
+        self._members = self.ranks.members
         _SHARED.update(dict.fromkeys(x for run in runs for y in run for x in y))
         rank, size = self.ranks.rank, self.ranks.size
         for number, (x, (places, count)) in enumerate(zip(gathered, layouts, strict=True)):

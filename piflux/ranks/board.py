@@ -88,4 +88,5 @@ class Board:
     def close(self, within_s: float) -> None:
         """Once all that was asked is answered, or the time is over."""
         self._questions.put(None)
-        self._thread.join(within_s)
+        if threading.current_thread() is not self._thread:  # where Python may collect what closes
+            self._thread.join(within_s)

@@ -67,9 +67,10 @@ class Peers:
     """
 
     def __init__(self, link: Link, device: torch.device) -> None:
-        self.rank, self.size = link.rank, link.size
-        self._group: Any = f"piflux-{link.name}"  # torch has a type of its own for names
-        self._store = dist.PrefixStore(f"copies-{device.type}", link.store)
+        meeting = link.meeting
+        self.rank, self.size = meeting.rank, meeting.size
+        self._group: Any = f"piflux-{meeting.name}"  # torch has a type of its own for names
+        self._store = dist.PrefixStore(f"copies-{device.type}", meeting.store)
         self.device = device
         self.module = torch.get_device_module(device)
         # Before the kernels of the step: they have just begun to wait for what is sent.
@@ -191,7 +192,7 @@ def reach(
     Args:
         link: between the ranks.
         device: of this one.
-        exchange: everyone's, by rank; see `Control.exchange`.
+        exchange: everyone's, by rank; see `ProcessRanks.exchange`.
     """
     if device.type != "cuda":
         return None

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from piflux.errors import RankFailed
 from piflux.ranks import environment
 from piflux.ranks.board import Silent, bounded
-from piflux.ranks.processes import Meeting, ProcessRanks
+from piflux.ranks.meeting import Meeting
+from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 from piflux.ranks.virtual import VirtualRanks
 
@@ -41,7 +42,7 @@ def resolve_group(
     if isinstance(group, VirtualRanks):
         return group if group.size > 1 else None
     if isinstance(group, Meeting):
-        return ProcessRanks(group) if group.size > 1 else None
+        return ProcessRanks.of(group) if group.size > 1 else None
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
@@ -70,7 +71,7 @@ def resolve_group(
             "the process group is NCCL's, but this machine has no CUDA device: initialise "
             "torch.distributed with backend='gloo' to run on CPUs"
         )
-    return ProcessRanks(group) if group.size() > 1 else None
+    return ProcessRanks.of(group) if group.size() > 1 else None
 
 
 def _initialise() -> None:

@@ -20,8 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from piflux.ranks.meeting import Meeting
+
 FOREVER = timedelta(days=1)
-"""No collective fails by a timeout of torch's: `Control` counts, and knows what others do."""
+"""No collective fails by a timeout of torch's: `Waiting` counts, and knows what others do."""
 
 NEVER = 2**30
 """A tag that no message has."""
@@ -34,42 +36,29 @@ class Link:
     """Connections of the ranks of one epoch.
 
     Args:
-        store: theirs alone.
-        rank: of this process among them.
-        size: how many there are.
-        backends: by the type of a device, which of torch's backends serves it.
+        meeting: theirs alone.
         within_s: seconds to connect.
 
     Attributes:
-        name: of the epoch, the same on all of them and no other's.
         broken: whether it was ended; what was under way raises RuntimeError.
         left: set once the main thread knows, and gives the device no more work of this epoch.
         named: the group that torch knows by this link's name, by the type of a device; see
             `piflux.ranks.copies`.
     """
 
-    def __init__(
-        self,
-        store: dist.Store,
-        name: str,
-        rank: int,
-        size: int,
-        backends: dict[str, str],
-        within_s: float,
-    ) -> None:
-        self.store, self.name, self.rank, self.size = store, name, rank, size
+    def __init__(self, meeting: Meeting, within_s: float) -> None:
+        self.meeting, self.size = meeting, meeting.size
         self.broken = False
         self.left = threading.Event()
         self.named: dict[str, dist.ProcessGroup] = {}
-        self._backends = backends
-        self._others = [(rank + i) % size for i in range(1, size)]
+        self._others = [(meeting.rank + i) % self.size for i in range(1, self.size)]
         self._started = itertools.count()
         self._nccl: Any = None
         self._at_end: list[Callable[[], None]] = []
         self._gloo: Any = None
-        if size > 1:
-            gloo = dist.PrefixStore("gloo", store)
-            self._gloo = dist.ProcessGroupGloo(gloo, rank, size, timedelta(seconds=within_s))
+        if self.size > 1:
+            store, within = dist.PrefixStore("gloo", meeting.store), timedelta(seconds=within_s)
+            self._gloo = dist.ProcessGroupGloo(store, meeting.rank, self.size, within)
             self._gloo._set_default_timeout(FOREVER)
 
     def gather(self, whole: Tensor, piece: Tensor, what: str) -> Sequence[dist.Work]:
@@ -85,7 +74,7 @@ class Link:
 
     def _send(self, whole: Tensor, piece: Tensor, what: str) -> Sequence[dist.Work]:
         # What is sent lies with what arrives, so that the piece may be written over meanwhile.
-        mine = whole[self.rank].copy_(piece)
+        mine = whole[self.meeting.rank].copy_(piece)
         tag = zlib.crc32(f"{what} {piece.numel()}".encode()) % NEVER
         # Receiving first, that no message has to wait in between; to the next rank first, that not
         # all send to the same one.
@@ -123,15 +112,14 @@ class Link:
             work.wait() if device.type == "cuda" else work.wait(FOREVER)
 
     def _on_gpu(self, device: torch.device) -> Any:
-        backend = self._backends.get("cuda")
-        if backend != "nccl":
+        if self.meeting.backends.get("cuda") != "nccl":
             return self._gloo
         if self._nccl is None:
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = FOREVER
-            store = dist.PrefixStore("nccl", self.store)
+            store = dist.PrefixStore("nccl", self.meeting.store)
             with _environment(TORCH_NCCL_ASYNC_ERROR_HANDLING="0"):  # which ends the process
-                self._nccl = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
+                self._nccl = dist.ProcessGroupNCCL(store, self.meeting.rank, self.size, options)
         return self._nccl
 
     def at_end(self, act: Callable[[], None]) -> None:

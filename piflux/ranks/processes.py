@@ -1,210 +1,197 @@
-"""A rank a process, over a process group."""
+"""A rank a process: the images that ranks draw together, and what they send each other."""
 
 from __future__ import annotations
 
-import logging
+import atexit
+import contextlib
+import pickle
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_process_group_store
 
-from piflux.errors import RankLost
+from piflux.errors import RankFailed, RankLost, RanksDisagree
 from piflux.ranks.agreement import check_agreement
-from piflux.ranks.control import Control
+from piflux.ranks.alive import Process
+from piflux.ranks.collectives import Collective, Filling
 from piflux.ranks.copies import Copies, Peers, reach
 from piflux.ranks.environment import DEFAULT_TIMEOUT_S, timeout_asked, timeout_s
-from piflux.ranks.header import BYTES
+from piflux.ranks.epochs import Epochs
 from piflux.ranks.links import Link
+from piflux.ranks.meeting import Meeting
+from piflux.ranks.presence import Presence, Word
 from piflux.ranks.protocol import Filled, Gathering, Result
+from piflux.ranks.reasons import Reason, line_of
+from piflux.ranks.waiting import Waiting
 
-ALIGNMENT = 16
-"""Of a header, and of each rank's piece before one, in bytes."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class Meeting:
-    """Where the ranks of a group meet that is no process group of torch's.
-
-    Processes may come and go between such groups, and be in several. What is in a group ends with
-    the meeting of each of its ranks, as with a process group.
-
-    Attributes:
-        store: that all of them reach.
-        name: no other meeting's of this store.
-        rank: of this process.
-        size: how many ranks there are.
-    """
-
-    store: dist.Store
-    name: str
-    rank: int
-    size: int
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """By the type of a device, which of torch's backends serves it."""
-        return {"cpu": "gloo"} | ({"cuda": "nccl"} if torch.cuda.is_available() else {})
+_RANKS: WeakKeyDictionary[dist.ProcessGroup | Meeting, ProcessRanks] = WeakKeyDictionary()
 
 
 class ProcessRanks:
-    """A rank a process.
+    """The ranks of a group, whatever models of this process they share; see `Ranks`, and `of`.
 
     Of the group come only the membership and the store: what ranks send to each other goes over
     connections of piflux's own, new ones in each epoch. The group is held weakly: who destroys it
     means to, and that ends them.
+
+    Attributes:
+        backends: by the type of a device, which of torch's backends serves it.
     """
 
     in_one_process = False
 
-    def __init__(self, group: dist.ProcessGroup | Meeting) -> None:
-        self._group: weakref.ref[dist.ProcessGroup | Meeting] = weakref.ref(group)
-        self._control = _control(group)
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | Meeting) -> ProcessRanks:
+        """Those of a group: there is one such object in a process, until the group's end."""
+        if group not in _RANKS:
+            if isinstance(group, Meeting):
+                # Not the meeting itself, which is to end when nobody else holds it.
+                meeting, within_s = replace(group), timeout_asked() or DEFAULT_TIMEOUT_S
+            else:
+                meeting, within_s = Meeting.of(group), timeout_s(group)
+            _RANKS[group] = ranks = cls(meeting, within_s)
+            weakref.finalize(group, ranks.close).atexit = False
+        return _RANKS[group]
+
+    def __init__(self, meeting: Meeting, timeout_s: float) -> None:
+        """`timeout_s`: how long a rank is waited for that lives."""
+        self.doing = "the beginning"
+        self.busy = False
+        self.wish = False
+        self.backends = meeting.backends
+        self._rank = meeting.rank
+        self._process = Process.own()
+        self._image = self._calls = 0  # how many have begun; of models, in the last of them
+        self._depth = 0  # of `together`
+        self._given_up: tuple[int, str] | None = None
+        self._ended = False
         self._peers: dict[torch.device, Peers | None] = {}
         self._peers_of: Link | None = None
+        self._presence = Presence(meeting, timeout_s, self._word)
+        self._epochs = Epochs(meeting, self._presence, timeout_s)
+        self._waiting = Waiting(self._presence, self._epochs, meeting.rank, timeout_s)
+        self._presence.watch(self._waiting.waits, self._waiting.call_back)
+        atexit.register(self.close)
+
+    def _word(self) -> Word:
+        wait = self._waiting.wait
+        return Word(
+            process=self._process,
+            epoch=self._epochs.present.number,
+            image=self._image,
+            doing=self.doing,
+            busy=self.busy and wait is None,
+            wait=wait,
+            left=self._epochs.left,
+            here=self._epochs.here,
+            given_up=self._given_up,
+            ended=self._ended,
+        )
+
+    def close(self) -> None:
+        """This rank takes no part any more. Called again, it does nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        atexit.unregister(self.close)
+        self._presence.close()
+        link = self._epochs.present.link
+        if link is not None:
+            self._epochs.end(link)
+
+    # --- who they are ----------------------------------------------------------------------------
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """Those of the present epoch, by their ranks in the group."""
+        return self._epochs.present.members
 
     @property
     def size(self) -> int:
-        return self._control.size
+        return len(self.members)
 
     @property
     def rank(self) -> int:
-        return self._control.index
+        """This one's number among the members."""
+        return self.members.index(self._rank)
 
     @property
-    def group(self) -> dist.ProcessGroup | Meeting:
-        """The group whose ranks these are, or were at first.
+    def link(self) -> Link:
+        """Of the present epoch; ranks that are in none meet first.
 
-        Raises RuntimeError after its end.
+        Raises:
+            RuntimeError: the group has ended.
+            RankFailed, RankLost, Excluded: see `Epochs.link`.
         """
-        group = self._group()
-        if group is None:
+        if self._ended:
             raise RuntimeError(
                 "the process group of this model was destroyed: parallelize it again in a new one"
             )
-        return group
-
-    @property
-    def backends(self) -> dict[str, str]:
-        """By the type of a device, which of torch's backends serves it."""
-        assert self.group is not None, "raises"
-        return self._control.backends
-
-    @property
-    def wish(self) -> bool:
-        return self._control.wish
-
-    @wish.setter
-    def wish(self, wish: bool) -> None:
-        self._control.wish = wish
-
-    def wished(self) -> bool:
-        """Whether any rank wants the image to end: all ranks know it after the same step."""
-        return self._control.wished()
-
-    @property
-    def doing(self) -> str:
-        return self._control.doing
-
-    @doing.setter
-    def doing(self, what: str) -> None:
-        self._control.doing = what
-
-    @property
-    def busy(self) -> bool:
-        return self._control.busy
-
-    @busy.setter
-    def busy(self, busy: bool) -> None:
-        self._control.busy = busy
-
-    def image(self) -> AbstractContextManager[None]:
-        return self._control.image_under_way()
-
-    def stop(self, error: BaseException) -> None:
-        self._control.stop(error)
+        return self._epochs.link()
 
     @property
     def epoch(self) -> int:
         """Ranks that are in none meet first."""
         assert self.link is not None, "raises"
-        return self._control.epoch
+        return self._epochs.present.number
 
-    @property
-    def control(self) -> Control:
-        """Who is there."""
-        return self._control
+    # --- images ----------------------------------------------------------------------------------
 
-    @property
-    def link(self) -> Link:
-        """Of the present epoch."""
-        assert self.group is not None, "raises"
-        return self._control.link()
+    @contextlib.contextmanager
+    def image(self) -> Iterator[None]:
+        if not self._depth:
+            self._begin()
+        self._depth += 1
+        try:
+            yield
+        except BaseException as error:
+            if self._depth == 1:
+                self.stop(error)
+            raise
+        finally:
+            self._depth -= 1
 
-    def gather(self, piece: Tensor, header: Tensor | None = None) -> Gathering:
-        return _Collective(piece, self, "pieces" if header is None else "the prediction", header)
-
-    def persistent_gather(self, count: int, device: torch.device) -> Gathering:
-        peers = self._reached(device)
-        if peers is not None:
-            return Copies(count, peers)
-        piece = torch.empty(count, dtype=torch.uint8, device=device)
-        return _Collective(piece, self, "keys and values")
-
-    def filled(self, count: int, device: torch.device) -> Filled:
-        """Memory that is filled in the background, with up to `count` bytes of every rank.
-
-        All ranks make as many, in one order, and anew in each epoch.
-        """
-        peers = self._reached(device)
-        if peers is not None:
-            return Copies(count, peers, urgent=False)
-        return _Filled(count, self, device)
-
-    def _reached(self, device: torch.device) -> Peers | None:
-        link = self.link
-        if self._peers_of is not link:
-            self._peers_of, self._peers = link, {}
-        if device not in self._peers:
-            self._peers[device] = reach(link, device, self.exchange)
-        return self._peers[device]
-
-    def exchange(self, mine: Any, what: str) -> list[Any]:
-        return self._control.exchange(mine, what)
-
-    def any(self, flag: bool) -> bool:
-        return any(self.exchange(flag, "votes"))
-
-    def least(self, values: Sequence[float]) -> list[float]:
-        everyones = self.exchange(list(values), "numbers")
-        return [min(several) for several in zip(*everyones, strict=True)]
-
-    def agree(self, fingerprint: Mapping[str, Any]) -> None:
-        check_agreement(self.exchange(dict(fingerprint), "fingerprints"))
-
-    def run(self, step: Callable[[], Result]) -> Result:
-        return step()
+    def _begin(self) -> None:
+        self._image += 1
+        self._calls = 0
+        self._waiting.waited = False
+        self.wish = False
+        self._epochs.present.predictions.begin()
 
     def at(self) -> tuple[int, int]:
-        return self._control.image, self._control.calls
-
-    def settle(self) -> None:
-        self._control.settle()
+        return self._image, self._calls
 
     def calls(self) -> str:
-        self._control.calls += 1
-        return f"call {self._control.calls} of image {self._control.image}"
+        self._calls += 1
+        return f"call {self._calls} of image {self._image}"
+
+    def settle(self) -> None:
+        self._waiting.settle()
+
+    def wished(self) -> bool:
+        """Whether any rank wants the image to end: all ranks know it after the same step."""
+        return self._waiting.wished()
+
+    def stop(self, error: BaseException) -> None:
+        told = vars(error).setdefault("told_to_ranks", [])
+        if getattr(error, "on_all_ranks", False) or id(self) in told:
+            return
+        told.append(id(self))
+        said = line_of(error) if str(error) else ""
+        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        text = f"rank {self._rank} stopped in {self.doing} by {what}"
+        self._given_up = self._image, text
+        if self._epochs.present.link is not None:
+            self._epochs.leave(Reason("stopped", text))
+        if not self._depth:  # no more of an image whose beginning was inferred
+            self._begin()
 
     def surviving(self, act: Callable[[], Result], what: str) -> Result:
-        control = self._control
         while True:
             try:
                 return act()
@@ -214,7 +201,7 @@ class ProcessRanks:
                 lost = error
             while True:
                 try:
-                    told = control.exchange(what, "points to go on from")
+                    told = self.exchange(what, "points to go on from")
                     break
                 except RankLost as error:
                     lost = error
@@ -228,93 +215,99 @@ class ProcessRanks:
                 failed.on_all_ranks = True
                 raise failed from lost
 
+    # --- what they send --------------------------------------------------------------------------
 
-_CONTROLS: WeakKeyDictionary[dist.ProcessGroup | Meeting, Control] = WeakKeyDictionary()
+    def gather(self, piece: Tensor, header: Tensor | None = None) -> Gathering:
+        what = "pieces" if header is None else "the prediction"
+        return Collective(piece, self.size, self._waiting, what, header)
 
+    def persistent_gather(self, count: int, device: torch.device) -> Gathering:
+        peers = self._reached(device)
+        if peers is not None:
+            return Copies(count, peers)
+        piece = torch.empty(count, dtype=torch.uint8, device=device)
+        return Collective(piece, self.size, self._waiting, "keys and values")
 
-def _control(group: dist.ProcessGroup | Meeting) -> Control:
-    """Of a group there is one in a process, whatever models share it."""
-    if group not in _CONTROLS:
-        control = _control_of(group)
-        _CONTROLS[group] = control
-        weakref.finalize(group, control.close).atexit = False
-    return _CONTROLS[group]
+    def filled(self, count: int, device: torch.device) -> Filled:
+        """Memory that is filled in the background, with up to `count` bytes of every rank.
 
+        All ranks make as many, in one order, and anew in each epoch.
+        """
+        peers = self._reached(device)
+        if peers is not None:
+            return Copies(count, peers, urgent=False)
+        return Filling(count, self.size, self._waiting, device)
 
-def _control_of(group: dist.ProcessGroup | Meeting) -> Control:
-    if isinstance(group, Meeting):
-        store = dist.PrefixStore(group.name, group.store)
-        within_s = timeout_asked() or DEFAULT_TIMEOUT_S
-        return Control(store, group.name, group.rank, group.size, group.backends, within_s)
-    pairs = dist.get_backend_config(group).split(",")
-    backends = dict(pair.split(":") for pair in pairs if ":" in pair)
-    return Control(
-        _get_process_group_store(group),
-        group.group_name,
-        group.rank(),
-        group.size(),
-        backends,
-        timeout_s(group),
-    )
+    def _reached(self, device: torch.device) -> Peers | None:
+        link = self.link
+        if self._peers_of is not link:
+            self._peers_of, self._peers = link, {}
+        if device not in self._peers:
+            self._peers[device] = reach(link, device, self.exchange)
+        return self._peers[device]
 
+    def exchange(self, mine: Any, what: str) -> list[Any]:
+        """Everyone's, by rank; picklable.
 
-class _Collective:
-    """From the same memory into the same each time, so that what is recorded can read it."""
+        The first of an image finds all ranks, too: those that stopped in the last image after this
+        one had ended it are met anew.
 
-    # It may be recorded, but then by all ranks or none.
-    recordable = False
+        Raises:
+            RanksDisagree: on all ranks, which are here for something else.
+            RankLost, RankFailed: see `Waiting.awaiting`.
+        """
+        while True:
+            first = not self._waiting.waited
+            link, image = self.link, self._image
+            if link.size == 1:
+                return [mine]
+            data = pickle.dumps((image, what, mine))
+            try:
+                with self._waiting.awaiting(f"exchange of {what}"):
+                    everyones = link.exchange(data)
+            except (RankFailed, RanksDisagree):
+                # Who left in the last image, or is still in it and is told now, is met anew.
+                if not (first and self._is_ahead(image)):
+                    raise
+                continue
+            told = [pickle.loads(x) for x in everyones]
+            images = [x for x, _, _ in told]
+            if len(set(images)) == 1:
+                break
+            if not first or image < max(images):
+                if not self._depth:  # nobody counts on: their next call is of the same image
+                    self._image = max(images)
+                self._refuse("image number", images)
+            # The others are told that they are in an image which this rank has left.
+            self._waiting.waited = False
+        if len({x for _, x, _ in told}) > 1:
+            self._refuse("the ranks exchange", [x for _, x, _ in told])
+        return [x for _, _, x in told]
 
-    def __init__(
-        self, piece: Tensor, ranks: ProcessRanks, what: str, header: Tensor | None = None
-    ) -> None:
-        # Kept, because its memory must stay untouched until the collective has read it.
-        self.piece = piece.contiguous()
-        self._of = self.piece.view(-1).view(torch.uint8)
-        count = self._of.numel()
-        if header is not None:
-            padding = self._of.new_empty(-count % ALIGNMENT)
-            self._of = torch.cat([self._of, padding, header.to(piece.device).view(torch.uint8)])
-        self._to = self._of.new_empty(ranks.size, self._of.numel())
-        pieces = self._to[:, :count]
-        self.whole: Tensor | None = (
-            pieces.view(piece.dtype).unflatten(1, piece.shape) if piece.dim() else None
-        )
-        self.pieces: Sequence[Tensor] = [x.view(piece.dtype).view(piece.shape) for x in pieces]
-        self._headers = None if header is None else self._to[:, -BYTES:].view(torch.float64)
-        self._ranks = ranks
-        self._what = what
-        self._works: Sequence[dist.Work] = ()
+    def _is_ahead(self, image: int) -> bool:
+        """Whether another rank of this epoch is in an earlier image, or has left it in one."""
+        number = self._epochs.present.number
+        there = [word for word in self._presence.words.values() if word.epoch == number]
+        left = [word.left for word in there if word.left and word.left.epoch == number]
+        return min([x.image for x in there] + [x.image for x in left], default=image) < image
 
-    def start(self) -> Gathering:
-        self._works = self._ranks.control.start(self._to, self._of, self._what)
-        return self
+    def _refuse(self, name: str, values: Sequence[Any]) -> NoReturn:
+        lines = [f"the ranks are at different points:\n  {name}"]
+        lines += [f"    rank {r}: {x}" for r, x in zip(self.members, values, strict=True)]
+        lines.append("Every rank must make the same calls, in the same order")
+        error = RanksDisagree("\n".join(lines))
+        error.on_all_ranks = True
+        raise error
 
-    def wait(self) -> Sequence[Tensor]:
-        """Raises RankFailed, RankLost or RanksDisagree where a rank doesn't send the like."""
-        control = self._ranks.control
-        control.finish(self._works, self._to.device, self._what)
-        self._works = ()
-        if self._headers is not None:
-            control.compare(self._headers)
-        return self.pieces
+    def any(self, flag: bool) -> bool:
+        return any(self.exchange(flag, "votes"))
 
+    def least(self, values: Sequence[float]) -> list[float]:
+        everyones = self.exchange(list(values), "numbers")
+        return [min(several) for several in zip(*everyones, strict=True)]
 
-class _Filled:
-    """See `Filled`."""
+    def agree(self, fingerprint: Mapping[str, Any]) -> None:
+        check_agreement(self.exchange(dict(fingerprint), "fingerprints"))
 
-    recordable = False
-
-    def __init__(self, count: int, ranks: ProcessRanks, device: torch.device) -> None:
-        self.memory = torch.empty(ranks.size * count, dtype=torch.uint8, device=device)
-        self._ranks = ranks
-        self._works: Sequence[dist.Work] = ()
-
-    def fill(self, piece: Tensor) -> None:
-        control, size = self._ranks.control, self._ranks.size
-        whole = self.memory[: size * piece.numel()].view(size, -1)
-        self._works = control.start(whole, piece, "weights")
-
-    def wait(self) -> None:
-        """Raises RankFailed, RankLost or RanksDisagree where a rank doesn't send the like."""
-        self._ranks.control.finish(self._works, self.memory.device, "weights")
-        self._works = ()
+    def run(self, step: Callable[[], Result]) -> Result:
+        return step()

@@ -24,7 +24,8 @@ from piflux.pipelines.calls import arguments, takes
 from piflux.pipelines.folders import as_kind, load
 from piflux.ranks.board import bounded
 from piflux.ranks.groups import own_device
-from piflux.ranks.processes import Meeting, ProcessRanks
+from piflux.ranks.meeting import Meeting
+from piflux.ranks.processes import ProcessRanks
 from piflux.serving.adapters import Adapters
 from piflux.serving.messages import Draw, Finished, Group, Loaded, Shown, Source, Step, Told
 from piflux.serving.previews import Previews

@@ -92,7 +92,7 @@ def decide(
     """
     from piflux.tools.preview import preview  # imports the compiler, a second
 
-    ranks = ProcessRanks(_joined())
+    ranks = ProcessRanks.of(_joined())
     foreseen = preview(
         config,
         Schedule(world_size=ranks.size),
@@ -137,10 +137,10 @@ def _link(pair: tuple[int, int], device: torch.device) -> Link:
     group = dist.new_group(list(pair))
     gbs = 0.0
     if dist.get_rank() in pair:
-        gbs = measure_link(ProcessRanks(group), device, PROBE_BYTES)
+        gbs = measure_link(ProcessRanks.of(group), device, PROBE_BYTES)
     reaches = torch.cuda.can_device_access_peer(*pair) if device.type == "cuda" else None
     # The two's own slower one, which the others' infinity leaves alone.
-    (least,) = ProcessRanks(_joined()).least([gbs or math.inf])
+    (least,) = ProcessRanks.of(_joined()).least([gbs or math.inf])
     return Link(pair, reaches, least)
 
 
