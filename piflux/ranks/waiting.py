@@ -243,5 +243,3 @@ class Waiting:
 def _is_of_link(error: RuntimeError) -> bool:
     """Whether a connection failed: others, such as want of memory, have types of their own."""
     return type(error) is RuntimeError or isinstance(error, dist.DistError)
-
-
