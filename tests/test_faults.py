@@ -3,7 +3,10 @@
 import math
 import os
 import socket
+import threading
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,8 +17,11 @@ from piflux.errors import RankFailed
 from piflux.integrations.alike import _scales
 from piflux.ranks import environment
 from piflux.ranks.agreement import Norm
-from piflux.ranks.board import Board, Silent, bounded
+from piflux.ranks.board import Answer, Board, Silent, bounded
+from piflux.ranks.epochs import Epoch
 from piflux.ranks.groups import resolve_group
+from piflux.ranks.presence import HURRY_S, Wait
+from piflux.ranks.waiting import SURE, Waiting
 
 SOME = [
     Fault("killed", "rotate", 2, 0, 0, None),
@@ -147,9 +153,56 @@ def test_who_asks_does_not_wait_for_ever():
     with pytest.raises(ZeroDivisionError):
         board.ask(lambda _: 1 / 0).get(5)
     assert board.ask(lambda _: "next").get(5) == "next"
+    hangs = threading.Event()
+    board.ask(lambda _: hangs.wait(30))
+    with pytest.raises(Silent):
+        board.find(lambda _: "another one", 0.2)
+    with mock.patch.object(Answer, "get") as get:
+        board.find(lambda _: "yet another", 0.2)
+    get.assert_called_once_with(0.0)  # who has been silent for so long is not waited for anew
+    hangs.set()
+    assert board.find(lambda _: "the last", 30) == "the last"
     board.close(5)
     with pytest.raises(Silent):
         bounded(lambda: time.sleep(1), 0.05)
+
+
+# --- waiting ------------------------------------------------------------------------------------
+
+
+def waiting_for(beats, theirs):
+    """Of rank 0 of 2, after so many beats in which it waited for votes, and what is said of it.
+
+    `theirs`: the beats of the other rank, one look at it after the other.
+    """
+
+    def word(beat):
+        return SimpleNamespace(
+            epoch=0, left=None, busy=False, beat=beat, wait=Wait("weights", 5, "step 1", 0.0, 0)
+        )
+
+    presence = SimpleNamespace(beat=beats, words={}, gone=dict, answered=0.0, silence_s=5.0)
+    epochs = SimpleNamespace(present=Epoch(0, (0, 1), None), allowed=lambda _: math.inf)
+    waiting = Waiting(presence, epochs, 0, timeout_s=8)
+    for beat in theirs:
+        presence.words = {1: word(beat)}
+        reason = waiting._reason(Wait("votes", 4, "step 0", 0.0, 0))
+    return reason
+
+
+LONG = int(8 / 4 / HURRY_S)  # beats, at the timeout of 8 s
+
+
+@pytest.mark.parametrize("beats, theirs", [(LONG, (9, 12)), (9, (LONG, LONG + 3)), (LONG, (LONG,))])
+def test_ranks_that_are_slow_are_not_at_different_points(beats, theirs):
+    """However many seconds have gone by: one may have what it waits for, and not know it yet."""
+    assert waiting_for(beats, theirs) is None
+
+
+def test_ranks_that_stay_at_different_points_are_told():
+    reason = waiting_for(LONG, (LONG, LONG + SURE))
+    assert reason.kind == "disagree"
+    assert "rank 0: step 0, votes\n  rank 1: step 1, weights" in reason.text
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -72,18 +73,33 @@ class Board:
     def __init__(self, store: dist.Store) -> None:
         self._questions: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._store = store
+        self._since: float | None = None  # when the question that is being answered was put
         self._thread = threading.Thread(target=self._work, daemon=True, name="piflux-board")
         self._thread.start()
 
     def _work(self) -> None:
         while (question := self._questions.get()) is not None:
+            self._since = time.monotonic()
             question()
+            self._since = None
 
     def ask(self, act: Callable[[dist.Store], Result]) -> Answer[Result]:
         """Returns at once."""
         answer: Answer[Result] = Answer()
         self._questions.put(lambda: answer.found(lambda: act(self._store)))
         return answer
+
+    def find(self, act: Callable[[dist.Store], Result], within_s: float) -> Result:
+        """Waits for what `ask` gives.
+
+        Raises:
+            Silent: it isn't there by then. At once, where a question that was put earlier has
+                waited for so long.
+            Exception: what `act` raises.
+        """
+        since, now = self._since, time.monotonic()
+        waited_s = 0.0 if since is None else now - since
+        return self.ask(act).get(max(0.0, within_s - waited_s))
 
     def close(self, within_s: float) -> None:
         """Once all that was asked is answered, or the time is over."""

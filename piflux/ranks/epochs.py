@@ -142,7 +142,7 @@ class Epochs:
 
         while True:
             try:
-                read, found = presence.ask(decided).get(2 * presence.silence_s)
+                read, found = presence.find(decided)
             except Exception as error:
                 if len(others) == 1 and number > 0:
                     return (self._rank,)  # the store went with the other one
@@ -158,8 +158,8 @@ class Epochs:
             here = [rank for rank in others if rank in words and words[rank].here == number]
             if all(rank in here or rank in gone for rank in others):
                 mine = json.dumps(sorted([self._rank, *here]))
-                written = presence.ask(methodcaller("compare_set", key, "", mine))
-                return tuple(json.loads(written.get(2 * presence.silence_s)))
+                written: bytes = presence.find(methodcaller("compare_set", key, "", mine))
+                return tuple(json.loads(written))
             me = presence.say()
             for rank in others:
                 stopped = words[rank].given_up if rank in words else None

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -22,6 +22,8 @@ from piflux.ranks.board import Answer, Board, bounded
 from piflux.ranks.meeting import Meeting
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 BEAT_S = 1.0
 """How often a rank writes its word, and reads the others'."""
@@ -155,16 +157,16 @@ class Presence:
 
     # --- what is written and read ----------------------------------------------------------------
 
-    def ask(self, act: Callable[[dist.Store], Any]) -> Answer[Any]:
-        """What `act` finds on the board; returns at once."""
-        return self._board.ask(act)
+    def find(self, act: Callable[[dist.Store], Result]) -> Result:
+        """What `act` finds on the board. Raises Silent, or what the store raises."""
+        return self._board.find(act, 2 * self.silence_s)
 
     def _write(self, store: dist.Store) -> None:
         self.beat += 1
         store.set(f"state/{self._rank}", replace(self.say(), beat=self.beat).written())
 
     def write_and_read(self, store: dist.Store) -> dict[int, Word]:
-        """To be asked of the board, and given to `take`."""
+        """For `find`, and then for `take`."""
         self._write(store)
         others = self._others
         new = [rank for rank in others - self._written if store.check([f"state/{rank}"])]
@@ -187,7 +189,7 @@ class Presence:
 
     def look(self) -> None:
         """Write and read now. Raises Silent, or what the store raises."""
-        self.take(self.ask(self.write_and_read).get(self.silence_s))
+        self.take(self._board.find(self.write_and_read, self.silence_s))
 
     def watch(self, waits: Callable[[], Wait | None], call_back: Callable[[Wait], None]) -> None:
         """Begin to write and read, in a thread of its own.
@@ -205,7 +207,8 @@ class Presence:
         self, waits: Callable[[], Wait | None], call_back: Callable[[Wait], None]
     ) -> None:
         """The thread's life. It asks, but waits for no answer: what it ends may hang on it."""
-        latest, asked = 0.0, None
+        latest = 0.0
+        asked: Answer[dict[int, Word]] | None = None
         while not self._closed.wait(HURRY_S if self.say().wait else BEAT_S / 4):
             try:
                 now = time.monotonic()
@@ -216,7 +219,7 @@ class Presence:
                 wait = waits()
                 hurries = wait is not None and now - wait.since > PATIENCE_S
                 if asked is None and now - latest >= (HURRY_S if hurries else BEAT_S):
-                    latest, asked = now, self.ask(self.write_and_read)
+                    latest, asked = now, self._board.ask(self.write_and_read)
                 if wait is not None and hurries:
                     call_back(wait)
             except Exception:
