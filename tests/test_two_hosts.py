@@ -165,4 +165,3 @@ def test_a_link_that_fails(hosts, tmp_path):
     # What it can't see is whether the other lives: it may as well have raised first.
     for image in IMAGES[3:]:
         assert other[image][0].partition(":")[0] in ("right", "RankLost", "RankFailed"), other
-
