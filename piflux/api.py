@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported, UserError
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
@@ -18,7 +19,14 @@ from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.choices import MemoryLimit
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
-from piflux.errors import CannotCapture, CannotShard, CompileError, DependsOnData, plain
+from piflux.errors import (
+    CannotCapture,
+    CannotShard,
+    CompileError,
+    DependsOnData,
+    PifluxError,
+    plain,
+)
 from piflux.integrations.alike import SameWeights
 from piflux.integrations.diffusers import (
     has_step_cache,
@@ -65,6 +73,8 @@ class ParallelModule(View, nn.Module):
     _piflux_calls = 0
     _piflux_unchecked = True  # whether an image began since weights were compared
     _piflux_same_weights: SameWeights
+    _piflux_call: Callable[..., Any]
+    _piflux_hooks: tuple[tuple[int, int], ...] | None = None  # that were captured
 
     forward: Any = Forward()
     _old_forward: Any = OldForward()
@@ -75,16 +85,18 @@ class ParallelModule(View, nn.Module):
 
     def _piflux_run(self, *args: Any, **kwargs: Any) -> Any:
         """The compiled call; what it raises the other ranks are told of."""
-        ranks = self._piflux_compiler.runtime.ranks
-        try:
-            return self._piflux_called(*args, **kwargs)
-        except BaseException as error:
-            if ranks is not None:
-                ranks.stop(error)
-            raise
-        finally:
-            if ranks is not None:
-                ranks.busy = False
+        runtime = self._piflux_compiler.runtime
+        ranks = runtime.ranks
+        with runtime.alone(type(self).__name__):
+            try:
+                return self._piflux_called(*args, **kwargs)
+            except BaseException as error:
+                if ranks is not None:
+                    ranks.stop(error)
+                raise
+            finally:
+                if ranks is not None:
+                    ranks.busy = False
 
     def _piflux_called(self, *args: Any, **kwargs: Any) -> Any:
         """With the weights where hooks around it have put them."""
@@ -102,6 +114,11 @@ class ParallelModule(View, nn.Module):
                     partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
                     "weights",
                 )
+        if cls._piflux_unchecked or not self._piflux_compiler.runtime.explicit:
+            hooks = dynamo.hooks_within(self)
+            if cls._piflux_hooks not in (None, hooks):
+                dynamo.forget(cls._piflux_call)
+            cls._piflux_hooks = hooks
         cls._piflux_unchecked = False
         cls._piflux_calls += 1
         if ranks is not None:
@@ -125,11 +142,22 @@ class ParallelModule(View, nn.Module):
                 self._piflux_target(*args, **kwargs)
                 return self._piflux_compiled(*args, **kwargs)
             except (Unsupported, UserError, DependsOnData) as error:
-                self._piflux_break(error)
-            return self._piflux_in_fragments(args, kwargs)
+                note = self._piflux_break(error)
+            try:
+                result = self._piflux_in_fragments(args, kwargs)
+            except PifluxError:
+                raise
+            except Exception:
+                # The model refuses such inputs, which says nothing of its graph of others.
+                cls._piflux_fragments = None
+                raise
+            self._piflux_compiler.runtime.notes.append(note)
+            if ranks is None or ranks.rank == 0:
+                log.warning("%s", note)
+            return result
 
-    def _piflux_break(self, reason: Exception) -> None:
-        """From now on take the graphs that Dynamo makes of the parts of a call."""
+    def _piflux_break(self, reason: Exception) -> str:
+        """From now on take the graphs that Dynamo makes of the parts of a call; says why."""
         compiler = self._piflux_compiler
         if compiler.shares is not None:
             raise CannotCapture(
@@ -142,9 +170,6 @@ class ParallelModule(View, nn.Module):
             f"{type(self).__name__} is no one graph ({first}): each of its graphs is split by "
             "itself, and what goes from one to the next is gathered"
         )
-        compiler.runtime.notes.append(note)
-        if compiler.runtime.ranks is None or compiler.runtime.ranks.rank == 0:
-            log.warning("%s", note)
         call = dynamo.call_of(self._piflux_target)
         dynamo.forget_with(self, call)
         # What was raised holds what the model was called with: its frames, and what Dynamo adds.
@@ -152,6 +177,7 @@ class ParallelModule(View, nn.Module):
         why.__traceback__ = why.__cause__ = why.__context__ = None
         vars(why).pop("_torch_dynamo_tracer_output", None)
         type(self)._piflux_fragments = dynamo.in_fragments(call, compiler), why
+        return note
 
     def _piflux_in_fragments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._piflux_fragments is not None
@@ -290,6 +316,11 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
             "this module is already wrapped by torch.compile: pass the original module; "
             "parallelize compiles it"
         )
+    if isinstance(target, (torch.jit.ScriptModule, nn.DataParallel, DistributedDataParallel)):
+        raise ValueError(
+            f"this {type(target).__name__} is not the model as it was written: pass the module "
+            "that it was made of"
+        )
     if any(map(is_shared, target.parameters())):
         raise ValueError(
             f"the weights of this {type(target).__name__} are shared over the ranks already, by "
@@ -313,6 +344,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         _piflux_compiler=compiler,
         _piflux_same_weights=SameWeights(),
         _piflux_settings=dynamo.settings(),
+        _piflux_call=staticmethod(call),
         _piflux_compiled=staticmethod(dynamo.compiled(call, compiler)),
     )
     dynamo.forget_with(view, call)
@@ -371,9 +403,15 @@ def generation(target: Any, *, timesteps: Tensor | None = None) -> Iterator[None
             then computed for all steps at once.
 
     Raises:
-        TypeError: the target isn't parallelized.
+        TypeError: the target isn't parallelized, or `timesteps` is no such tensor.
         StepsUnforeseen: at the end, if the first of `timesteps` was met and a later step's was not.
     """
+    if timesteps is not None and not (isinstance(timesteps, Tensor) and timesteps.dim() == 1):
+        shape = f" of shape {tuple(timesteps.shape)}" if isinstance(timesteps, Tensor) else ""
+        raise TypeError(
+            f"timesteps must be a tensor with one number a step, got {type(timesteps).__name__}"
+            f"{shape}"
+        )
     foreseen = None if timesteps is None else partial(shown, timesteps)
     modules = _parallel_modules(target)
     calls = [module._piflux_calls for module in modules]

@@ -9,6 +9,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from unittest import mock
 
@@ -78,6 +79,72 @@ def test_hooks_run_once():
     parallel.register_forward_hook(lambda *_: calls.append(1))
     parallel(torch.randn(1, 6, 8))
     assert calls == [1]
+
+
+def test_hooks_that_come_and_go():
+    """Dynamo itself would go on with those of the first call."""
+    model, x = Attention(), torch.randn(1, 6, 8)
+    parallel = piflux.parallelize(model, inner="eager")
+    assert torch.equal(parallel(x), model(x))
+    for module in (model.project, parallel):
+        hook = module.register_forward_hook(lambda _, args, out: out * 2)
+        assert torch.equal(parallel(x), model(x))
+        hook.remove()
+    with piflux.generation(parallel):
+        assert torch.equal(parallel(x), model(x))
+        graphs = len(piflux.explain(parallel).graphs)
+        parallel(x)
+    assert len(piflux.explain(parallel).graphs) == graphs, "captured anew without need"
+
+
+class Picky(Attention):
+    def forward(self, x, y=None):
+        if x.shape[1] == 7:
+            raise ValueError("seven is refused")
+        return super().forward(x)
+
+
+def test_a_call_that_the_model_refuses_changes_nothing():
+    """It is no graph break: later calls are of one graph as before."""
+    parallel, x = piflux.parallelize(Picky(), inner="eager"), torch.randn(1, 6, 8)
+    want = parallel(x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        parallel(y=x)
+    with pytest.raises(ValueError, match="seven is refused"):
+        parallel(torch.randn(1, 7, 8))
+    assert torch.equal(parallel(x), want)
+    report = piflux.explain(parallel)
+    assert (len(report.graphs), report.notes) == (1, ())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_thread_at_a_time(ranks):
+    """Also of two models on the same ranks; the call under way is not disturbed."""
+    group = piflux.virtual_ranks(ranks) if ranks > 1 else None
+    entered, leave = threading.Event(), threading.Event()
+
+    def inner(gm, inputs):
+        def run(*args):
+            if not entered.is_set():
+                entered.set()
+                assert leave.wait(60)
+            return gm(*args)
+
+        return run
+
+    models = [Attention(), Attention()]
+    first, second = (piflux.parallelize(m, inner=inner, group=group) for m in models)
+    x, drawn = torch.randn(1, 6, 8), []
+    thread = threading.Thread(target=lambda: drawn.append(first(x)))
+    thread.start()
+    assert entered.wait(60)
+    for model in [first, second] if ranks > 1 else [first]:
+        with pytest.raises(RuntimeError, match="another thread is calling this Attention"):
+            model(x)
+    leave.set()
+    thread.join(60)
+    assert (drawn[0] - models[0](x)).abs().max() < 1e-6
+    assert (second(x) - models[1](x)).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -260,6 +327,30 @@ def test_a_module_of_the_backend_is_explained():
     other(x)
     with pytest.raises(TypeError, match="no graph"):
         piflux.explain(other)
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.5], 2, torch.ones(1, 2), torch.tensor(1.0)])
+def test_timesteps_are_a_tensor_of_one_dimension(times):
+    parallel = piflux.parallelize(Attention(), inner="eager")
+    with (
+        pytest.raises(TypeError, match="timesteps must be"),
+        piflux.generation(parallel, timesteps=times),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, lambda m: torch.jit.trace(m, torch.ones(1, 6, 8))]
+)
+def test_wrapped_modules_are_refused(wrap):
+    with pytest.raises(ValueError, match="pass the module that it was made of"):
+        piflux.parallelize(wrap(Attention()))
+
+
+@pytest.mark.parametrize("shares", ["no", 1, None])
+def test_whether_weights_are_shared_is_a_bool(shares):
+    with pytest.raises(ValueError, match="shard_weights"):
+        piflux.parallelize(Attention(), shard_weights=shares)
 
 
 def test_a_generation_without_a_call_is_told_of(caplog):

@@ -216,7 +216,7 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
     [
         ([], "give either a prompt, or a file of them"),
         (["x", f"--prompts={__file__}"], "give either a prompt, or a file of them"),
-        (["--prompts=./no/file"], "--prompts no/file: can't be read: [Errno 2] No such file"),
+        (["--prompts=./no/file"], "--prompts no/file: can't be read: No such file"),
         (["--prompts=/dev/null"], "no prompt in it"),
         ([" "], "the prompt is empty"),
         (["x", f"--seed={2**64}"], "--seed"),
@@ -227,7 +227,13 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--lora=./none:0.5"], "no such file or folder: ./none"),
         (["x", f"--lora={__file__}:nan"], "the scale is not a finite number"),
         (["x", f"--mask={__file__}"], "--mask says where --image is painted anew"),
-        (["x", "--order=0", "--compression=int8"], "order=0 remembers one"),
+        (["x", f"--image={__file__}"], f"--image {__file__} can't be read as a picture"),
+        (["x", "--image=small.png"], "--image small.png: is 20x9, and the smallest picture is"),
+        (["x", "--image=cut.png"], "--image cut.png can't be read as a picture"),
+        (["x", "--order=0", "--compression=int8"], "--order=0 remembers one"),
+        (["x", "--compute=29"], "--compute 29: an image has 28 steps"),
+        (["x", "--compute=xx.", "--steps=4"], "--compute xx.: an image has 4 steps"),
+        (["x", "--compute=1"], "--compute=1: at least 2 steps"),
         (["x", "--memory=much"], "--memory much: write 'auto', or a number of GiB"),
         (["x", "--memory=-1"], "--memory -1: write 'auto', or a number of GiB"),
         (["x", "--size=320000x320000"], "GiB at least, and"),
@@ -239,7 +245,7 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--ranks=0"], "--ranks"),
         (["x", "--policy=warp"], "'displaced', 'auto', or a .json file of settings"),
         (["x", "--policy=no.json"], "not a file of settings"),
-        (["x", "--sync-steps=-1"], "sync_steps must be an integer >= 0, or several of them"),
+        (["x", "--sync-steps=-1"], "--sync-steps must be an integer >= 0, or several"),
         (["x", "--sync-steps=0,two"], "got (0, 'two')"),
         (["x", "--steps=0"], "--steps"),
         (["x", "--inner=magic"], "--inner"),
@@ -247,10 +253,17 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--out=/proc/x.png"], "/proc can't be written to"),
         (["x", "--ranks=17", "--size=64x64"], "has 16 tokens and a prompt 24; each needs as many"),
         (["x", "--out=x.jpg"], "written as .png, videos as .mp4"),
+        (["x", "--out=folder.png"], "--out folder.png: is a folder"),
     ],
 )
-def test_wrong_usage(arguments, said):
+def test_wrong_usage(arguments, said, tmp_path, monkeypatch):
     """Told in one line, and by one rank."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "tests").mkdir()
+    Image.new("RGB", (20, 9)).save("small.png")
+    Image.new("RGB", (64, 64)).save("cut.png")
+    os.truncate("cut.png", 60)
     result = invoke("generate", *arguments)
     assert result.exit_code == 2
     assert said in result.output

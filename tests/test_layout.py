@@ -221,6 +221,13 @@ mixes tokens between two attentions, where no rank holds all of them
   line: test_layout.py, in model: return attend(y - y.mean(1, keepdim=True))""",
         )
 
+    def test_a_dropout_that_drops(self):
+        def model(x):
+            return attend(F.dropout(attend(x), 0.1, training=True))
+
+        refusal = self.refusal(model, torch.randn(1, 6, 8))
+        assert "call .eval() on the model\n  node: %dropout" in refusal
+
     def test_an_op_without_a_rule(self):
         def model(x):
             return attend(attend(x).tril())

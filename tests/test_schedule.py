@@ -140,21 +140,54 @@ def test_what_is_compressed():
             Schedule(order=0, compression=compression)
 
 
-@pytest.mark.parametrize("wrong", [{"order": 2}, {"sync_steps": (0, -1)}, {"sync_steps": (0.5,)}])
-def test_wrong_orders_and_sync_steps(wrong):
-    (name,) = wrong
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("order", 2),
+        ("order", True),
+        ("sync_steps", (0, -1)),
+        ("sync_steps", (0.5,)),
+        ("sync_steps", True),
+        ("sync_steps", "2"),
+        ("refresh_every", True),
+        ("world_size", 0),
+        ("world_size", 2.0),
+        ("compute", (0, 2, 5)),  # numbers of steps, as sync_steps takes them
+        ("compute", b"xx."),
+        ("policy", None),
+        ("policy", ["gather"]),
+    ],
+)
+def test_wrong_settings(name, value):
+    """By `Schedule` and `parallelize` alike; True is no number."""
     with pytest.raises(ValueError, match=name):
-        Schedule(**wrong)
+        Schedule(**{name: value})
+    if name != "world_size":
+        with pytest.raises(ValueError, match=name):
+            piflux.parallelize(torch.nn.Linear(1, 1), **{name: value})
+
+
+def test_sequences_of_steps_are_read_alike():
+    assert Schedule(sync_steps=[0, 2]) == Schedule(sync_steps=(0, 2))
+    assert Schedule(sync_steps=range(3)).sync_steps == (0, 1, 2)
+    assert Schedule(compute=[True, 1, 0]).compute == "xx."
+
+
+@pytest.mark.parametrize("index", [-1, 1.0, None])
+def test_a_step_has_a_number(index):
+    with pytest.raises(ValueError, match="step's number"):
+        Schedule().step(index)
 
 
 def test_settings_from_a_file(tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text('{"policy": "displaced", "sync_steps": [0, 2], "order": 0}')
-    model = piflux.parallelize(
-        torch.nn.Linear(1, 1), group=piflux.virtual_ranks(2), policy=str(path), sync_steps=9
-    )
-    schedule = model._piflux_compiler.runtime.schedule
-    assert schedule == Schedule("displaced", (0, 2), world_size=2, order=0)
+    for policy in (path, str(path)):
+        model = piflux.parallelize(
+            torch.nn.Linear(1, 1), group=piflux.virtual_ranks(2), policy=policy, sync_steps=9
+        )
+        schedule = model._piflux_compiler.runtime.schedule
+        assert schedule == Schedule("displaced", (0, 2), world_size=2, order=0)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +198,8 @@ def test_settings_from_a_file(tmp_path):
         ("[1]", "JSON object of policy"),
         ('{"ranks": 2}', "JSON object of policy"),
         ('{"policy": "warp"}', "unknown policy 'warp'"),
+        ('{"compute": 18}', "only policy has to be there"),
+        ('{"policy": "rotate", "compute": [0, 2, 5]}', "compute="),
     ],
 )
 def test_wrong_files_of_settings(tmp_path, text, said):

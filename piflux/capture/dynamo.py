@@ -128,6 +128,25 @@ def in_fragments(call: Callable[..., Any], fragments: Fragments) -> Callable[...
     return torch.compile(call, backend=piflux)
 
 
+def hooks_within(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """PyTorch's own hooks of a model's forward, each by its module's place and its number.
+
+    Dynamo takes them into the graph, and by default doesn't look again whether they are the same.
+    To have it look at each call takes a millisecond for every few hundred modules.
+    """
+    return tuple(
+        (place, number)
+        for place, module in enumerate(model.modules())
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for number in hooks
+    )
+
+
+def forget(call: Callable[..., Any]) -> None:
+    """Dynamo captures `call` anew."""
+    torch._dynamo.eval_frame.reset_code(call.__code__)
+
+
 def forget_with(owner: object, call: FunctionType) -> None:
     """Once `owner` is gone, Dynamo forgets the graphs of `call`: it keeps a code's for good, and
     they the caches."""

@@ -24,7 +24,6 @@ from piflux.compile.program import Counted, Program, make_program
 from piflux.compile.report import GraphReport
 from piflux.errors import CannotShard, CompileError, NoAttention, NothingToShare, plain
 from piflux.memory.shares import Shares
-from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     Compression,
     PolicyName,
@@ -94,8 +93,8 @@ class Compiler:
         ranks = self.runtime.ranks
         if isinstance(ranks, ProcessRanks):
             return Shares(ranks)
-        what = "one rank alone" if ranks is None else "ranks of one process"
-        line = f"shard_weights: {what} has every weight once, there is nothing to share"
+        what = "one rank alone has" if ranks is None else "ranks of one process have"
+        line = f"shard_weights: {what} every weight once, there is nothing to share"
         self.runtime.notes.append(line)
         log.warning("%s", line)
         return None
@@ -349,20 +348,22 @@ def make_compiler(
     # A bad value is reported before any rank waits for another.
     settings: dict[str, Any] = {
         "policy": policy,
-        "sync_steps": tuple(sync_steps) if isinstance(sync_steps, Sequence) else sync_steps,
+        "sync_steps": sync_steps,
         "refresh_every": refresh_every,
         "sync": sync,
         "order": order,
         "compression": compression,
-        "compute": read_compute(compute),
+        "compute": compute,
     }
-    if policy.endswith(".json"):
+    if str(policy).endswith(".json"):
         settings |= read_settings(policy)
     chooses = settings["policy"] == "auto"
     if chooses:
         settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
     check_memory(memory)
+    if not isinstance(shard_weights, bool):
+        raise ValueError(f"shard_weights must be True or False, got {shard_weights!r}")
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)

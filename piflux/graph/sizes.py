@@ -82,7 +82,7 @@ def example_size(size: sympy.Expr | int | torch.SymInt, near: Tensor) -> int:
         return int(size)
     env = _shape_env(near)
     # torch 2.11 and 2.12 have it under the second name.
-    values = getattr(env, "backed_var_to_val", None) or env.var_to_val
+    values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     return int(size.xreplace(values))
 
 

@@ -145,9 +145,11 @@ class ParallelPipeline(View):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One generation: the pipeline's own call, from the same noise on every rank."""
         ranks = ranks_of(self)
-        if ranks is None:
-            return self._piflux_call(None, *args, **kwargs)
-        with ranks.image():
+        with contextlib.ExitStack() as stack:
+            for runtime in self._piflux_runtimes():
+                stack.enter_context(runtime.alone(type(self).__name__))
+            if ranks is not None:
+                stack.enter_context(ranks.image())
             return self._piflux_call(ranks, *args, **kwargs)
 
     def _piflux_call(self, ranks: ProcessRanks | None, *args: Any, **kwargs: Any) -> Any:

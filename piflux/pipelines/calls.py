@@ -143,5 +143,5 @@ def read_picture(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise CannotLoad(f"{path} can't be read as a picture: {error}") from error

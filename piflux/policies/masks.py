@@ -23,7 +23,7 @@ def read_compute(given: str | int | Sequence[object]) -> Compute:
 
     Args:
         given: 'all', 'auto', a number of steps, or a mask: text like 'xxxx.x.x', or a sequence of
-            what is true for computed steps.
+            bools, true for computed steps.
 
     Raises:
         ValueError: anything else, or a mask that leaves out one of the first two steps.
@@ -39,7 +39,7 @@ def read_compute(given: str | int | Sequence[object]) -> Compute:
                 "others are continued"
             )
         return given
-    elif isinstance(given, Sequence):
+    elif isinstance(given, Sequence) and all(step in (0, 1) for step in given):
         mask = "".join(COMPUTED if step else SKIPPED for step in given)
     else:
         raise ValueError(_wrong(given))
@@ -57,7 +57,7 @@ def _wrong(given: object) -> str:
     return (
         f"compute={given!r}: choose 'all', 'auto', a number of steps, or a mask with an "
         f"{COMPUTED!r} for each step that is computed and a {SKIPPED!r} for each that is not, as "
-        "in 'xxxx.x.x'"
+        "in 'xxxx.x.x', or a bool for each step"
     )
 
 

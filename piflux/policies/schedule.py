@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -35,6 +36,11 @@ FEW_SYNC_STEPS = (0, 1)
 SKIPPING_SYNC_STEPS = (0, 2, 5)
 SKIPPING_SYNC_STEPS_OF_MANY = (0, 2, 5, 10, 16)
 """Of more than two ranks."""
+
+
+def is_count(value: object, least: int = 0) -> bool:
+    """Whether it is an integer from `least` on; True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
@@ -85,29 +91,29 @@ class Schedule:
                 f"the policy {self.policy!r} has sync steps only: recomputing them all is one "
                 "rank's work on every rank. Choose another policy, or sync='gather'"
             )
-        read_compute(self.compute)
+        object.__setattr__(self, "compute", read_compute(self.compute))
+        if not is_count(self.world_size, 1):
+            raise ValueError(f"world_size must be an integer >= 1, got {self.world_size!r}")
         if self.sync_steps is None:
             best = BEST_SYNC_STEPS
             if self.skips:
                 many = self.world_size > 2
                 best = SKIPPING_SYNC_STEPS_OF_MANY if many else SKIPPING_SYNC_STEPS
             object.__setattr__(self, "sync_steps", best)
-        steps = self.sync_steps
-        if not all(
-            isinstance(step, int) and step >= 0
-            for step in (steps if isinstance(steps, tuple) else (steps,))
-        ):
+        steps: Any = self.sync_steps
+        if isinstance(steps, Sequence) and not isinstance(steps, str):
+            steps = tuple(steps)
+            object.__setattr__(self, "sync_steps", steps)
+        if not all(map(is_count, steps if isinstance(steps, tuple) else (steps,))):
             raise ValueError(
                 f"sync_steps must be an integer >= 0, or several of them, got {steps!r}"
             )
-        if self.refresh_every is not None and (
-            not isinstance(self.refresh_every, int) or self.refresh_every < 1
-        ):
+        if self.refresh_every is not None and not is_count(self.refresh_every, 1):
             raise ValueError(
                 f"refresh_every must be an integer >= 1 or None, got {self.refresh_every!r}"
             )
 
-        if self.order not in (0, 1):
+        if not is_count(self.order) or self.order > 1:
             raise ValueError(f"order must be 0 or 1, got {self.order!r}")
         if self.compression not in get_args(Compression):
             raise ValueError(
@@ -169,8 +175,14 @@ class Schedule:
         Args:
             index: the step's.
             turn: how many were computed before it, by which parts rotate; None: all were.
+
+        Raises:
+            ValueError: `index` is no number of a step.
         """
         from piflux.policies.step import Step
+
+        if not is_count(index):
+            raise ValueError(f"a step's number must be an integer >= 0, got {index!r}")
 
         after = index - self.first_syncs[-1]
         refresh = self.refresh_every is not None and after > 0 and after % self.refresh_every == 0
@@ -254,10 +266,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"policy {str(path)!r}: not a file of settings: {error}") from None
-    if not isinstance(settings, dict) or not settings.keys() <= set(SETTINGS):
+    if not (isinstance(settings, dict) and {"policy"} <= settings.keys() <= set(SETTINGS)):
         raise ValueError(
-            f"policy {str(path)!r}: a file of settings is a JSON object of {', '.join(SETTINGS)}"
+            f"policy {str(path)!r}: a file of settings is a JSON object of {', '.join(SETTINGS)}; "
+            "only policy has to be there"
         )
-    if isinstance(settings.get("sync_steps"), list):
-        settings["sync_steps"] = tuple(settings["sync_steps"])
     return settings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -62,6 +63,7 @@ class ProcessRanks:
         """`timeout_s`: how long a rank is waited for that lives."""
         self.doing = "the beginning"
         self.busy = False
+        self.calling = threading.RLock()
         self.wish = False
         self.backends = meeting.backends
         self._rank = meeting.rank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
@@ -88,6 +89,9 @@ class Ranks(Protocol):
 
     busy: bool
     """Whether that is compiling, which others wait for longer than for anything else."""
+
+    calling: threading.RLock
+    """Held by the thread that calls a model of theirs."""
 
     wish: bool
     """Whether this rank wants the image under way to end: told with the next prediction."""

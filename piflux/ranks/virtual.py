@@ -27,12 +27,13 @@ class VirtualRanks:
     wish = False
 
     def __init__(self, size: int) -> None:
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"virtual_ranks needs at least 1 rank, got {size!r}")
         self.size = size
         self.rank = 0
         self.doing, self.busy = "", False
         self._turns: _Turns | None = None
+        self.calling = threading.RLock()
 
     def image(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -67,6 +68,7 @@ class Runtime:
         self._roles: dict[Any, tuple[object, Roles]] = {}
         self._fragments: tuple[Call, Counter[object]] | None = None
         self._went_on = False  # whether a stream had a second step since the image began
+        self._calling = threading.RLock() if ranks is None else ranks.calling
         self._epoch = -1  # of the ranks, in which the streams began
 
     def settle(self, schedule: Schedule) -> None:
@@ -82,6 +84,27 @@ class Runtime:
     def reset(self) -> None:
         """Forget every stream; the next call is a generation's first step."""
         self.streams.end()
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """A call, during which no other thread's may begin: steps are of one image at a time.
+
+        Args:
+            what: is called.
+
+        Raises:
+            RuntimeError: another thread calls it, or something else on the same ranks.
+        """
+        if not self._calling.acquire(blocking=False):
+            raise RuntimeError(
+                f"another thread is calling this {what}, or another model of the same ranks: one "
+                "picture is drawn at a time. Hold a lock while you draw one, or give each thread "
+                "a process of its own"
+            )
+        try:
+            yield
+        finally:
+            self._calling.release()
 
     @contextlib.contextmanager
     def generation(self, foreseen: Foreseen | None = None) -> Iterator[None]:

@@ -163,6 +163,8 @@ def generate(
     pixels = options.size(size)
     if mask is not None and image is None:
         raise typer.BadParameter("--mask says where --image is painted anew: give both")
+    options.check_picture("--image", image)
+    options.check_picture("--mask", mask)
     loras = options.loras(lora)
     out = options.picture(out)
 

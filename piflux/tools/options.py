@@ -17,13 +17,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
+from piflux.errors import CannotLoad
 from piflux.launch import cores, is_joined
+from piflux.pipelines.calls import read_picture
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,
+    SETTINGS,
     Schedule,
     read_settings,
 )
+
+SMALLEST = 16
+"""Pixels of a picture's side."""
 
 LARGEST_SEED = 2**64 - 1
 """Of torch's generators."""
@@ -143,7 +149,14 @@ def settings(
         Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
     except ValueError as error:
         also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
-        raise typer.BadParameter(f"{error}{also}") from None
+        from_file = policy.endswith(".json")
+        told = f"--policy {policy}: {error}" if from_file else _as_options(str(error))
+        raise typer.BadParameter(f"{told}{also}") from None
+    compute = given["compute"]
+    if steps is not None and compute not in ("all", "auto"):
+        count = len(compute) if isinstance(compute, str) else compute
+        if count > steps or isinstance(compute, str) and count < steps:
+            raise typer.BadParameter(f"--compute {compute}: an image has {steps} steps")
     if sync_steps is not None and steps is not None:
         syncs = given["sync_steps"]
         last = max(syncs, default=0) + 1 if isinstance(syncs, tuple) else syncs
@@ -152,6 +165,13 @@ def settings(
                 f"--sync-steps {sync_steps}: an image has {steps} steps, 0 to {steps - 1}"
             )
     return given
+
+
+def _as_options(said: str) -> str:
+    """What a schedule says of its fields, as a command line spells them."""
+    names = "|".join(("policy", *SETTINGS[1:]))
+    pattern = rf"\b({names})(?==| must\b)"
+    return re.sub(pattern, lambda found: "--" + found[1].replace("_", "-"), said)
 
 
 def memory(text: str | None) -> float | str | None:
@@ -263,27 +283,27 @@ def default_side(model: str) -> int:
     return IMAGE_SIZE if model == "demo" else 1024
 
 
-def size(text: str | None) -> tuple[int, int] | None:
+def size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
     """Width and height: '1024x768'; None for the model's own."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if not found:
-        raise typer.BadParameter(f"--size {text}: write width x height, as in 1024x768")
+        raise typer.BadParameter(f"{option} {text}: write width x height, as in 1024x768")
     width, height = (int(pixels) for pixels in found.groups())
-    check_side("--size", width)
-    check_side("--size", height)
+    check_side(option, width)
+    check_side(option, height)
     return width, height
 
 
-def check_side(option: str, pixels: int, least: int = 16) -> None:
+def check_side(option: str, pixels: int, least: int = SMALLEST) -> None:
     if pixels < least or pixels % 16:
         raise typer.BadParameter(f"{option} must be a multiple of 16 from {least} on, got {pixels}")
 
 
 def sizes(text: str | None) -> tuple[tuple[int, int], ...]:
     """'512x512,1024x768' -> ((512, 512), (1024, 768))."""
-    found = (size(one.strip()) for one in (text or "").split(",") if one.strip())
+    found = (size(one.strip(), "--sizes") for one in (text or "").split(",") if one.strip())
     return tuple(pixels for pixels in found if pixels is not None)
 
 
@@ -346,7 +366,8 @@ def prompts(file: Path) -> list[str]:
     try:
         texts = [line.strip() for line in file.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise typer.BadParameter(f"--prompts {file}: can't be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise typer.BadParameter(f"--prompts {file}: can't be read: {why}") from None
     if not texts:
         raise typer.BadParameter(f"--prompts {file}: no prompt in it")
     return texts
@@ -367,6 +388,21 @@ def loras(texts: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
             raise typer.BadParameter(f"--lora {text}: the scale is not a finite number")
         found.append(pair)
     return tuple(found)
+
+
+def check_picture(option: str, path: Path | None) -> None:
+    """Refuses what ranks would only find when they begin to draw."""
+    if path is None:
+        return
+    try:
+        width, height = read_picture(path).size
+    except CannotLoad as error:
+        raise typer.BadParameter(f"{option} {error}") from None
+    if min(width, height) < SMALLEST:
+        raise typer.BadParameter(
+            f"{option} {path}: is {width}x{height}, and the smallest picture is "
+            f"{SMALLEST}x{SMALLEST}"
+        )
 
 
 def replicas(text: str) -> tuple[int, int | None]:
@@ -436,6 +472,8 @@ def picture(path: Path | None) -> Path | None:
     """Where a picture or a video can be written; None for the current folder."""
     if path is not None and path.suffix.lower() not in PICTURES + VIDEOS:
         raise typer.BadParameter(f"--out {path}: pictures are written as .png, videos as .mp4")
+    if path is not None and path.is_dir():
+        raise typer.BadParameter(f"--out {path}: is a folder, name a file")
     parent = Path() if path is None else path.parent
     if not parent.is_dir():
         raise typer.BadParameter(f"--out {path}: there is no folder {parent}")

@@ -109,6 +109,8 @@ def flow(node: fx.Node) -> Flow:
 
 def why_refused(node: fx.Node) -> str:
     """Why no part of a node's value can be told from parts of its operands."""
+    if _find(node) is dropout:
+        return "drops out at random, on each rank something else: call .eval() on the model"
     if _find(node) is not None:
         return "mixes tokens between two attentions, where no rank holds all of them"
     if not is_foreign(node):
