@@ -64,6 +64,7 @@ class FakeEngine:
 
     Attributes:
         step_s: seconds of a step.
+        held_at: the step that is not begun until this is another, or None.
         room: jobs that may wait.
         phase, reason: of its state.
         fails: raised instead of a picture, after the first step.
@@ -73,6 +74,7 @@ class FakeEngine:
 
     def __init__(self, step_s: float = 0.0, room: int = 8, model: Model | None = MODEL) -> None:
         self.step_s, self.room = step_s, room
+        self.held_at: int | None = None
         self.model = model
         self.phase, self.reason = "ready", ""
         self.fails: Exception | None = None
@@ -122,6 +124,8 @@ class FakeEngine:
                 images = [picture(seed, size, job.quality) for seed in job.seeds]
                 for step in range(steps):
                     await asyncio.sleep(self.step_s)
+                    while self.held_at == step and not self.ended:
+                        await asyncio.sleep(0.005)
                     self._stepped = time.monotonic()
                     if self.ended:
                         raise Refused(503, "ending", "the server ends")

@@ -1,4 +1,4 @@
-"""Servers for tests: an application on a free port, beside the test."""
+"""Servers for tests: an application on a free port, beside the test, and clients that wait."""
 
 from __future__ import annotations
 
@@ -6,14 +6,39 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import httpx2
 import uvicorn
 
 from piflux.serving import Limits
 from piflux.serving.server import connections
+
+PATIENCE_S = 120.0
+"""How long tests wait for what must come: on a busy machine it may take that long."""
+
+
+def ask(method: str, url: str, **options: Any) -> httpx2.Response:
+    """As `httpx2.request`, which would give up after five seconds."""
+    return httpx2.request(method, url, **{"timeout": PATIENCE_S, **options})
+
+
+def get(url: str, **options: Any) -> httpx2.Response:
+    return ask("GET", url, **options)
+
+
+def post(url: str, **options: Any) -> httpx2.Response:
+    return ask("POST", url, **options)
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for what must come to be so."""
+    end = time.monotonic() + PATIENCE_S
+    while not holds():
+        assert time.monotonic() < end, "it never came to be so"
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

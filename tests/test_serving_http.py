@@ -12,9 +12,8 @@ import re
 import socket
 import struct
 import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 from schemathesis import GenerationMode, checks
-from servers import served
+from servers import PATIENCE_S, ask, get, post, served, until
 
 from piflux.serving import Keys, Limits, build_app, logs
 from piflux.serving.files import KEPT_S, Files
@@ -79,13 +78,6 @@ def file_of(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     image.save(file, form, **options)
     return file.getvalue()
-
-
-def until(holds: Callable[[], Any]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 # ------------------------------------------------------------------------------------ generations
@@ -171,10 +163,10 @@ def test_a_url_is_fetched_and_not_guessed(client, url):
     for seed, data in enumerate(made.data, 1):
         assert data.b64_json is None and data.url.startswith(f"{url}/files/")
         assert len(data.url.rsplit("/", 1)[1]) > 32
-        found = httpx2.get(data.url)
+        found = get(data.url)
         assert found.headers["content-type"] == "image/png"
         assert Image.open(io.BytesIO(found.content)).tobytes() == picture(seed, (64, 64)).tobytes()
-    assert httpx2.get(f"{url}/files/other.png").status_code == 404
+    assert get(f"{url}/files/other.png").status_code == 404
 
 
 def test_kept_files_are_bounded_in_time_and_bytes():
@@ -302,7 +294,7 @@ def test_forms_that_are_not_taken(url):
         ({"data": {"prompt": "x"}, "files": {"mask": GOOD}}, "image"),
         ({"data": {"prompt": "x"}}, None),
     ):
-        answer = httpx2.post(to, **sent)
+        answer = post(to, **sent)
         assert answer.status_code == 400, sent
         assert answer.json()["error"]["param"] == param
 
@@ -387,16 +379,14 @@ def test_another_model_is_not_found(client):
     ],
 )
 def test_bodies_that_are_no_request(url, content, kind, code):
-    answer = httpx2.post(
-        f"{url}/v1/images/generations", content=content, headers={"content-type": kind}
-    )
+    answer = post(f"{url}/v1/images/generations", content=content, headers={"content-type": kind})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == code
 
 
 def test_routes_that_are_none(url):
     for method, path, status in (("GET", "/v2", 404), ("GET", "/v1/images/edits", 405)):
-        answer = httpx2.request(method, url + path)
+        answer = ask(method, url + path)
         assert answer.status_code == status
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -435,7 +425,7 @@ def test_an_error_of_our_own_is_logged_and_not_shown(client, engine, caplog):
 
 def test_readiness_and_life(client, url, engine):
     def status(path: str) -> int:
-        return httpx2.get(url + path).status_code
+        return get(url + path).status_code
 
     assert (status("/healthz"), status("/readyz")) == (200, 200)
     for phase, model, health, code in (
@@ -454,7 +444,7 @@ def test_readiness_and_life(client, url, engine):
 
 def test_a_group_that_stands_still_is_not_alive(url, engine, monkeypatch):
     monkeypatch.setattr("piflux.serving.app.STUCK_S", -1.0)
-    assert httpx2.get(f"{url}/healthz").status_code == 503
+    assert get(f"{url}/healthz").status_code == 503
 
 
 def test_the_engine_ends_with_the_application():
@@ -476,34 +466,34 @@ def test_an_error_of_our_own_on_the_way_is_an_event(client, engine, caplog):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_ends_its_job(url, engine, stream):
     before = metrics_of(url)
-    engine.step_s = 0.02
-    body = {"prompt": "x", "num_inference_steps": 100, "stream": stream}
-    with (
-        httpx2.Client() as client,
-        client.stream("POST", f"{url}/v1/images/generations", json=body)
-        if stream
-        else pytest.raises(httpx2.ReadTimeout),
-    ):
-        if not stream:
-            client.post(f"{url}/v1/images/generations", json=body, timeout=0.2)
-        else:
-            until(lambda: engine.seen)
+    engine.held_at = 0
+    asyncio.run(_leave_once_it_is_drawn(url, engine, stream))
     until(lambda: engine.cancelled)
     assert engine.cancelled == [engine.seen[0].id]
     assert engine.state().drawing == 0
     until(lambda: metrics_of(url)["piflux_cancelled_total"] == before["piflux_cancelled_total"] + 1)
     gone = 'piflux_http_requests_total{code="499",method="POST",route="/v1/images/generations"}'
-    assert metrics_of(url)[gone] == before.get(gone, 0) + 1
+    until(lambda: metrics_of(url).get(gone) == before.get(gone, 0) + 1)
+
+
+async def _leave_once_it_is_drawn(url: str, engine: FakeEngine, stream: bool) -> None:
+    body = {"prompt": "x", "stream": stream}
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
+        asking = asyncio.ensure_future(client.post(f"{url}/v1/images/generations", json=body))
+        while not engine.seen:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        await asyncio.wait((asking,))
 
 
 def test_one_who_waits_and_goes_away_leaves_the_queue(url, engine):
-    engine.step_s = 0.1
+    engine.held_at = 0
     asyncio.run(_two_of_which_one_leaves(url, engine))
     assert len(engine.seen) == 1 and len(engine.cancelled) == 1
 
 
 async def _two_of_which_one_leaves(url: str, engine: FakeEngine) -> None:
-    async with httpx2.AsyncClient(timeout=30) as client:
+    async with httpx2.AsyncClient(timeout=PATIENCE_S) as client:
         draw = lambda: client.post(f"{url}/v1/images/generations", json={"prompt": "x"})  # noqa: E731
         first = asyncio.ensure_future(draw())
         while not engine.seen:
@@ -514,16 +504,23 @@ async def _two_of_which_one_leaves(url: str, engine: FakeEngine) -> None:
         second.cancel()
         while engine.state().waiting:
             await asyncio.sleep(0.01)
+        engine.held_at = None
         assert (await first).status_code == 200
 
 
 def test_a_stream_that_waits_says_so(client, engine, url, monkeypatch):
     """Lest a proxy ends it."""
     monkeypatch.setattr("piflux.serving.clients.BEAT_S", 0.02)
-    engine.step_s = 0.05
-    answer = httpx2.post(f"{url}/v1/images/generations", json={"prompt": "x", "stream": True})
-    assert answer.text.count(": still here\n\n") >= 4
-    assert answer.text.count("event: image_generation.completed") == 1
+    engine.held_at, told = 2, []
+    body = {"prompt": "x", "stream": True}
+    with httpx2.stream(
+        "POST", f"{url}/v1/images/generations", json=body, timeout=PATIENCE_S
+    ) as answer:
+        for line in answer.iter_lines():
+            told.append(line)
+            if told.count(": still here") == 4:
+                engine.held_at = None
+    assert told.count("event: image_generation.completed") == 1
     events = list(client.images.generate(prompt="x", stream=True))
     assert events[-1].type == "image_generation.completed"
 
@@ -544,9 +541,9 @@ def test_keys():
             users.add(engine.seen[-1].user)
         assert len(users) == 2 and not any(KEY in user for user in users)
         for path, status in (("/", 200), ("/healthz", 200), ("/metrics", 401), ("/v1/models", 401)):
-            assert httpx2.get(url + path).status_code == status
+            assert get(url + path).status_code == status
         made = client_of(url, KEY).images.generate(prompt="x", response_format="url")
-        assert httpx2.get(made.data[0].url).status_code == 200
+        assert get(made.data[0].url).status_code == 200
 
 
 def test_where_keys_are_read_from(tmp_path):
@@ -589,11 +586,11 @@ def test_pages_of_strangers_do_not_reach_a_server_without_keys(url_for_itself, h
     """Neither by a name of their own for this host's address, nor by a form."""
     same = {"origin": url_for_itself} if not headers else {}
     for path in ("/v1/models", "/"):
-        assert httpx2.get(url_for_itself + path, headers=headers | same).status_code == status
+        assert get(url_for_itself + path, headers=headers | same).status_code == status
 
 
 def test_headers_that_make_answers_safe(url):
-    page, api = httpx2.get(f"{url}/"), httpx2.get(f"{url}/v1/models")
+    page, api = get(f"{url}/"), get(f"{url}/v1/models")
     for answer in (page, api):
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
@@ -612,12 +609,10 @@ def test_large_bodies_are_not_read(url, engine):
     kind = {"content-type": "application/json"}
     to = f"{url}/v1/images/generations"
     for content in (b"x" * 30_000, pieces()):
-        answer = httpx2.post(to, content=content, headers=kind)
+        answer = post(to, content=content, headers=kind)
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "too_large"
-    answer = httpx2.post(
-        f"{url}/v1/images/edits", data={"prompt": "x"}, files={"image": b"x" * 300_000}
-    )
+    answer = post(f"{url}/v1/images/edits", data={"prompt": "x"}, files={"image": b"x" * 300_000})
     assert answer.status_code == 413
     assert engine.seen == []
 
@@ -626,7 +621,7 @@ def test_a_body_that_trickles_is_not_waited_for():
     # A server of its own: on a busy machine whole bodies take that long as well.
     with served(build_app(FakeEngine(), limits=replace(SMALL, body_s=0.3))) as url:
         host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as slow:
+        with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as slow:
             slow.sendall(
                 b"POST /v1/images/generations HTTP/1.1\r\nHost: x\r\n"
                 b"Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
@@ -695,7 +690,7 @@ def test_connections_without_a_request_are_closed():
 
 
 def metrics_of(url: str) -> dict[str, float]:
-    lines = [x for x in httpx2.get(f"{url}/metrics").text.splitlines() if x[0] != "#"]
+    lines = [x for x in get(f"{url}/metrics").text.splitlines() if x[0] != "#"]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
@@ -734,7 +729,7 @@ def _check_metrics(client: openai.OpenAI, url: str, engine: FakeEngine) -> None:
 
 def test_what_clients_make_up_is_no_name_of_a_metric(url):
     for method, path in (("PROPFIND", "/v1/models"), ("GET", "/made/up"), ("PROPFIND", "/made/up")):
-        httpx2.request(method, url + path)
+        ask(method, url + path)
     names = "".join(metrics_of(url))
     assert "PROPFIND" not in names and "made/up" not in names
     assert 'code="405",method="other",route="/v1/models"' in names
@@ -755,7 +750,7 @@ def test_a_request_is_a_line(client, url, caplog):
     draw = client.images.generate
     draw(prompt="a secret", extra_headers={"x-request-id": "abc-2"}, user="ada")
     made = draw(prompt="x", response_format="url", extra_headers={"x-request-id": "a b"})
-    httpx2.get(made.data[0].url)
+    get(made.data[0].url)
     until(lambda: len(caplog.records) == 3)  # a line comes after its answer
     lines = [json.loads(logs.Lines().format(record)) for record in caplog.records]
     assert {line["event"] for line in lines} == {"request"}

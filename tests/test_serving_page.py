@@ -12,7 +12,7 @@ import pytest
 from fake_engine import MODEL, FakeEngine, picture
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
-from servers import served
+from servers import PATIENCE_S, served, until
 
 from piflux.serving import Keys, build_app
 from piflux.serving.jobs import Refused
@@ -20,7 +20,7 @@ from piflux.serving.jobs import Refused
 CHROMIUM = shutil.which("chromium")
 PHONE, DESK = {"width": 420, "height": 860}, {"width": 1300, "height": 860}
 
-expect.set_options(timeout=20_000)  # where other tests have the cores
+expect.set_options(timeout=1e3 * PATIENCE_S)
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chromium is not there")
 
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Debian's package chrom
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=1e3 * PATIENCE_S
+        )
         yield browser
         browser.close()
 
@@ -55,6 +57,7 @@ def page(serving: tuple[str, FakeEngine], engine: FakeEngine, browser: Browser) 
 def opened(browser: Browser, url: str, size: Any = DESK, **options: Any) -> Iterator[Page]:
     """A page that has nothing to complain of in the end."""
     page = browser.new_page(viewport=size, **options)
+    page.set_default_timeout(1e3 * PATIENCE_S)
     wrong: list[str] = []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda x: wrong.append(x.text) if "Content Security" in x.text else None)
@@ -94,12 +97,13 @@ def test_a_picture_by_keyboard_alone(page: Page, engine: FakeEngine) -> None:
 
 
 def test_previews_and_progress_come_before_the_picture(page: Page, engine: FakeEngine) -> None:
-    engine.step_s = 0.25
+    engine.held_at = 1
     page.locator("#draw").click()
     expect(page.locator("#status")).to_have_text("Step 1 of 4")
     expect(page.locator("#first.early")).to_be_visible()
     assert 0 < page.locator("#progress").evaluate("x => x.value") < 1
     expect(page.locator("#draw")).to_have_text("Stop")
+    engine.held_at = None
     expect(page.locator("#status")).to_have_text("Done.")
     expect(page.locator("#first")).not_to_have_class("early")
     expect(page.locator("#progress")).to_be_hidden()
@@ -137,17 +141,14 @@ def test_a_seed_of_64_bits_stays_whole(page: Page, engine: FakeEngine) -> None:
 
 
 def test_stop_ends_the_job(page: Page, engine: FakeEngine) -> None:
-    engine.step_s = 10.0
+    engine.held_at = 0
     page.locator("#draw").click()
     expect(page.locator("#draw")).to_have_text("Stop")
     expect(page.locator("#status")).to_have_text("Begins.")
     page.locator("#draw").click()
     expect(page.locator("#status")).to_have_text("Stopped.")
     expect(page.locator("#draw")).to_have_text("Draw")
-    for _ in range(100):
-        if engine.cancelled:
-            break
-        page.wait_for_timeout(20)
+    until(lambda: engine.cancelled)
     assert engine.cancelled == [engine.seen[0].id]
 
 

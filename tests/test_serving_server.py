@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,22 +16,29 @@ from typing import Any
 
 import httpx2
 import pytest
+from servers import PATIENCE_S, get, post, until
 from typer.testing import CliRunner
 
 from piflux.serving.server import CannotServe, listen
 from piflux.tools import cli
 
 PROGRAM = """
-import sys
+import sys, threading
 from fake_engine import FakeEngine
 from piflux.serving.server import CannotServe, listen, serve
 
-engine = FakeEngine(step_s=float(sys.argv[1]))
-if sys.argv[3:]:
-    engine.phase, engine.reason = "failed", sys.argv[3]
+def let_go():
+    if sys.stdin.readline():
+        engine.held_at = None
+
+engine = FakeEngine()
+engine.held_at = 1
+threading.Thread(target=let_go, daemon=True).start()
+if sys.argv[2:]:
+    engine.phase, engine.reason = "failed", sys.argv[2]
 try:
     serve(
-        engine, listen("127.0.0.1", 0), "127.0.0.1", drain_s=float(sys.argv[2]),
+        engine, listen("127.0.0.1", 0), "127.0.0.1", drain_s=float(sys.argv[1]),
         tell=lambda text: print(text, file=sys.stderr, flush=True),
     )
 except CannotServe as error:
@@ -43,13 +49,17 @@ except KeyboardInterrupt:
 
 
 class Server:
-    """A process of `serve`, with its address once it is ready."""
+    """A process of `serve`, with its address once it is ready.
+
+    It draws no more than one step, until it is let go.
+    """
 
     def __init__(self, *arguments: object) -> None:
         command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
         path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
         self.process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -63,26 +73,32 @@ class Server:
                 self.url = line.split()[-1]
                 break
 
-    def draw(self, steps: int) -> httpx2.Response:
-        asked = {"prompt": "x", "num_inference_steps": steps, "seed": 1}
-        return httpx2.post(f"{self.url}/v1/images/generations", json=asked, timeout=30)
+    def draw(self) -> httpx2.Response:
+        asked = {"prompt": "x", "num_inference_steps": 3, "seed": 1}
+        return post(f"{self.url}/v1/images/generations", json=asked)
+
+    def let_go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
     def ended(self) -> tuple[int, list[Any], str]:
         """Exit code, log lines and what else was said."""
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, [json.loads(line) for line in out.splitlines()], err
 
     def until_taken(self, count: int = 1) -> None:
         """Until so many requests are drawn, or wait for it."""
         pattern = r"^piflux_(?:drawing|queue_length) (\S+)$"
-        while True:
-            told = httpx2.get(f"{self.url}/metrics").text
-            if sum(map(float, re.findall(pattern, told, re.MULTILINE))) == count:
-                return
-            time.sleep(0.01)
+
+        def taken() -> float:
+            told = get(f"{self.url}/metrics").text
+            return sum(map(float, re.findall(pattern, told, re.MULTILINE)))
+
+        until(lambda: taken() == count)
 
 
 @pytest.fixture
@@ -101,12 +117,14 @@ def start() -> Iterator[Callable[..., Server]]:
 
 def test_sigterm_lets_be_drawn_what_was_taken(start):
     """Also where it comes twice: to the process, and to its group."""
-    server = start(0.1, 20)
+    server = start(600)
     with ThreadPoolExecutor() as pool:
-        answers = [pool.submit(server.draw, 30) for _ in range(2)]
+        answers = [pool.submit(server.draw) for _ in range(2)]
         server.until_taken(2)
         server.signal(signal.SIGTERM)
         server.signal(signal.SIGTERM)
+        until(lambda: refuses(server.url))
+        server.let_go()
         assert [answer.result().status_code for answer in answers] == [200, 200]
     code, lines, said = server.ended()
     events = [line["event"] for line in lines if line["event"] != "request"]
@@ -117,9 +135,9 @@ def test_sigterm_lets_be_drawn_what_was_taken(start):
 
 
 def test_what_takes_longer_than_the_drain_is_told(start):
-    server = start(0.1, 0.3)
+    server = start(0.3)
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.draw, 100)
+        answer = pool.submit(server.draw)
         server.until_taken()
         server.signal(signal.SIGINT)
         assert answer.result().status_code == 503
@@ -128,33 +146,32 @@ def test_what_takes_longer_than_the_drain_is_told(start):
 
 
 def test_a_second_interrupt_ends_at_once(start):
-    server = start(0.5, 60)
+    server = start(600)
     with ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.draw, 100)
+        answer = pool.submit(server.draw)
         server.until_taken()
         server.signal(signal.SIGINT)
-        while not httpx_refused(server.url):
-            pass
+        until(lambda: refuses(server.url))
         server.signal(signal.SIGINT)
         code, lines, said = server.ended()
-        late = answer.exception(timeout=10)
+        late = answer.exception(timeout=PATIENCE_S)
     assert late is not None or answer.result().status_code == 503
     assert code == 130
     assert "Traceback" not in said
     assert not any("traceback" in line for line in lines)
 
 
-def httpx_refused(url: str) -> bool:
+def refuses(url: str) -> bool:
     host, port = url.removeprefix("http://").split(":")
     try:
-        socket.create_connection((host, int(port)), timeout=5).close()
+        socket.create_connection((host, int(port)), timeout=PATIENCE_S).close()
     except OSError:
         return True
     return False
 
 
 def test_a_server_whose_engine_has_failed_ends(start):
-    server = start(0, 5, "no weights")
+    server = start(5, "no weights")
     code, lines, _ = server.ended()
     assert (code, server.said[-1]) == (1, "nothing can be drawn: no weights")
     assert [line["reason"] for line in lines if line["event"] == "failed"] == ["no weights"]
