@@ -146,7 +146,7 @@ class Pool:
         try:
             return pickle.loads(connection.recv_bytes())
         except (EOFError, ConnectionResetError):
-            self._workers[rank].join(5)
+            self._workers[rank].join(60)
             return Failure.death(self._workers[rank].exitcode)
 
     def _hang(self, ranks: list[int], timeout: float) -> str:
@@ -182,22 +182,22 @@ class Ranks:
     def __init__(self) -> None:
         self._pool: Pool | None = None
 
-    def __call__(self, n: int, fn, *args, timeout: float = 120) -> list:
+    def __call__(self, n: int, fn, *args, timeout: float = 240) -> list:
         """`fn(rank, group, *args)` on n ranks, all of which must succeed."""
         return _succeeded(self._run(n, fn, *args, timeout=timeout))
 
-    def alone(self, n: int, fn, *args, timeout: float = 120) -> list:
+    def alone(self, n: int, fn, *args, timeout: float = 240) -> list:
         """The same on ranks of its own: the default process group is theirs."""
         with Pool(n) as pool:
             return _succeeded(pool.run(n, fn, *args, timeout=timeout))
 
-    def launch(self, n: int, fn, *args, timeout: float = 120) -> list:
+    def launch(self, n: int, fn, *args, timeout: float = 240) -> list:
         """`fn(*args)` on n ranks that are as torchrun starts them, in no group yet."""
         with Pool(n, joined=False) as pool:
             job = (launched, n, free_port(), fn, args)
             return _succeeded(pool.run(n, *job, timeout=timeout))
 
-    def errors(self, n: int, fn, *args, timeout: float = 120) -> list[Failure | None]:
+    def errors(self, n: int, fn, *args, timeout: float = 240) -> list[Failure | None]:
         """The same for jobs meant to fail: each rank's Failure, None where it succeeded."""
         outcomes = self._run(n, fn, *args, timeout=timeout)
         return [got if isinstance(got, Failure) else None for got in outcomes]

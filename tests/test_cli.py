@@ -44,7 +44,7 @@ from piflux.tools.generate import Made, Request, save, save_video, show
 from piflux.tools.options import numbered
 
 SMALL = ["--steps=3", "--size=64x64"]
-SECONDS_TO_END = 15  # after a signal; one second on an idle machine
+SECONDS_TO_END = 120  # after a signal: a second on an idle machine, for ever where it is not heard
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_rank_that_fails_is_quoted():
     """Other processes of the program are left alone."""
-    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    other = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,))
     other.start()
     said = r"^rank [01] failed: ValueError: on purpose \(failing.py:\d+, in fails\); under torch"
     with pytest.raises(RankFailed, match=said):
@@ -695,17 +695,15 @@ def lives(process: psutil.Process) -> bool:
 
 def ended(process: subprocess.Popen, family: list[psutil.Process], folder: Path) -> str:
     """Wait until all are gone, in time; the command's output."""
-    start = time.monotonic()
-    process.wait(60)
-    while any(map(lives, family)) and time.monotonic() - start < SECONDS_TO_END:
+    until = time.monotonic() + SECONDS_TO_END
+    process.wait(SECONDS_TO_END)
+    while any(map(lives, family)) and time.monotonic() < until:
         time.sleep(0.05)
-    took = time.monotonic() - start
     left = [child for child in family if lives(child)]
     for child in left:
         child.kill()
     log = (folder / "log").read_text()
     assert not left, log
-    assert took < SECONDS_TO_END, log
     assert "Traceback" not in log
     return log
 
@@ -822,7 +820,7 @@ def test_ranks_that_torchrun_started(tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     options = ("generate", "x", "--ranks=2", f"--out={tmp_path / 'p.png'}", "--json")
     process = start(tmp_path, *torchrun, str(DRAWS_NOTHING), "meet", *options)
-    process.wait(120)
+    process.wait(SECONDS_TO_END)
     log = (tmp_path / "log").read_text()
     assert process.returncode == 0, log
     (line,) = [line for line in log.splitlines() if line.startswith("{")]

@@ -4,7 +4,6 @@ import math
 import os
 import socket
 import threading
-import time
 from types import SimpleNamespace
 from unittest import mock
 
@@ -78,14 +77,13 @@ def test_the_same_seed_gives_the_same_faults():
 
 
 def joining(rank, group, port):
-    """A store that accepts connections and says nothing."""
+    """A store that accepts connections and says nothing: torch would wait for half an hour."""
     os.environ.update(
         RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, PIFLUX_TIMEOUT_S="1"
     )
-    began = time.monotonic()
     with pytest.raises(RankFailed) as raised:
         resolve_group(None)
-    return str(raised.value), time.monotonic() - began
+    return str(raised.value)
 
 
 def test_joining_has_a_deadline():
@@ -93,11 +91,10 @@ def test_joining_has_a_deadline():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
-        ((said, seconds),) = pool.run(1, joining, str(port), timeout=30)
+        (said,) = pool.run(1, joining, str(port), timeout=240)
     assert "rank 1 could not join the others: no answer within 1 s" in said
     assert f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)" in said
     assert "PIFLUX_TIMEOUT_S" in said
-    assert seconds < 10
 
 
 RANK = {
@@ -145,26 +142,27 @@ def test_a_timeout_is_seconds(monkeypatch, asked):
 
 
 def test_who_asks_does_not_wait_for_ever():
-    board = Board(store=None)
-    answer = board.ask(lambda _: time.sleep(0.5))
+    board, answers = Board(store=None), threading.Event()
+    answer = board.ask(lambda _: answers.wait())
     with pytest.raises(Silent, match=r"no answer within 0\.1 s"):
         answer.get(0.1)
-    answer.get(5)
+    with pytest.raises(Silent):
+        bounded(answers.wait, 0.05)
+    answers.set()
+    answer.get(60)
     with pytest.raises(ZeroDivisionError):
-        board.ask(lambda _: 1 / 0).get(5)
-    assert board.ask(lambda _: "next").get(5) == "next"
+        board.ask(lambda _: 1 / 0).get(60)
+    assert board.ask(lambda _: "next").get(60) == "next"
     hangs = threading.Event()
-    board.ask(lambda _: hangs.wait(30))
+    board.ask(lambda _: hangs.wait())
     with pytest.raises(Silent):
         board.find(lambda _: "another one", 0.2)
     with mock.patch.object(Answer, "get") as get:
         board.find(lambda _: "yet another", 0.2)
     get.assert_called_once_with(0.0)  # who has been silent for so long is not waited for anew
     hangs.set()
-    assert board.find(lambda _: "the last", 30) == "the last"
-    board.close(5)
-    with pytest.raises(Silent):
-        bounded(lambda: time.sleep(1), 0.05)
+    assert board.find(lambda _: "the last", 60) == "the last"
+    board.close(60)
 
 
 # --- waiting ------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from servers import served
+from servers import PATIENCE_S, served
 
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.errors import CannotLoad
@@ -139,10 +139,10 @@ def run(hall, test, ranks=2, **given):
         finally:
             await engine.end(0)
 
-    return asyncio.run(asyncio.wait_for(all_of_it(), 20))
+    return asyncio.run(asyncio.wait_for(all_of_it(), PATIENCE_S))
 
 
-async def until(is_so, seconds=10.0):
+async def until(is_so, seconds=PATIENCE_S):
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end, "it never came to be so"
@@ -481,7 +481,7 @@ def test_ranks_that_never_load_are_told_of_and_not_started_for_ever():
         assert refused.value.status == 503
         await engine.end(0)
 
-    asyncio.run(asyncio.wait_for(test(), 20))
+    asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
     assert max(Counter(worker.number for worker in hall.workers).values()) == 3
 
 
@@ -526,6 +526,7 @@ def test_arguments_out_of_range_are_refused(tmp_path):
 PROMPT = "rose, flat style, white background"
 STEPS = 6
 SIZE = 96, 96  # the smallest on which the demo draws anything
+START_S = 2 * PATIENCE_S  # ranks load, and compile what they warm up
 
 
 class Prefers(Pace):
@@ -548,11 +549,11 @@ class Running:
         self._thread.start()
         self.engine = RankEngine("demo", 2, sizes=[SIZE], inner="eager", loras=loras)
         self(self.engine.start())
-        self(until(lambda: self.engine.state().phase != "starting", 280))
+        self(until(lambda: self.engine.state().phase != "starting", START_S))
         assert self.engine.state().phase == "ready", self.engine.state().reason
 
     def __call__(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(290)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(2 * START_S)
 
     def draw(self, seed, *more, ranks=None, **given):
         """A job's pictures as (pictures, height, width, 3) of int16, its report, and its events."""
@@ -652,21 +653,19 @@ def test_previews_look_like_the_picture(running):
 
 
 def test_ranks_stop_together_and_draw_on(running, alone):
-    """An image of 1,000 steps ends within a few, and the group isn't made anew."""
+    """An image ends that would take for ever, and the group isn't made anew."""
     running.engine._turns.pace = Prefers(2)
 
     async def leave():
-        events = running.engine.submit(Job("a job", PROMPT, (1,), size=SIZE, steps=1000))
+        events = running.engine.submit(Job("a job", PROMPT, (1,), size=SIZE, steps=100_000))
         async for event in events:
             if isinstance(event, Stepped) and event.step >= 3:
                 break
         await events.aclose()
-        began = time.monotonic()
-        await until(lambda: not running.engine._calls, 20)
-        return time.monotonic() - began
+        await until(lambda: not running.engine._calls)
 
     rounds = dict(running.engine._warmth._rounds)
-    assert running(leave()) < 10
+    running(leave())
     images, report, _ = running.draw(1, ranks=2)
     assert near(images, alone(1)) and report.ranks == 2
     assert dict(running.engine._warmth._rounds) == rounds
@@ -738,7 +737,7 @@ def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
 
     done = running(kill())
     assert near(pixels(done.images), alone(2)) and done.report.recovered == 1
-    running(until(lambda: running.engine.state().groups == (2,), 280))
+    running(until(lambda: running.engine.state().groups == (2,), START_S))
     assert running.engine.state().replaced == replaced + 1
     images, report, _ = running.draw(2, ranks=2)
     assert near(images, alone(2)) and report.ranks == 2
