@@ -214,7 +214,9 @@ def heal(model):
 
 @captured_once()
 def drawn(rank, group, fault, folder):
-    """What became of three images, the first or the second with the fault; the policy in the end.
+    """What became of three images, the first or the second with the fault.
+
+    And the policy in the end, and for how many ranks there are programs.
 
     What is measured is remembered in `folder`.
     """
@@ -231,7 +233,9 @@ def drawn(rank, group, fault, folder):
         outcomes.append((got, time.monotonic() - began))
         if fault.kind == "weights" and isinstance(got, Failure) and seed == 1 and mine:
             heal(model)
-    return outcomes, model._piflux_compiler.runtime.schedule.policy
+    compiled = model._piflux_compiler
+    made = [program.schedule.world_size for program in compiled.programs]
+    return outcomes, compiled.runtime.schedule.policy, made
 
 
 # --- judged -------------------------------------------------------------------------------------
@@ -310,7 +314,8 @@ def try_out(fault: Fault) -> Judged:
             left.append((rank, outcome))
     own = (Injected, KeyboardInterrupt, torch.OutOfMemoryError)
     rights, nexts = [], []
-    for rank, (outcome, taken) in left:
+    for rank, (outcome, taken, made) in left:
+        judged.told.append(f"rank {rank}: programs for {made}")
         if taken != fault.taken and not (rank == fault.rank and fault.kind == "stopped"):
             judged.silent = True
             judged.told.append(f"rank {rank}: took policy {taken}")

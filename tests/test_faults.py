@@ -9,9 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from faults import COMPILING, KINDS, LOST, MEASURING, Fault, faults, try_out
+from captures import captured_once
+from faults import COMPILING, KINDS, LIMIT_S, LOST, MEASURING, Fault, faults, try_out
+from models import flux_inputs, tiny_flux
 from ranks import Pool
 
+import piflux
 from piflux.errors import RankFailed
 from piflux.integrations.alike import _scales
 from piflux.ranks import environment
@@ -59,11 +62,48 @@ def test_a_fault_is_told_or_outlived(fault):
             fault.step, "step"
         )
         assert f"RankFailed: rank {fault.rank} stopped in {at}" in told
+    left = {"killed": fault.size - 1, "ended": fault.size - 1}.get(fault.kind)
+    if left is not None:  # one alone, too: in the next image it has a program again
+        assert told.count(f"programs for [{left}]") == left
     if fault.kind == "stopped":
         assert f"rank {fault.rank}, image 2: Excluded" in told
     if fault.kind in ("noise", "prompt", "clock", "weights", "skips", "leaves"):
         assert "RanksDisagree" in told
         assert not judged.right
+
+
+MASK = "xxxx.x.x"
+
+
+@torch.no_grad()
+def skipping(model, seed, dies_at=None):
+    """Latents of an image some of whose steps are skipped."""
+    inputs = flux_inputs(seed=seed)
+    x, times = inputs.pop("hidden_states"), torch.linspace(1, 0, len(MASK) + 1)[:-1]
+    with piflux.generation(model, timesteps=times):
+        for i in range(len(MASK)):
+            if i == dies_at:
+                os._exit(1)
+            step = dict(inputs, hidden_states=x, timestep=times[i : i + 1])
+            x = x - model(**step, return_dict=False)[0] / len(MASK)
+    return x
+
+
+@captured_once()
+def left_alone(rank, group):
+    """Two images after the one in which the other rank ended."""
+    options = {"compute": MASK, "inner": "eager"}
+    model = piflux.parallelize(tiny_flux(), group=group, **options)
+    got = [skipping(model, seed, 4 if rank == 1 and not seed else None) for seed in range(3)]
+    plain = piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(1), **options)
+    return [float((x - skipping(plain, seed)).abs().max()) for seed, x in enumerate(got)][1:]
+
+
+def test_one_rank_alone_draws_as_one_rank_does():
+    """From the next image on: by a program of its own, which skips the steps that it is to skip."""
+    with Pool(2) as pool:
+        apart, ended = pool.run(2, left_alone, timeout=LIMIT_S)
+    assert ended.died and max(apart) < 1e-5
 
 
 def test_the_same_seed_gives_the_same_faults():

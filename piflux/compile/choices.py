@@ -115,7 +115,8 @@ class Choices:
         """
         ranks, (gm, ctx) = self._ranks, part
         device = _query(part)[2]
-        if ranks is None or (device.type != DEVICE and not isinstance(self.memory, (int, float))):
+        counted = device.type == DEVICE or isinstance(self.memory, (int, float))
+        if ranks is None or ranks.size == 1 or not counted:
             return schedule
         own = Own.of(gm.graph)
         free = self._left(device, own)

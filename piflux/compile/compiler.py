@@ -216,7 +216,8 @@ class _PerCall:
     """A program; each call is one pass of one denoise step.
 
     A step in which a rank is lost is computed once more by those that are left, as a sync step: its
-    inputs are whole, so nothing else is needed.
+    inputs are whole, so nothing else is needed. One rank alone ends the image by the model as it
+    is, without waiting for a compiler; in the next one it has a program of its own.
     """
 
     def __init__(
@@ -227,8 +228,9 @@ class _PerCall:
         self._apart = apart
         self._context = TracingContext.try_get()
         self._has_run = False
+        self._alone_in: int | None = None  # the image in which this rank was first alone
         self.runtime = compiler.runtime
-        self.program = program
+        self.program: Program | None = program  # None: there is none for those that are left
 
     def __call__(self, *args: Any) -> Any:
         ranks = self.runtime.ranks
@@ -244,18 +246,30 @@ class _PerCall:
     def _run_fitting(self, ranks: Ranks, *args: Any) -> Any:
         if self._compiler.shares is not None:
             self._compiler.shares.check_members()
+        if self.program is not None and self.program.schedule.world_size != ranks.size:
+            self._let_go()
         # At its first run a program's kernels may be compiled, too.
-        ranks.busy = not self._has_run or ranks.size != self.program.schedule.world_size
-        if ranks.size == 1:
-            with apart():
-                return self._captured.module(*args)  # the model itself
-        if ranks.size != self.program.schedule.world_size:
+        ranks.busy = not self._has_run or self.program is None
+        if ranks.size == 1 and self.program is None:
+            image, _ = ranks.at()
+            self._alone_in = image if self._alone_in is None else self._alone_in
+            if image == self._alone_in:
+                with apart():
+                    return self._captured.module(*args)
+        if self.program is None:
             with tracing(self._context):
                 self.program = self._compiler.make(self._captured, self._apart, together=True)
         return self._run(*args)
 
+    def _let_go(self) -> None:
+        """Of the program for more ranks, and of what its steps have left."""
+        self._compiler.programs[:] = [x for x in self._compiler.programs if x is not self.program]
+        self.program = None
+        self.runtime.renew()
+
     def _run(self, *args: Any) -> Any:
         runtime, program = self.runtime, self.program
+        assert program is not None, "it has been made"
         if not runtime.follows:
             with apart():
                 return program.part(*args)  # a model like any other

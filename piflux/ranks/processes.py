@@ -244,6 +244,7 @@ class ProcessRanks:
         link = self.link
         if self._peers_of is not link:
             self._peers_of, self._peers = link, {}
+            link.at_end(self._peers.clear)  # with the memory that they share
         if device not in self._peers:
             self._peers[device] = reach(link, device, self.exchange)
         return self._peers[device]

@@ -174,7 +174,7 @@ class Runtime:
                 yield Call(self, stream, step, leader.header)
                 return
             while True:
-                self._renew()
+                self.renew()
                 remembers = ranks is not None or self.schedule.skips
                 stream = self.streams.find(
                     graph, roles, args, explicit=self.explicit, remembers=remembers
@@ -243,7 +243,7 @@ class Runtime:
         if self.ranks is not None and self._epoch != self.ranks.epoch:
             raise RankLost("a rank was lost in the midst of a call")
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """What streams share with other ranks ends with the epoch of these."""
         if self.ranks is not None and self._epoch != self.ranks.epoch:
             self.streams.renew()
