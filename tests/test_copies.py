@@ -26,6 +26,7 @@ from piflux.ranks import copies
 from piflux.ranks import processes as runtime_ranks
 from piflux.ranks.links import Link
 from piflux.ranks.meeting import Meeting
+from piflux.recording import recorded as replay
 from piflux.runtime import ops
 
 STEPS = 6
@@ -72,19 +73,32 @@ LAUNCHED: WeakValueDictionary[int, copies.Copies] = WeakValueDictionary()
 def launch(piece: torch.Tensor, starts: bool) -> None:
     """What a recording of a GPU holds of a gather."""
     gathering = LAUNCHED[piece.data_ptr()]
+    gathering.is_pending = False
     (copies.Copies.start if starts else copies.Copies.wait)(gathering)
+    gathering.is_pending = starts
 
 
 @torch.library.custom_op("twin::fill", mutates_args=())
 def fill(memory: torch.Tensor, piece: torch.Tensor) -> None:
     """Likewise, of one that sends other memory each time."""
-    copies.Copies.fill(LAUNCHED[memory.data_ptr()], piece)
+    gathering = LAUNCHED[memory.data_ptr()]
+    gathering.is_pending = False
+    copies.Copies.fill(gathering, piece)
+    gathering.is_pending = True
 
 
 class Launched(copies.Copies):
+    """What was sent is there at once. Whoever looks at it must have waited all the same."""
+
+    is_pending = False
+
     def __init__(self, count, peers, **options):
         super().__init__(count, peers, **options)
         LAUNCHED[self.piece.data_ptr()] = self
+
+    def __getattribute__(self, name):
+        assert name not in ("whole", "pieces") or not self.is_pending, "nobody waited for it"
+        return super().__getattribute__(name)
 
     def start(self):
         torch.ops.twin.launch(self.piece, True)
@@ -95,7 +109,7 @@ class Launched(copies.Copies):
 
     def wait(self):
         torch.ops.twin.launch(self.piece, False)
-        return self.pieces
+        return super().__getattribute__("pieces")  # a recording has waited for nothing yet
 
 
 def through_files(patch, group, folder):
@@ -162,13 +176,13 @@ def test_what_lies_together_is_read_where_it_arrived(ranks, tmp_path, shape, cop
 
 
 @captured_once()
-def recorded(rank, group, folder):
+def recorded(rank, group, folder, options):
     """How far recorded images are from others, and what was recorded and left out of it."""
     with pytest.MonkeyPatch.context() as patch:
         through_files(patch, group, folder)
         recorder = on_tape(patch)
         plain, taped = (
-            piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
+            piflux.parallelize(tiny_flux(), group=group, inner=inner, **options)
             for inner in ("eager", as_captured)
         )
         made = [
@@ -179,23 +193,36 @@ def recorded(rank, group, folder):
     return farthest(made), recorder.recorded, recorder.played, recorder.eager
 
 
-def test_a_step_with_copies_is_recorded_whole(ranks, tmp_path):
-    for apart, made, played, eager in ranks(2, recorded, tmp_path):
+@pytest.mark.parametrize(
+    "options, kinds",
+    [
+        ({"policy": "gather"}, 1),
+        # Two kinds of sync steps; steady ones that find nothing on its way, and those that do,
+        # whose versions change places from step to step.
+        ({"policy": "displaced"}, 5),
+        ({"policy": "displaced", "compression": "int4"}, 4),
+    ],
+)
+def test_a_step_with_copies_is_recorded_whole(ranks, tmp_path, options, kinds):
+    """What a step sends for the next one to read arrives at its end, in the same recording."""
+    for apart, made, played, eager in ranks(2, recorded, tmp_path, options):
         assert apart <= SAME
-        assert (made, played, eager) == (1, 2 * STEPS - 1, 0)
+        assert (made, played, eager) == (kinds, 2 * STEPS - kinds, 0)
 
 
 @captured_once()
-def one_that_fails(rank, group, folder, longest):
+def one_that_fails(rank, group, folder, longest, policy):
     """Rank 0 can't record steps of more ops, the other can."""
     with pytest.MonkeyPatch.context() as patch:
+        if policy == "displaced":
+            patch.setattr(replay, "EARLY", 0)  # steps are recorded in their turn
         through_files(patch, group, folder)
         recorder = on_tape(patch)
         recorder.together = False
         if rank == 0:
             recorder.longest = longest
         plain, taped = (
-            piflux.parallelize(tiny_flux(), group=group, inner=inner, policy="gather")
+            piflux.parallelize(tiny_flux(), group=group, inner=inner, policy=policy)
             for inner in ("eager", as_captured)
         )
         made = [image(model, flux_inputs(**EVEN), STEPS) for model in (plain, taped)]
@@ -205,9 +232,18 @@ def one_that_fails(rank, group, folder, longest):
 @pytest.mark.parametrize("longest", [0, 170])
 def test_a_rank_that_fails_to_record_goes_on_with_the_others(ranks, tmp_path, longest):
     """Where it fails in a send, or in waiting for one, it sends again from the same memory."""
-    (first, tried, none), (second, _, played) = ranks(2, one_that_fails, tmp_path, longest)
+    (first, tried, none), (second, _, played) = ranks(
+        2, one_that_fails, tmp_path, longest, "gather"
+    )
     assert max(first, second) <= SAME
     assert (tried, none) == (1, 0) and played == STEPS - 1
+
+
+def test_what_a_failed_recording_did_not_send_is_not_waited_for(ranks, tmp_path):
+    """`displaced`: Python's notes of what is under way are those of before it."""
+    (first, tried, none), (second, _, played) = ranks(2, one_that_fails, tmp_path, 0, "displaced")
+    assert max(first, second) <= SAME
+    assert (tried > 0, none) == (True, 0) and played > 0
 
 
 def about_peers(rank, group, folder):

@@ -37,6 +37,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.longest = longest
         self.eager = 0
+        self.sent = set()
         self.steps = []
         self.before = []
 
@@ -44,6 +45,7 @@ class Tape(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "twin":  # of a collective that is recorded: here it would run, alone
             self.append(func, args, kwargs)
+            self.note(args[0].data_ptr(), waits=args[1] is False)
             return None
         if func.namespace == "piflux":
             # As on a GPU: Python runs while the tape does, and is not on it.
@@ -62,6 +64,19 @@ class Tape(TorchDispatchMode):
         self.steps.append((function, args, kwargs, None))
         if len(self.steps) > self.longest:
             raise RuntimeError("operation not permitted when stream is capturing")
+
+    def note(self, gathering, *, waits):
+        """As CUDA has it: what another stream does is waited for where it was recorded."""
+        if not waits:
+            self.sent.add(gathering)
+        elif gathering in self.sent:
+            self.sent.remove(gathering)
+        else:
+            raise RuntimeError("dependency created on uncaptured work in another stream")
+
+    def end(self):
+        if self.sent:
+            raise RuntimeError("capturing stream has unjoined work")
 
     def undo(self):
         for x, before in reversed(self.before):
@@ -102,6 +117,7 @@ class Recorder:
         try:
             with tape:
                 outputs = run(tape.eagerly)
+            tape.end()
         finally:
             tape.undo()
             self.eager += tape.eager

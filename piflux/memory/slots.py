@@ -34,6 +34,7 @@ class Slot:
         second: another version of each token; empty where nothing is predicted.
         both: the memory of both, each (2, batch, heads, all tokens, head dim).
         packet: `displaced`: what each step's keys and values travel in, from its first on.
+        under_way: whether the last step's keys and values were sent, and have yet to land.
     """
 
     ages: Ages | None
@@ -41,6 +42,7 @@ class Slot:
     second: list[Tensor] = field(default_factory=list)
     both: list[Tensor] = field(default_factory=list)
     packet: Packet | None = None
+    under_way: bool = False
 
     @classmethod
     def like(cls, fresh: Sequence[Tensor], tokens: int, ages: Ages | None) -> Slot:
@@ -74,11 +76,6 @@ class Slot:
         )
 
     @property
-    def under_way(self) -> bool:
-        """Whether the last step's keys and values are on their way."""
-        return self.packet is not None and self.packet.under_way
-
-    @property
     def standing(self) -> tuple[object, ...]:
         """State kept in Python, not in tensors. A recording is valid only for the value that it
         was made under."""
@@ -86,8 +83,7 @@ class Slot:
 
     def stand(self, standing: tuple[object, ...]) -> None:
         """Take up a former `standing` of the same step."""
-        if self.packet is not None:
-            self.packet.under_way = bool(standing[1])
+        self.under_way = bool(standing[1])
 
     def begin_step(self, *, first: bool, sync: bool, alike: bool) -> None:
         """Before a step: the two versions change places, or not, so that none is moved.
@@ -187,22 +183,20 @@ class Slot:
             for first, second, both, x in versions
         ]
 
-    def send(
-        self, ranks: Ranks, index: Tensor, fresh: Sequence[Tensor], recorder: Recorder
-    ) -> None:
-        """Start to send a part's keys and values, once the last ones have landed.
+    def pack(self, ranks: Ranks, index: Tensor, fresh: Sequence[Tensor]) -> Packet:
+        """A packet of a part's keys and values, to be sent now. The last ones have landed.
 
         Args:
             ranks: to whom.
             index: where the part's tokens stand; see `Places`.
             fresh: the part's keys and values, each (batch, heads, part tokens, head dim).
-            recorder: takes up what can't be recorded.
         """
         tensors = self._sent(index, fresh)
         if self.packet is None:
             self.packet = Packet(ranks, tensors)
         self.packet.write(tensors)
-        recorder(self.packet.start)
+        self.under_way = True
+        return self.packet
 
     def _sent(self, index: Tensor, fresh: Sequence[Tensor]) -> Sequence[Tensor]:
         """What the other ranks need of a part, to `land` it in the next step."""
@@ -231,7 +225,13 @@ class Slot:
 
     def _arrived(self, recorder: Recorder) -> Sequence[Sequence[Tensor]]:
         """What was on its way, as `Packet.read` gives it; empty if nothing was."""
-        if self.packet is None or not self.packet.under_way:
+        if self.packet is None or not self.under_way:
             return []
-        recorder(self.packet.wait)
+        self.under_way = False
+        if not self.packet.recordable:  # else it arrived in the step that sent it
+            recorder(self.packet.wait)
         return self.packet.read()
+
+    def end(self) -> None:
+        """The image has ended: what is on its way arrives, and need not land."""
+        self._arrived(at_once)

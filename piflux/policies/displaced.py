@@ -37,6 +37,6 @@ class Displaced(Remembering):
         places = context.places(lengths, fresh[0].device)
         # Each rank keeps its part, so parts are now as they were when the last was sent.
         slot.land(lengths, context.step.parts, context.recorder)
-        slot.send(context.ranks, places.index, fresh, context.recorder)
+        context.post(slot.pack(context.ranks, places.index, fresh))
         # What is predicted by is kept as it arrives, the rank's own part like the others'.
         return slot.read(places, fresh, keep=False)

@@ -78,6 +78,7 @@ class StepContext:
         weights: where the program gets those that are shared over the ranks; None if none are.
         first_slot: what attentions count their slots from; see `piflux.runtime.ops.slots_from`.
         sent: by slot: what attention has yet to take up.
+        posted: what the next step takes up, and arrives in this one.
     """
 
     step: Step
@@ -93,6 +94,7 @@ class StepContext:
     weights: Fetching | None = None
     first_slot: int = 0
     sent: dict[int, Packet] = field(default_factory=dict)
+    posted: list[Packet] = field(default_factory=list)
 
     @property
     def ranks(self) -> Ranks:
@@ -110,6 +112,23 @@ class StepContext:
         size = len(self.step.parts)
         return self.memory.places(self.rank, tuple(lengths), size, self.part, device)
 
+    def post(self, packet: Packet) -> None:
+        """Send what the next step takes up.
+
+        Where both sending it and waiting for it can be recorded, they are to be in one recording:
+        then this step waits for it, at its end.
+        """
+        if packet.recordable:
+            packet.start()
+            self.posted.append(packet)
+        else:
+            self.recorder(packet.start)
+
+    def close(self) -> None:
+        """All of the step was given to the device."""
+        while self.posted:
+            self.posted.pop().wait()
+
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
         """What runs inside is recorded; `recorder` takes up what can't be."""
@@ -119,6 +138,7 @@ class StepContext:
         except BaseException:
             # Nothing was sent, and the step is about to begin once more.
             self.sent.clear()
+            self.posted.clear()
             self.memory.give_all_back(self.rank)
             raise
         finally:

@@ -26,7 +26,7 @@ class Packet:
             are like them.
 
     Attributes:
-        under_way: whether it was sent and not yet waited for.
+        recordable: see `Gathering`.
     """
 
     def __init__(self, ranks: Ranks, like: Sequence[Tensor]) -> None:
@@ -41,7 +41,6 @@ class Packet:
         self._columns = [slice(a, a + size) for a, size in zip(starts, sizes, strict=True)]
         self._gathering = ranks.persistent_gather(tokens * self._row, self._device)
         self.recordable = self._gathering.recordable
-        self.under_way = False
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether it can hold these."""
@@ -60,12 +59,10 @@ class Packet:
     def start(self) -> None:
         """Send what was written."""
         self._gathering.start()
-        self.under_way = True
 
     def wait(self) -> None:
         """Until all that was sent has arrived."""
         self._gathering.wait()
-        self.under_way = False
 
     def read(self) -> Sequence[Sequence[Tensor]]:
         """What has arrived: for each of the tensors, one per rank, by rank."""

@@ -7,9 +7,9 @@ its stream, every later image. A sync step of `rotate` is recorded by itself, fo
 image at which it puts the parts together in another order.
 
 A steady step of `rotate` holds no collective but the last and is one graph, and so is a step whose
-keys and values travel by copy engines. Others are several, and between them their collectives are
-started and waited for as ever. So the ranks need not agree on what they record: what they send to
-each other is the same, recorded or not.
+keys and values travel by copy engines, also where the next step reads them. Others are several, and
+between them their collectives are started and waited for as ever. So the ranks need not agree on
+what they record: what they send to each other is the same, recorded or not.
 """
 
 from __future__ import annotations
@@ -86,16 +86,20 @@ class _Replay:
 
         def run(recorder: Recorder) -> Sequence[Any]:
             with context.recording(recorder):
-                return head(*held)
+                made = head(*held)
+                context.close()
+                return made
 
         self._launch, self._outputs = record(run, site)
         self._held = held  # the recording reads their memory
+        self._left = context.memory.standing(context.rank)
 
-    def __call__(self, args: Sequence[Any]) -> Sequence[Any]:
+    def __call__(self, context: StepContext, args: Sequence[Any]) -> Sequence[Any]:
         """What `head` returns for `args`; the tensors are written over by the next call."""
         for i, copy in zip(self._moving, self._copies, strict=True):
             copy.copy_(_span(args[i]))
         self._launch()
+        context.memory.stand(context.rank, self._left)
         return self._outputs
 
 
@@ -156,13 +160,14 @@ class Recorded:
             if key not in recordings.replays:
                 self._record(context, key, recordings, args)
             replay = recordings.replays.get(key)
-            return self._head(*args) if replay is None else replay(args)
+            return self._head(*args) if replay is None else replay(context, args)
         # The first time runs as it is: it makes what kernels need at their first run, the slots,
         # and what they send in. It is recorded when it comes again, so that nothing is recorded at
         # each call; but in the image that compiled, which took far longer, at once.
         at_once = recordings.early and key not in recordings.seen
         recordings.replays.pop(key, None)
         made = self._head(*args)
+        context.close()  # before another step of the same context is recorded
         after = memory.standing(context.rank)
         if memory.made[key.rank] != key.made:  # new slots, which stand as another image finds them
             key = self._key(context, kind)
@@ -197,6 +202,7 @@ class Recorded:
                 context, self._head, args, self._moving, self._site.get()
             )
         except RuntimeError as error:
+            context.memory.stand(key.rank, key.standing)
             sync = context.step.sync
             if sync not in self._failed.values():
                 log.warning(

@@ -409,7 +409,9 @@ class Call:
                 own=self._runtime.policy.rotates,
             )
             with context.under_way():
-                return step()
+                made = step()
+            context.close()
+            return made
 
         return ranks.run(one)
 

@@ -378,8 +378,7 @@ class Streams:
         """The image has ended. Waits for what is under way: it must not outlive its buffers."""
         for stream in self._streams:
             for slot in stream.memory.slots.values():
-                if slot.packet is not None and slot.packet.under_way:
-                    slot.packet.wait()
+                slot.end()
         self._end(self._streams)
 
     def abandon(self) -> None:
