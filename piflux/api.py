@@ -124,7 +124,7 @@ class ParallelModule(View, nn.Module):
         if ranks is not None:
             ranks.busy, ranks.doing = True, "the model's capture"  # until its graph runs
         with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
-            if not self._piflux_compiler.reports:
+            if not self._piflux_compiler.has_made:
                 self._piflux_compiler.prepare()
             if cls._piflux_fragments is not None:
                 return self._piflux_in_fragments(args, kwargs)
@@ -134,7 +134,7 @@ class ParallelModule(View, nn.Module):
                 except (Unsupported, UserError):
                     refuse_step_caches(self)
                     refuse_hooks(self)
-                    if self._piflux_compiler.reports:
+                    if self._piflux_compiler.has_made:
                         raise
                     if shares is not None:
                         shares.aside.bring()

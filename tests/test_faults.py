@@ -4,6 +4,7 @@ import math
 import os
 import socket
 import threading
+from itertools import count
 from types import SimpleNamespace
 from unittest import mock
 
@@ -13,6 +14,8 @@ from captures import captured_once
 from faults import COMPILING, KINDS, LIMIT_S, LOST, MEASURING, Fault, faults, try_out
 from models import flux_inputs, tiny_flux
 from ranks import Pool
+from test_fragments import Model
+from test_fragments import inputs as fragments_inputs
 
 import piflux
 from piflux.errors import RankFailed
@@ -22,6 +25,7 @@ from piflux.ranks.agreement import Norm
 from piflux.ranks.board import Answer, Board, Silent, bounded
 from piflux.ranks.epochs import Epoch
 from piflux.ranks.groups import resolve_group
+from piflux.ranks.links import Link
 from piflux.ranks.presence import HURRY_S, Wait
 from piflux.ranks.waiting import SURE, Waiting
 
@@ -104,6 +108,39 @@ def test_one_rank_alone_draws_as_one_rank_does():
     with Pool(2) as pool:
         apart, ended = pool.run(2, left_alone, timeout=LIMIT_S)
     assert ended.died and max(apart) < 1e-5
+
+
+def in_fragments(model, seed, dies_at=None):
+    """Latents of an image; the rank ends in so many-th gather of its third step."""
+    x, _, prompt = fragments_inputs(seed)
+    number, original = count(), Link.gather
+
+    def gather(link, *args):
+        if i == 2 and next(number) == dies_at:
+            os._exit(1)
+        return original(link, *args)
+
+    with mock.patch.object(Link, "gather", gather), piflux.generation(model):
+        for i in range(5):
+            x = x - model(x, torch.full((1,), 1 - i / 5), prompt) / 5
+    return x
+
+
+@torch.no_grad()
+def left_in_fragments(rank, group):
+    """Likewise, of a model in several graphs; the rank is lost in the midst of a call."""
+    model = piflux.parallelize(Model(), group=group, policy="gather", inner="eager")
+    got = [in_fragments(model, seed, 1 if rank == 1 and not seed else None) for seed in range(3)]
+    plain = piflux.parallelize(Model(), group=piflux.virtual_ranks(1), inner="eager")
+    apart = [float((x - in_fragments(plain, seed)).abs().max()) for seed, x in enumerate(got)]
+    return apart, [program.schedule.world_size for program in model._piflux_compiler.programs]
+
+
+def test_one_rank_alone_draws_a_model_in_fragments():
+    with Pool(2) as pool:
+        (apart, programs), ended = pool.run(2, left_in_fragments, timeout=LIMIT_S)
+    assert ended.died and max(apart) < 1e-5
+    assert set(programs) == {1}
 
 
 def test_the_same_seed_gives_the_same_faults():

@@ -55,7 +55,8 @@ class Compiler:
 
     Attributes:
         shares: where it is; None if weights are whole.
-        programs: in the order in which they were made.
+        programs: in the order in which they were made; without those for ranks that were lost.
+        has_made: whether any was made.
 
     Raises:
         ValueError: `inner` is no backend.
@@ -83,6 +84,7 @@ class Compiler:
         if not callable(self.inner) or self.inner is backend:
             raise ValueError(unknown)
         self.programs: list[Program] = []
+        self.has_made = False
         self._site = SharedSite()
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
@@ -113,7 +115,7 @@ class Compiler:
         ranks = self.runtime.ranks
         if ranks is None:
             return _PerCall(self, captured, apart, self.make(captured, apart, together=False))
-        first = not self.programs
+        first = not self.has_made
         make = partial(self._agree_and_make, captured, apart, first)
         return _PerCall(self, captured, apart, ranks.surviving(make, "compiling"))
 
@@ -144,7 +146,7 @@ class Compiler:
         size = 1 if runtime.ranks is None else runtime.ranks.size
         schedule = replace(runtime.schedule, world_size=size)
         ranks = runtime.ranks if size > 1 else None
-        if self.programs:  # of other shapes, for which nothing of an earlier image is of use
+        if self.has_made:  # of other shapes, for which nothing of an earlier image is of use
             runtime.streams.drop_spare()
         site = SharedSite() if apart else self._site
         program = make_program(
@@ -158,6 +160,7 @@ class Compiler:
         runtime.settle(program.schedule)
         runtime.streams.recycles |= program.records
         self.programs.append(program)
+        self.has_made = True
         return program
 
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
@@ -182,7 +185,7 @@ class Compiler:
         Args:
             why_broken: why the model is no one graph. Dynamo may have left attention out of all.
         """
-        if self.programs:
+        if self.has_made:
             return
         if isinstance(why_broken, CannotShard):
             raise why_broken
