@@ -280,6 +280,19 @@ def test_ranks_that_stay_at_different_points_are_told():
     assert "rank 0: step 0, votes\n  rank 1: step 1, weights" in reason.text
 
 
+def test_a_device_waits_since_it_came_no_further():
+    predictions = SimpleNamespace(progress=1.0, is_device_busy=lambda: True)
+    presence = SimpleNamespace(beat=7, say=lambda: SimpleNamespace(doing="step 3"))
+    epochs = SimpleNamespace(present=SimpleNamespace(predictions=predictions))
+    waiting = Waiting(presence, epochs, 0, timeout_s=8)
+    first = waiting.waits()
+    presence.beat = 9
+    assert waiting.waits() is first and (first.since, first.beat) == (1.0, 7)
+    predictions.progress = 2.0
+    again = waiting.waits()
+    assert (again.since, again.beat) == (2.0, 9)
+
+
 # --- weights ------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,7 @@ class Waiting:
         self._presence, self._epochs = presence, epochs
         self._rank, self._timeout_s = rank, timeout_s
         self._still: dict[int, tuple[int, int]] = {}  # since which beat a rank is in which wait
+        self._device: Wait | None = None  # the watch's own, while a device is what waits
         self._lock = threading.Lock()
 
     # --- the main thread -------------------------------------------------------------------------
@@ -178,8 +179,10 @@ class Waiting:
         epoch, wait = self._epochs.present, self.wait
         if wait is not None or not epoch.predictions.is_device_busy():
             return wait
-        presence = self._presence
-        return Wait(DEVICE, -1, presence.say().doing, epoch.predictions.progress, presence.beat)
+        presence, since = self._presence, epoch.predictions.progress
+        if self._device is None or self._device.since != since:  # it has come further
+            self._device = Wait(DEVICE, -1, presence.say().doing, since, presence.beat)
+        return self._device
 
     def call_back(self, wait: Wait) -> None:
         """End the link if it is no use to wait any longer."""
