@@ -67,7 +67,6 @@ def launch(function: Callable[..., Any], ranks: int, *args: Any, outlives: bool 
         # Which is how torch knows that no rank has to hold the store.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
-        "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore:resource_tracker"),
     }
     job = function, args
     with _interrupts() as interrupted:
@@ -184,8 +183,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[_Interrupts]:
-    # Started here, because it leaves the signals unblocked.
-    resource_tracker.ensure_running()
+    _track_resources()
     interrupts = _Interrupts()
 
     def take(*_: Any) -> None:
@@ -199,6 +197,20 @@ def _interrupts() -> Iterator[_Interrupts]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _track_resources() -> None:
+    """Starts what cleans up after ranks that are killed, and says nothing of what they left.
+
+    Here, because it leaves the signals unblocked.
+    """
+    before = dict(os.environ)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _rank(

@@ -4,6 +4,7 @@ Run as `python tests/command.py meet|gather generate ...`; gathered-R beside --o
 R's first all-gather is done.
 """
 
+import multiprocessing
 import sys
 
 import torch
@@ -29,7 +30,9 @@ def meet(request: Request) -> Made | None:
 
 
 def gather(request: Request) -> None:
+    lock = multiprocessing.RLock()  # as progress bars have one; whoever is killed leaves it behind
     meet(request)
+    assert lock
     while True:
         dist.barrier()
 

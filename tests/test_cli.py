@@ -704,7 +704,7 @@ def ended(process: subprocess.Popen, family: list[psutil.Process], folder: Path)
         child.kill()
     log = (folder / "log").read_text()
     assert not left, log
-    assert "Traceback" not in log
+    assert "Traceback" not in log and "leaked" not in log
     return log
 
 
