@@ -41,6 +41,7 @@ MODEL = Model(
     loras=("ink", "clay"),
     example="dragon, 3d style, black background",
     note="This model draws gradients, and nothing else.",
+    several=True,
 )
 
 LPIPS = {"lossless": 0.0, "high": 0.03, "medium": 0.08, "low": 0.2}

@@ -34,7 +34,7 @@ from piflux.demo import demo_file, demo_pipeline
 from piflux.errors import CannotLoad, CannotSave, RankFailed
 from piflux.launch import _watch, launch
 from piflux.pipelines import folders
-from piflux.pipelines.calls import arguments
+from piflux.pipelines.calls import Asked, arguments
 from piflux.pipelines.folders import add_loras, as_kind
 from piflux.ranks import links
 from piflux.tools import cli, options
@@ -360,6 +360,21 @@ def test_options_become_arguments_of_the_pipeline(photo):
     assert kind is diffusers.FluxKontextPipeline and "width" not in given
     kind, given = arguments(diffusers.FluxControlPipeline, asked(image=photo))
     assert kind is diffusers.FluxControlPipeline and "control_image" in given
+
+
+def test_several_pictures_are_for_pipelines_that_make_one_of_them():
+    """Others take a list of pictures for a batch."""
+    pictures = tuple(Image.new("RGB", (64, 64), color) for color in ("red", "blue"))
+    for kind in (
+        diffusers.Flux2Pipeline,
+        diffusers.Flux2KleinPipeline,
+        diffusers.QwenImageEditPlusPipeline,
+    ):
+        assert arguments(kind, Asked(images=pictures))[1]["image"] == list(pictures)
+        assert arguments(kind, Asked(images=pictures[:1]))[1]["image"] is pictures[0]
+    for kind in (diffusers.FluxPipeline, diffusers.FluxKontextPipeline):
+        with pytest.raises(CannotLoad, match="takes one picture, not 2"):
+            arguments(kind, Asked(images=pictures))
 
 
 def test_a_sister_has_the_same_parts_in_their_dtype():

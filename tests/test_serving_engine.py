@@ -9,10 +9,13 @@ import threading
 import time
 from collections import Counter
 
+import diffusers
 import numpy as np
 import openai
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from servers import PATIENCE_S, served
@@ -37,6 +40,8 @@ from piflux.serving.messages import (
     Step,
     Stop,
 )
+from piflux.serving.previews import Previews
+from piflux.serving.processes import LocalWorkers
 
 # --- the engine, on workers that only pretend --------------------------------------------------
 
@@ -76,7 +81,9 @@ class Pretended:
         if isinstance(command, Load):
             takes = {"image", "negative_prompt", "guidance_scale"}
             if self.hall.loads:
-                self.hear(Loaded("cpu", "Pipe", frozenset(takes), True, 16, (64, 64), 28, 100))
+                self.hear(
+                    Loaded("cpu", "Pipe", frozenset(takes), False, True, 16, (64, 64), 28, 100)
+                )
             else:
                 self.kill()
         elif isinstance(command, End):
@@ -292,6 +299,7 @@ def test_an_error_is_told_once_and_a_fit_of_the_model_is_the_askers():
             job(1, size=(60, 64)),
             job(1, steps=0),
             job(1, true_cfg=2.0),
+            job(1, images=2 * (Image.new("L", (8, 8)),)),
         ):
             with pytest.raises(Refused) as refused:
                 await drawn(engine, bad)
@@ -650,6 +658,36 @@ def test_previews_look_like_the_picture(running):
         preview = pixels(each.images)
         assert preview.shape == (1, 12, 12, 3)
         assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.9
+
+
+def test_previews_of_packed_and_normalised_latents():
+    """FLUX.2's, of a small autoencoder with numbers of its own in the batch norm."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=2,
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.2, 5)
+    pipe = diffusers.Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None)
+    previews = Previews.fit(pipe)
+    height, width = 64, 96
+    shade = torch.linspace(0, 1, height)[:, None] * torch.linspace(1, 0.2, width)
+    picture = torch.stack([shade, shade.flip(0), shade.flip(1)])
+    with torch.no_grad():
+        latents = pipe._pack_latents(pipe._encode_vae_image(2 * picture[None] - 1, None))
+        (small,) = previews.pictures(latents, height, width)
+    assert small.size == (width // 2, height // 2)
+    with torch.no_grad():
+        encoded = vae.encode(2 * picture[None] - 1).latent_dist.mode()
+    torch.testing.assert_close(previews._unpack(latents, height, width), encoded)
+    wanted = F.interpolate(255 * picture[None], (height // 2, width // 2), mode="area")[0]
+    near = np.corrcoef(np.asarray(small).ravel(), wanted.movedim(0, -1).numpy().ravel())
+    assert near[0, 1] > 0.5  # this autoencoder was never trained
 
 
 def test_ranks_stop_together_and_draw_on(running, alone):

@@ -22,8 +22,9 @@ class Asked:
         size: width and height in pixels.
         guidance: its scale.
         negative: what not to draw.
-        image: a picture to start from, edit or follow.
-        mask: a picture, white where `image` is painted anew.
+        images: pictures to start from, edit or follow; of several a few pipelines make one, see
+            `takes_several`.
+        mask: a picture, white where the first of `images` is painted anew.
         frames: of a video.
     """
 
@@ -31,7 +32,7 @@ class Asked:
     size: tuple[int, int] | None = None
     guidance: float | None = None
     negative: str | None = None
-    image: Image.Image | None = None
+    images: tuple[Image.Image, ...] = ()
     mask: Image.Image | None = None
     frames: int | None = None
 
@@ -50,19 +51,22 @@ def arguments(kind: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
         CannotLoad: it takes no such option.
     """
     given: dict[str, Any] = {}
-    image, mask = asked.image, asked.mask
+    images, mask = asked.images, asked.mask
     if mask is not None and not takes(kind, "mask_image"):
         kind = _sister(kind, "AUTO_INPAINT_PIPELINES_MAPPING", "mask")
-    elif image is not None and not takes(kind, "image", "control_image"):
+    elif images and not takes(kind, "image", "control_image"):
         kind = _sister(kind, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "image")
     taken = inspect.signature(kind.__call__).parameters
-    if image is not None:
-        given["image" if "image" in taken else "control_image"] = image
+    if len(images) > 1 and not takes_several(kind):
+        raise CannotLoad(f"{kind.__name__} takes one picture, not {len(images)}")
+    if images:
+        name = "image" if "image" in taken else "control_image"
+        given[name] = images[0] if len(images) == 1 else list(images)
     if mask is not None:
         given["mask_image"] = mask
     size = asked.size
-    if image is not None and size is None and not _edits(kind):
-        size = image.width // 16 * 16, image.height // 16 * 16
+    if images and size is None and not _edits(kind):
+        size = images[0].width // 16 * 16, images[0].height // 16 * 16
     if size is not None:
         given |= {"width": size[0], "height": size[1]}
     steps = asked.steps or taken["num_inference_steps"].default
@@ -104,6 +108,20 @@ OPTIONS = {
 def takes(kind: Any, *names: str) -> bool:
     """Whether a pipeline's call has one of these arguments."""
     return bool(inspect.signature(kind.__call__).parameters.keys() & set(names))
+
+
+SEVERAL = frozenset({"QwenImageEditPlusPipeline"})
+"""Classes that make one picture of several, where the signature says no more than 'pictures'."""
+
+
+def takes_several(kind: Any) -> bool:
+    """Whether a pipeline's call makes one picture of several: others take a list for a batch.
+
+    Its signature says so where it has one picture or a list of such, and no tensors.
+    """
+    image = inspect.signature(kind.__call__).parameters.get("image")
+    said = "" if image is None else str(image.annotation).lower()
+    return "list[pil.image.image]" in said and "tensor" not in said or kind.__name__ in SEVERAL
 
 
 def _edits(kind: Any) -> bool:

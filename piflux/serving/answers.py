@@ -189,6 +189,7 @@ def model_card(model: Model, limits: Limits, own: str) -> dict[str, Any]:
         "piflux": {
             "pipeline": model.pipeline,
             "edits": model.edits,
+            "images": limits.uploads if model.several else int(model.edits),
             "masks": model.masks,
             "negative_prompt": model.negative,
             "loras": list(model.loras),

@@ -20,7 +20,7 @@ import piflux
 from piflux.errors import CannotLoad, Stopped
 from piflux.integrations.diffusers import ranks_of, set_compute, sharing
 from piflux.launch import cores
-from piflux.pipelines.calls import arguments, takes
+from piflux.pipelines.calls import arguments, takes, takes_several
 from piflux.pipelines.folders import as_kind, load
 from piflux.ranks.board import bounded
 from piflux.ranks.groups import own_device
@@ -79,6 +79,7 @@ class Artist:
             self._device.type,
             kind.__name__,
             frozenset(names),
+            takes_several(kind),
             hasattr(self._pipe, "load_lora_weights") and find_spec("peft") is not None,
             2 * factor,
             (side, side),

@@ -305,9 +305,9 @@ class RankEngine:
     ) -> None:
         assert asked.steps is not None, "known by the caller"
         number, name = next(self._numbers), self._warmth.name_of(team)
-        image = None if asked.image is None else asked.image.size
+        images = tuple(image.size for image in asked.images)
         settings = str(sorted(promise.settings.items()))
-        shape = (name, settings, asked.size, image, asked.mask is None, len(pictures))
+        shape = (name, settings, asked.size, images, asked.mask is None, len(pictures))
         call = self._calls[number] = Call(number, team, tasks, warms, seconds, shape)
         for i, rank in enumerate(team.ranks):
             self._seats[rank].call = call

@@ -167,6 +167,7 @@ class Model:
         promises: policy and measured LPIPS of each quality, in words.
         example: a prompt that it knows, for the page.
         note: what is to be said beside its pictures.
+        several: whether it makes one picture of several.
     """
 
     name: str
@@ -182,6 +183,7 @@ class Model:
     loras: tuple[str, ...] = ()
     example: str = ""
     note: str = ""
+    several: bool = False
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ class Loaded:
         device: its type.
         pipeline: the class's name.
         takes: arguments of its call, 'image' and 'mask_image' also where a sister takes them.
+        several: whether it makes one picture of several.
         adapts: whether it takes LoRAs.
         multiple: see `piflux.serving.jobs.Model`, likewise the defaults.
         memory: bytes in use.
@@ -119,6 +120,7 @@ class Loaded:
     device: str
     pipeline: str
     takes: frozenset[str]
+    several: bool
     adapts: bool
     multiple: int
     default_size: tuple[int, int]

@@ -26,7 +26,7 @@ class Previews:
     Args:
         weights: (channels + 1, 3): from latents, and a constant, to colours from 0 to 1.
         unpack: from what the pipeline's callback gets, and the picture's height and width in
-            pixels, to (batch, channels, rows, columns).
+            pixels, to (batch, channels, rows, columns), as the map was fitted on.
     """
 
     def __init__(self, weights: Tensor, unpack: Callable[[Tensor, int, int], Tensor]) -> None:
@@ -42,9 +42,12 @@ class Previews:
             not known.
         """
         vae: Any = getattr(pipe, "vae", None)
+        config = getattr(vae, "config", None)
         unpack = _unpacker(pipe)
-        shift = getattr(getattr(vae, "config", None), "shift_factor", None) or 0.0
-        scale = getattr(getattr(vae, "config", None), "scaling_factor", None)
+        shift: float = getattr(config, "shift_factor", None) or 0.0
+        scale: float | None = getattr(config, "scaling_factor", None)
+        if hasattr(pipe, "_unpack_latents_with_ids") and hasattr(vae, "bn"):
+            unpack, shift, scale = _of_flux_2(pipe), 0.0, 1.0
         if unpack is None or not scale or not hasattr(vae, "encode"):
             return None
         parameter = next(vae.parameters())
@@ -98,7 +101,27 @@ class Previews:
         return [Image.fromarray(x) for x in pixels]
 
 
-def _unpacker(pipe: Any) -> Callable[[Tensor, int, int], Tensor] | None:
+Unpack = Callable[[Tensor, int, int], Tensor]
+
+
+def _of_flux_2(pipe: Any) -> Unpack:
+    """To the autoencoder's own latents, without the batch norm: a token has four of their places.
+
+    Tokens come row by row.
+    """
+    cell, norm = 2 * pipe.vae_scale_factor, pipe.vae.bn
+    mean = norm.running_mean.view(1, -1, 1, 1).float()
+    std = (norm.running_var.view(1, -1, 1, 1).float() + pipe.vae.config.batch_norm_eps).sqrt()
+
+    def unpack(latents: Tensor, height: int, width: int) -> Tensor:
+        tokens = latents.float().mT.unflatten(-1, (height // cell, width // cell))
+        unpacked: Tensor = pipe._unpatchify_latents(tokens * std + mean)
+        return unpacked
+
+    return unpack
+
+
+def _unpacker(pipe: Any) -> Unpack | None:
     """Which shape the pipeline's latents have where callbacks get them."""
     factor = getattr(pipe, "vae_scale_factor", None)
     if hasattr(pipe, "_unpack_latents") and factor is not None:

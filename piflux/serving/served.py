@@ -73,6 +73,7 @@ class Served:
             tuple(sorted(self._adapters)) if told.adapts else (),
             PROMPTS[1] if is_demo else "",
             NOTE if is_demo else "",
+            told.several,
         )
 
     def asked(self, job: Job) -> Asked:
@@ -95,8 +96,9 @@ class Served:
             if given and not takes:
                 what = f"{model.pipeline} takes no {field}"
                 raise Refused(400, "unsupported_value", what, field=field)
-        if len(job.images) > 1:
-            raise Refused(400, "unsupported_value", "one picture at a time", field="image")
+        if len(job.images) > 1 and not model.several:
+            what = f"{model.pipeline} takes one picture, not {len(job.images)}"
+            raise Refused(400, "unsupported_value", what, field="image")
         if job.mask is not None and not job.images:
             raise Refused(400, "invalid_value", "a mask is of a picture", field="image")
         if job.size is not None and any(side < 1 or side % model.multiple for side in job.size):
@@ -116,7 +118,7 @@ class Served:
             job.size if job.images else job.size or model.default_size,
             job.guidance,
             job.negative,
-            job.images[0] if job.images else None,
+            job.images,
             job.mask,
         )
 

@@ -58,8 +58,8 @@ class Ticket:
     @property
     def pixels(self) -> int:
         """Of one picture."""
-        image = self.asked.image
-        width, height = self.asked.size or (image.size if image is not None else (1024, 1024))
+        images = self.asked.images
+        width, height = self.asked.size or (images[0].size if images else (1024, 1024))
         return width * height
 
     def wait_behind(self, before: int) -> None:

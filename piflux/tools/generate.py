@@ -85,7 +85,7 @@ class Request:
             self.size,
             self.guidance,
             self.negative,
-            None if self.image is None else read_picture(self.image),
+            () if self.image is None else (read_picture(self.image),),
             None if self.mask is None else read_picture(self.mask),
             self.frames,
         )
