@@ -9,20 +9,10 @@ from collections.abc import AsyncIterator
 
 from PIL import Image
 
-from piflux.serving.jobs import (
-    Drawn,
-    Event,
-    Job,
-    Model,
-    Preview,
-    Queued,
-    Refused,
-    Report,
-    State,
-    Stepped,
-)
+from piflux.serving import jobs
+from piflux.serving.jobs import Job, Refused
 
-MODEL = Model(
+MODEL = jobs.Model(
     name="demo",
     created=1_800_000_000,
     pipeline="FluxPipeline",
@@ -73,7 +63,9 @@ class FakeEngine:
         cancelled: ids of those whose iterator was closed before its end.
     """
 
-    def __init__(self, step_s: float = 0.0, room: int = 8, model: Model | None = MODEL) -> None:
+    def __init__(
+        self, step_s: float = 0.0, room: int = 8, model: jobs.Model | None = MODEL
+    ) -> None:
         self.step_s, self.room = step_s, room
         self.held_at: int | None = None
         self.model = model
@@ -96,8 +88,8 @@ class FakeEngine:
             await asyncio.sleep(0.01)
         self.ended = True  # which jobs notice at their next step
 
-    def state(self) -> State:
-        return State(
+    def state(self) -> jobs.State:
+        return jobs.State(
             phase=self.phase,  # type: ignore[arg-type]
             reason=self.reason,
             ranks=2,
@@ -109,13 +101,13 @@ class FakeEngine:
             memory={0: 1 << 20, 1: 2 << 20},
         )
 
-    async def submit(self, job: Job) -> AsyncIterator[Event]:
+    async def submit(self, job: Job) -> AsyncIterator[jobs.Event]:
         if self._waiting >= self.room:
             raise Refused(429, "queue_full", "the queue is full: ask later", retry_after_s=3.2)
         self._waiting += 1
         waits, done, came = True, False, time.monotonic()
         try:
-            yield Queued(self._waiting - 1)
+            yield jobs.Queued(self._waiting - 1)
             async with self._turn:
                 self._waiting -= 1
                 self._drawing += 1
@@ -130,12 +122,12 @@ class FakeEngine:
                     self._stepped = time.monotonic()
                     if self.ended:
                         raise Refused(503, "ending", "the server ends")
-                    yield Stepped(step + 1, steps)
+                    yield jobs.Stepped(step + 1, steps)
                     if self.fails is not None:
                         raise self.fails
                     if step < job.previews:
-                        yield Preview(step, [image.resize((8, 8)) for image in images])
-                report = Report(
+                        yield jobs.Preview(step, [image.resize((8, 8)) for image in images])
+                report = jobs.Report(
                     quality=job.quality,
                     policy="gather" if job.quality == "lossless" else "rotate",
                     lpips=LPIPS[job.quality],
@@ -147,7 +139,7 @@ class FakeEngine:
                     batch=len(images),
                 )
                 done = True
-                yield Drawn(images, report)
+                yield jobs.Drawn(images, report)
         except Refused:
             done = True
             raise

@@ -14,24 +14,13 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from piflux.serving import answers, asked, logs
+from piflux.serving import answers, asked, jobs, logs
 from piflux.serving.asked import Drawing
 from piflux.serving.clients import ClientGone, EventStream, unless_gone, with_beats
 from piflux.serving.files import Files
 from piflux.serving.forms import FIELDS, fields_of, pictures_of
 from piflux.serving.guard import GONE, NOTE, own_error
-from piflux.serving.jobs import (
-    Drawn,
-    Engine,
-    Event,
-    Job,
-    Model,
-    Preview,
-    Quality,
-    Queued,
-    Refused,
-    Stepped,
-)
+from piflux.serving.jobs import Job, Model, Refused
 from piflux.serving.limits import Limits
 from piflux.serving.metrics import Metrics
 from piflux.serving.pictures import encode, small
@@ -51,7 +40,7 @@ class Images:
         bodies: what requests may say.
     """
 
-    def __init__(self, engine: Engine, limits: Limits, quality: Quality) -> None:
+    def __init__(self, engine: jobs.Engine, limits: Limits, quality: jobs.Quality) -> None:
         self.engine, self.limits, self.quality = engine, limits, quality
         self.files = Files()
         self.metrics = Metrics(engine.state, lambda: self.files.bytes)
@@ -142,7 +131,7 @@ class Images:
             return Response(status_code=503)  # to nobody
 
     async def _whole(
-        self, request: Request, body: Drawing, job: Job, model: Model, drawn: Drawn
+        self, request: Request, body: Drawing, job: Job, model: Model, drawn: jobs.Drawn
     ) -> JSONResponse:
         """The answer that is no stream."""
         form, pictures = answers.form(body), []
@@ -168,23 +157,23 @@ class Images:
         job: Job,
         model: Model,
         prefix: str,
-        first: Event,
-        later: AsyncIterator[Event],
+        first: jobs.Event,
+        later: AsyncIterator[jobs.Event],
     ) -> AsyncGenerator[bytes, None]:
         """Server-sent events: OpenAI's, with `.queued` and `.progress` beside them."""
         shared = {"background": "opaque", "quality": job.quality}
-        event: Event | None = first
+        event: jobs.Event | None = first
         beats = with_beats(later)
         try:
             while True:
                 now = int(time.time())
                 if event is None:
                     yield b": still here\n\n"
-                elif isinstance(event, Queued):
+                elif isinstance(event, jobs.Queued):
                     yield answers.event(f"{prefix}.queued", before=event.before)
-                elif isinstance(event, Stepped):
+                elif isinstance(event, jobs.Stepped):
                     yield answers.event(f"{prefix}.progress", step=event.step, steps=event.steps)
-                elif isinstance(event, Preview):
+                elif isinstance(event, jobs.Preview):
                     for index, data in enumerate(await asyncio.to_thread(small, event.images)):
                         yield answers.event(
                             f"{prefix}.partial_image",
@@ -221,13 +210,13 @@ class Images:
 
     async def _watched(
         self, job: Job, model: Model, note: dict[str, Any]
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AsyncGenerator[jobs.Event, None]:
         """The job's events; what came of it is counted and noted."""
         events = self.engine.submit(job)
         ended = False
         try:
             async for event in events:
-                if isinstance(event, Drawn):
+                if isinstance(event, jobs.Drawn):
                     self.metrics.drawn(event.report, len(event.images))
                     note |= asdict(event.report)
                     ended = True
@@ -251,7 +240,9 @@ class Images:
             if close is not None:
                 await close()
 
-    async def _encoded(self, body: Drawing, job: Job, model: Model, drawn: Drawn) -> list[bytes]:
+    async def _encoded(
+        self, body: Drawing, job: Job, model: Model, drawn: jobs.Drawn
+    ) -> list[bytes]:
         """The pictures' files, made beside the loop."""
         form = answers.form(body)
         compression = 100 if body.output_compression is None else body.output_compression
@@ -266,9 +257,9 @@ class Images:
         return await asyncio.to_thread(each)
 
 
-async def _last(first: Event, later: AsyncIterator[Event]) -> Drawn:
+async def _last(first: jobs.Event, later: AsyncIterator[jobs.Event]) -> jobs.Drawn:
     event = first
-    while not isinstance(event, Drawn):
+    while not isinstance(event, jobs.Drawn):
         event = await anext(later)
     return event
 

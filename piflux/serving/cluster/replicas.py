@@ -14,20 +14,10 @@ from typing import Any
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
+from piflux.serving import jobs
 from piflux.serving.cluster.leader import Seen, Word
 from piflux.serving.engine import TRIES
-from piflux.serving.jobs import (
-    Drawn,
-    Event,
-    Job,
-    Model,
-    Preview,
-    Queued,
-    Refused,
-    Report,
-    State,
-    Stepped,
-)
+from piflux.serving.jobs import Job, Refused
 
 log = logging.getLogger(__name__)
 
@@ -81,19 +71,19 @@ class Replicas:
     def __init__(self, handle: Any, deadline_s: float) -> None:
         self._handle, self._deadline_s = handle, deadline_s
         self._seen: dict[str, tuple[float, Seen]] = {}
-        self._model: Model | None = None
+        self._model: jobs.Model | None = None
         self._ways: dict[_Way, None] = {}  # in the order of their coming
         self._until = math.inf  # when jobs are given up
         self._polling: asyncio.Task[None] | None = None
 
     @property
-    def model(self) -> Model | None:
+    def model(self) -> jobs.Model | None:
         return self._model
 
     async def start(self) -> None:
         self._polling = asyncio.ensure_future(self._poll())
 
-    async def submit(self, job: Job) -> AsyncIterator[Event]:
+    async def submit(self, job: Job) -> AsyncIterator[jobs.Event]:
         if self._until < math.inf:
             raise Refused(503, "ending", "the server ends")
         came, way = time.monotonic(), _Way()
@@ -105,7 +95,7 @@ class Replicas:
                     async with aclosing(self._once(job, way, came, came + seconds)) as events:
                         async for event in events:
                             yield event
-                            if isinstance(event, Drawn):
+                            if isinstance(event, jobs.Drawn):
                                 return
                 except LOST as error:
                     log.warning("job %s: its replica was lost: %s", job.id, error)
@@ -118,7 +108,7 @@ class Replicas:
 
     async def _once(
         self, job: Job, way: _Way, came: float, until: float
-    ) -> AsyncGenerator[Event, None]:
+    ) -> AsyncGenerator[jobs.Event, None]:
         """Events of a job that one replica gets; the last one, if all goes well, is `Drawn`."""
         left = until - time.monotonic()
         stream = self._handle.options(stream=True).draw.remote(replace(job, deadline_s=left))
@@ -139,25 +129,25 @@ class Replicas:
         finally:
             stream.cancel()
 
-    def _event(self, word: Event | Seen | None, way: _Way, came: float) -> Event | None:
+    def _event(self, word: jobs.Event | Seen | None, way: _Way, came: float) -> jobs.Event | None:
         """What of a replica's word the front has to know."""
         if word is None:
             before = self._before(way)
             if way.replica is not None or way.before == before:
                 return None
             way.before = before
-            return Queued(before)
+            return jobs.Queued(before)
         if isinstance(word, Seen):
             way.replica = word.replica
             self._note(word)
             return None
-        if isinstance(word, Preview):
+        if isinstance(word, jobs.Preview):
             if word.number < way.shown:  # by the replica before
                 return None
             way.shown = word.number + 1
-        if isinstance(word, Drawn):
-            return Drawn(word.images, _whole(word.report, way, time.monotonic() - came))
-        way.begun = way.begun or isinstance(word, Stepped)
+        if isinstance(word, jobs.Drawn):
+            return jobs.Drawn(word.images, _whole(word.report, way, time.monotonic() - came))
+        way.begun = way.begun or isinstance(word, jobs.Stepped)
         return word
 
     async def _words(
@@ -220,13 +210,13 @@ class Replicas:
         self._model = self._model or seen.model
         self._seen[seen.replica] = time.monotonic(), seen
 
-    def state(self) -> State:
+    def state(self) -> jobs.State:
         now = time.monotonic()
         self._seen = {x: (at, seen) for x, (at, seen) in self._seen.items() if now - at < OLD_S}
         states = [seen.state for _, (_, seen) in sorted(self._seen.items())]
         memory = [each.memory[rank] for each in states for rank in sorted(each.memory)]
         waiting = sum(not way.begun for way in self._ways)
-        return State(
+        return jobs.State(
             # Where all replicas are lost, jobs wait for the next ones.
             "ending" if self._until < math.inf else "ready" if self._model else "starting",
             "",
@@ -258,7 +248,7 @@ async def _next(stream: Any) -> Word | None:
     return word
 
 
-def _whole(report: Report, way: _Way, seconds: float) -> Report:
+def _whole(report: jobs.Report, way: _Way, seconds: float) -> jobs.Report:
     """The report of a job that took so many seconds, with what it had lost before."""
     return replace(
         report,
