@@ -167,7 +167,7 @@ class Server:
         return found
 
     def workers(self) -> list[int]:
-        """Processes of ranks, by their ids."""
+        """Processes of ranks, by their ids. The youngest one may be a spare, which is none yet."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -176,8 +176,9 @@ class Server:
             except OSError:  # it has ended meanwhile
                 continue
             if parent == self.pid and b"piflux.serving.worker" in words:
-                found.append(int(path.name))
-        return sorted(found)
+                began = int((path / "stat").read_text().rpartition(")")[2].split()[19])
+                found.append((began, int(path.name)))
+        return [pid for _, pid in sorted(found)[: self.served.ranks]]
 
 
 @dataclass

@@ -5,6 +5,7 @@ import base64
 import functools
 import gc
 import io
+import queue
 import threading
 import time
 from collections import Counter
@@ -52,12 +53,14 @@ class Hall:
     Attributes:
         workers: all that were started.
         draws: what rank 0 of each group was told to draw for jobs, in order.
+        prepared: how often a spare process was asked for.
     """
 
     def __init__(self, act=None, loads=True):
         self.act, self.loads = act, loads
         self.workers: list[Pretended] = []
         self.draws: list[Draw] = []
+        self.prepared = 0
 
     def open(self):
         return "nowhere", 1
@@ -65,6 +68,9 @@ class Hall:
     def start(self, number, hear):
         self.workers.append(Pretended(self, number, hear))
         return self.workers[-1]
+
+    def prepare(self):
+        self.prepared += 1
 
     def close(self):
         self.closed = True
@@ -223,8 +229,8 @@ def test_a_rank_that_dies_is_replaced_and_its_group_draws_on():
         done, _ = await drawn(engine, job(7))
         assert colours(done) == [7]
         assert done.report.recovered == 1 and done.report.ranks == 1
-        await until(lambda: engine.state().groups == (2,))  # whole, and warm
-        assert engine.state().replaced == 1
+        await until(lambda: hall.prepared == 2)  # for the next rank that is lost, once all serve
+        assert engine.state().groups == (2,) and engine.state().replaced == 1
         done, _ = await drawn(engine, job(8))
         assert done.report.ranks == 2 and done.report.recovered == 0
 
@@ -729,6 +735,24 @@ def test_a_picture_can_be_edited(running, alone):
     assert 1 < np.abs(images - alone(1)).mean() < np.abs(alone(9) - alone(1)).mean()
 
 
+def test_a_spare_process_that_has_died_becomes_no_rank():
+    workers, gone = LocalWorkers(1, Load("demo", "eager")), queue.SimpleQueue()
+    workers.prepare()
+    spare = workers._spare
+    workers.prepare()
+    assert workers._spare is spare, "one is enough"
+    spare.kill()
+    spare.end()
+    worker = workers.start(0, gone.put)
+    assert worker.pid != spare.pid
+    worker.kill()
+    assert gone.get(timeout=60) == Gone("rank 0 was killed by SIGKILL")
+    workers.prepare()
+    spare = workers._spare
+    workers.close()
+    assert not spare.is_alive
+
+
 class Lent:
     """An engine that a server neither starts nor ends."""
 
@@ -764,6 +788,7 @@ def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
     running.engine._turns.pace = Prefers(2)
     seat = running.engine._seats[0]  # which would have told the picture
     replaced = running.engine.state().replaced
+    spare = running.engine._seats._workers._spare.pid
 
     async def kill():
         asked = Job("a job", PROMPT, (2,), size=SIZE, steps=STEPS)
@@ -777,5 +802,6 @@ def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
     assert near(pixels(done.images), alone(2)) and done.report.recovered == 1
     running(until(lambda: running.engine.state().groups == (2,), START_S))
     assert running.engine.state().replaced == replaced + 1
+    assert seat.worker.pid == spare
     images, report, _ = running.draw(2, ranks=2)
     assert near(images, alone(2)) and report.ranks == 2

@@ -95,10 +95,11 @@ class RankEngine:
         self._teams = teams_of(ranks, groups)
         self._served = Served(source, name, sizes, promises_of(schedules or {}), loras)
         self._deadline_s, self._stuck_s, self._most_batch = deadline_s, stuck_s, batch
+        load = Load(source, inner)
         self._seats = Seats(
             ranks,
-            workers or LocalWorkers(ranks, cache),
-            Load(source, inner),
+            workers or LocalWorkers(ranks, load, cache),
+            load,
             hear=self._hear,
             lose=self._lose,
             fail=self._fail,
@@ -387,9 +388,12 @@ class RankEngine:
                 pace = self._turns.pace
                 pace.learn(size, width * height, WARM_STEPS, told.seconds, told.step_s)
             self._turns.alone[size, warm.batch] = told.seconds / warm.batch
-        if self._phase == "starting" and all(map(self._warmth.is_warm, self._teams)):
+        if not all(map(self._warmth.is_warm, self._teams)):
+            return
+        if self._phase == "starting":
             self._phase, self._seats.ready = "ready", True
             log.info("ready: %d ranks", len(self._seats))
+        self._seats.prepare()
 
     def _lose(self, seat: Seat, call: Call | None) -> None:
         """A rank is gone, and what it had of a call."""

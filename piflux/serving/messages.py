@@ -217,5 +217,8 @@ class Workers(Protocol):
             hear: gets all that it tells, `Gone` at last; from any thread.
         """
 
+    def prepare(self) -> None:
+        """Have a process at hand for a rank that will be lost. Called where all ranks serve."""
+
     def close(self) -> None:
         """All have ended."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from piflux.launch import cores
-from piflux.serving.messages import Command, Gone, Told
+from piflux.serving.messages import Command, Gone, Load, Told
 
 LOOPBACK = "127.0.0.1"
 
@@ -54,29 +54,39 @@ def among_themselves() -> dict[str, str]:
 class LocalWorkers:
     """Starts a process a rank on this machine, each with a GPU of its own, if there are any.
 
+    To import what a rank needs takes longer than most of what else it does before it can draw. So
+    there may be a spare process that has done so, and takes the place of the next rank that is
+    lost. It holds no model, and has touched no GPU.
+
     Args:
         ranks: how many there will be at a time.
+        load: what they will be told to load.
         cache: a folder where compiled code is kept; None for torch's own place.
     """
 
-    def __init__(self, ranks: int, cache: Path | None = None) -> None:
-        self._ranks, self._cache = ranks, cache
+    def __init__(self, ranks: int, load: Load, cache: Path | None = None) -> None:
+        self._ranks, self._load, self._cache = ranks, load, cache
         self._store: Any = None
+        self._spare: _Process | None = None
 
     def open(self) -> tuple[str, int]:
         self._store, port = open_store(LOOPBACK)
         return LOOPBACK, port
 
     def start(self, number: int, hear: Callable[[Told], None]) -> LocalWorker:
-        return LocalWorker(number, self._environment(number), hear)
+        spare, self._spare = self._spare, None
+        if spare is None or not spare.is_alive:
+            spare = _Process(self._environment(), self._load)
+        return LocalWorker(number, spare, hear)
 
-    def _environment(self, number: int) -> dict[str, str]:
+    def prepare(self) -> None:
+        if self._spare is None or not self._spare.is_alive:
+            self._spare = _Process(self._environment(), self._load)
+
+    def _environment(self) -> dict[str, str]:
         joined = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
         environment = {name: text for name, text in os.environ.items() if name not in joined}
-        environment |= {
-            "LOCAL_RANK": str(number),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
+        environment["TOKENIZERS_PARALLELISM"] = "false"
         for name, text in among_themselves().items():
             environment.setdefault(name, text)
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self._ranks)))
@@ -86,14 +96,15 @@ class LocalWorkers:
 
     def close(self) -> None:
         self._store = None
+        if self._spare is not None:
+            self._spare.kill()
+            self._spare.end()
 
 
-class LocalWorker:
-    """One process. Two threads of ours read what it tells, and write commands."""
+class _Process:
+    """A process that imports what ranks need, and then waits to be told which one it is."""
 
-    def __init__(
-        self, number: int, environment: dict[str, str], hear: Callable[[Told], None]
-    ) -> None:
+    def __init__(self, environment: dict[str, str], load: Load) -> None:
         ours, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
@@ -105,10 +116,32 @@ class LocalWorker:
         finally:
             theirs.close()
         self.pid = self._process.pid
-        self._hear = hear
-        self._number = number
-        self._reading = Connection(ours.detach())
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self.connection = Connection(ours.detach())
+        self.connection.send(load)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def end(self) -> int:
+        """Waits for its end, not for long, and gives the exit code."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
+        self._process.kill()  # one whose connection broke can't be told anything
+        return self._process.wait()
+
+
+class LocalWorker:
+    """A process that has become a rank. Two threads read what it tells, and write commands."""
+
+    def __init__(self, number: int, process: _Process, hear: Callable[[Told], None]) -> None:
+        self._number, self._process, self._hear = number, process, hear
+        self.pid = process.pid
+        self._commands: queue.SimpleQueue[Command | int | None] = queue.SimpleQueue()
+        self._commands.put(number)
         for work in (self._read, self._write):
             threading.Thread(target=work, daemon=True, name=f"piflux-worker-{number}").start()
 
@@ -121,21 +154,17 @@ class LocalWorker:
     def _read(self) -> None:
         try:
             while True:
-                self._hear(self._reading.recv())
+                self._hear(self._process.connection.recv())
         except (EOFError, OSError):  # it has ended, or is about to
             pass
         finally:
             self._commands.put(None)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(END_S)
-            self._process.kill()  # one whose connection broke can't be told anything
-            code = self._process.wait()
-            self._hear(Gone(_ended(self._number, code)))
+            self._hear(Gone(_ended(self._number, self._process.end())))
 
     def _write(self) -> None:
         while (command := self._commands.get()) is not None:
             try:
-                self._reading.send(command)
+                self._process.connection.send(command)
             except OSError:  # it has ended, of which the other thread tells
                 return
 

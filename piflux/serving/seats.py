@@ -114,6 +114,11 @@ class Seats:
         for seat in self._seats:
             self._start(seat)
 
+    def prepare(self) -> None:
+        """All of them serve: now there is time for a process that takes a lost one's place."""
+        if not self._over:
+            self._workers.prepare()
+
     def stop_replacing(self) -> None:
         """From now on none is started."""
         self._over = True

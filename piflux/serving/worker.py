@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 from piflux.errors import CannotLoad, Excluded, RankFailed
 from piflux.serving.messages import Command, Draw, End, Failed, Load, Stop, Told
@@ -78,22 +79,31 @@ def _failed(draw: Draw, error: Exception) -> Failed:
 
 
 def main() -> None:
-    """As a process of its own, on the socket whose descriptor is the first argument."""
+    """As a process of its own, on the socket whose descriptor is the first argument.
+
+    It is told what will be loaded, for which it imports what it can; then, at once or in a while,
+    which rank it is; and then commands.
+    """
     from piflux.launch import end_with
 
     end_with(os.getppid())
     # A terminal's Ctrl-C is the engine's to act on.
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach whole groups; the server says when
         signal.signal(number, lambda *_: None)
-    logging.basicConfig(format="%(levelname)s rank " + os.environ["LOCAL_RANK"] + ": %(message)s")
     connection = Connection(int(sys.argv[1]))
     inbox, sending = Inbox(), threading.Lock()
+    first: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def read() -> None:
         try:
+            for _ in range(2):
+                first.put(connection.recv())
             while True:
                 inbox.put(connection.recv())
         except (EOFError, OSError):  # the engine has ended, and takes all ranks with it
+            os._exit(1)
+        except Exception:  # such as a source that can't be imported here
+            log.exception("what the engine says can't be read")
             os._exit(1)
 
     def tell(told: Told) -> None:
@@ -101,11 +111,26 @@ def main() -> None:
             connection.send(told)
 
     threading.Thread(target=read, daemon=True, name="piflux-commands").start()
+    _import_for(first.get())
+    os.environ["LOCAL_RANK"] = rank = str(first.get())
+    logging.basicConfig(format="%(levelname)s rank " + rank + ": %(message)s")
     with contextlib.suppress(BrokenPipeError):
         work(inbox, tell)
     # What torch and its threads hold is the system's to free: nothing here has to be kept.
     sys.stderr.flush()
     os._exit(0)
+
+
+def _import_for(load: Load) -> None:
+    """What is imported before a rank is needed, which is most of its start's work."""
+
+    from piflux.pipelines.folders import pipeline_class
+
+    if load.inner == "inductor":
+        import torch._inductor.compile_fx  # noqa: F401
+    if isinstance(load.source, str):
+        with contextlib.suppress(CannotLoad):  # of which the command tells
+            pipeline_class(load.source)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,9 @@ class RayWorkers:
         ).remote(number)
         return RayWorker(number, actor, hear)
 
+    def prepare(self) -> None:
+        """Nothing: the placement group has room for its ranks alone."""
+
     def close(self) -> None:
         self._store = None
 
