@@ -167,7 +167,11 @@ class Server:
         return found
 
     def workers(self) -> list[int]:
-        """Processes of ranks, by their ids. The youngest one may be a spare, which is none yet."""
+        """Processes of ranks, by their ids."""
+        return self.processes()[: self.served.ranks]
+
+    def processes(self) -> list[int]:
+        """Those of ranks, the eldest first; then the spare one, if it is there."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -178,7 +182,7 @@ class Server:
             if parent == self.pid and b"piflux.serving.worker" in words:
                 began = int((path / "stat").read_text().rpartition(")")[2].split()[19])
                 found.append((began, int(path.name)))
-        return [pid for _, pid in sorted(found)[: self.served.ranks]]
+        return [pid for _, pid in sorted(found)]
 
 
 @dataclass
@@ -453,6 +457,7 @@ def kills(
                 await at.ask(seed)
             answers: list[Answered] = []
             whole: list[float] = []
+            cpu: list[float] = []
             began, dice = time.perf_counter(), random.Random(0)
 
             async def ask(client: int) -> None:
@@ -463,6 +468,7 @@ def kills(
                 while time.perf_counter() - began < seconds - every:
                     await asyncio.sleep(every)
                     workers = at.workers()
+                    spent = {pid: _cpu_s(pid) for pid in at.processes()}
                     os.kill(dice.choice(workers), signal.SIGKILL)
                     killed = time.perf_counter()
                     while await at.ranks() == ranks:
@@ -470,12 +476,15 @@ def kills(
                     while await at.ranks() < ranks and time.perf_counter() - began < seconds:
                         await asyncio.sleep(0.1)
                     whole.append(time.perf_counter() - killed)
+                    new = set(at.workers()) - set(workers)
+                    cpu.extend(_cpu_s(pid) - spent.get(pid, 0.0) for pid in new)
 
             await asyncio.gather(kill(), *(ask(i) for i in range(clients)))
             row = _told(answers, at.served, time.perf_counter() - began)
         row |= {"kills": len(whole), "all ranks back, s": statistics.median(whole)}
+        row["CPU s of the new one by then"] = statistics.median(cpu)
         _show(f"{model}, {ranks} ranks, one killed every {every:.0f} s", [row])
-        _save(out, "kills", [row], {"answers": _columns(answers), "whole": whole})
+        _save(out, "kills", [row], {"answers": _columns(answers), "whole": whole, "cpu": cpu})
 
     asyncio.run(measure())
 
