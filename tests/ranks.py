@@ -127,7 +127,8 @@ class Pool:
 
     def run(self, n: int, fn, *args, timeout: float) -> list:
         """`fn(rank, group, *args)` on n ranks: each one's result, or the Failure it met."""
-        job = pickle.dumps((n, fn, args))
+        # Apart, since whoever has no part in it need not import what it takes.
+        job = pickle.dumps((n, pickle.dumps((fn, args))))
         for connection in self._connections:
             connection.send_bytes(job)
         outcomes: list = [None] * self.size
@@ -300,11 +301,12 @@ def _work(
 
 def _do(job: bytes, rank: int, joined: bool, groups: dict) -> bytes:
     try:
-        n, fn, args = pickle.loads(job)
+        n, work = pickle.loads(job)
         if joined and n not in groups:
             groups[n] = dist.new_group(range(n))
         if rank >= n:
             return pickle.dumps(None)
+        fn, args = pickle.loads(work)
         return pickle.dumps(fn(rank, groups.get(n), *args))
     except Exception as error:
         return pickle.dumps(Failure.of(error))

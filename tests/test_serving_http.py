@@ -657,7 +657,8 @@ def test_connections_without_a_request_are_closed():
         def waits_for_end(client: socket.socket, sent: bytes) -> None:
             with client, contextlib.suppress(ConnectionError):  # if it is closed meanwhile
                 client.sendall(sent)
-                assert client.recv(10_000) == b""
+                while client.recv(10_000):
+                    pass  # the rest of an answer
 
         def trickles(client: socket.socket) -> None:
             def closed() -> bool:
