@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # As ranks have it, here and in commands: models this small lose their time between threads that
 # wait for each other. Read when torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Likewise: Dynamo looks for garbage after each capture, of which there are hundreds.
+os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 LONGEST = (
     *("pipelines", "cli", "two_hosts", "numerics", "replay", "shares", "quality", "outline"),
@@ -47,7 +49,7 @@ def pytest_collection_finish() -> None:
     logging.getLogger("torch.__trace").propagate = True
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(100_000)
 
 
 @pytest.fixture

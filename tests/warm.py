@@ -20,4 +20,4 @@ if not torch.cuda.device_count():  # a capture also starts CUDA, which then no f
     del model
 gc.collect()
 gc.freeze()
-gc.set_threshold(20_000)
+gc.set_threshold(100_000)
