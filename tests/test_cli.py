@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -434,6 +435,21 @@ def test_a_video_is_saved(tmp_path, kind):
     assert (about["size"], about["fps"], len(read)) == ((32, 48), 8.0, 5)
     red = [np.frombuffer(frame, np.uint8).reshape(48, 32, 3)[..., 0].mean() for frame in read]
     assert red == pytest.approx([0, 64, 128, 191, 255], abs=12)
+
+
+def test_half_a_video_is_not_saved(tmp_path, capfd):
+    """As on a full disk, where ffmpeg leaves what it has written, and nobody says so."""
+    pytest.importorskip("imageio_ffmpeg", reason="comes with the extra 'demo'")
+    frames = np.random.default_rng(0).random((12, 128, 128, 3))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+        with pytest.raises(CannotSave, match=r"v.mp4 can't be saved: .*is the disk full\?$"):
+            save_video(frames, tmp_path / "v.mp4", 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
 
 
 def test_loras_are_added_with_their_scales(tmp_path):

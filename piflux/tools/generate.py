@@ -363,16 +363,26 @@ def save_video(frames: Any, path: Path, fps: int) -> None:
     try:
         # Sizes as they are: two pixels share a colour, and pictures are of even sides.
         writer = imageio_ffmpeg.write_frames(
-            str(unfinished), (width, height), fps=fps, macro_block_size=2, quality=8
+            str(unfinished),
+            (width, height),
+            fps=fps,
+            macro_block_size=2,
+            quality=8,
+            ffmpeg_log_level="quiet",
         )
         writer.send(None)
         for array in arrays:
             writer.send(np.ascontiguousarray(array, dtype=np.uint8))
         writer.close()
+        # How ffmpeg ended nobody says: on a full disk it leaves what it has written.
+        written, _ = imageio_ffmpeg.count_frames_and_secs(str(unfinished))
+        if written != len(arrays):
+            raise RuntimeError(f"{written} of {len(arrays)} frames are there")
         os.replace(unfinished, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         unfinished.unlink(missing_ok=True)
-        raise CannotSave(f"{path} can't be saved: {error.strerror or error}") from error
+        why = getattr(error, "strerror", None) or "ffmpeg wrote no whole video: is the disk full?"
+        raise CannotSave(f"{path} can't be saved: {why}") from error
 
 
 def show_file(path: str, console: Console) -> None:
