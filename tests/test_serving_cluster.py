@@ -27,6 +27,7 @@ import torch
 import yaml
 from fake_engine import MODEL
 from PIL import Image
+from servers import get, post
 
 from piflux.demo import TEXT_TOKENS, demo_pipeline
 from piflux.serving.jobs import (
@@ -150,18 +151,17 @@ def test_what_a_replica_refuses_is_refused() -> None:
 
 
 def test_a_deadline_holds_while_no_replica_answers() -> None:
-    began = time.monotonic()
-    deployment = Deployment([60.0, Drawn([PICTURE], REPORT)])
+    deployment = Deployment([3600.0, Drawn([PICTURE], REPORT)])
     refused = refusal(deployment, replace(JOB, deadline_s=0.2))
     assert (refused.status, refused.code) == (504, "deadline")
-    assert 0.2 <= time.monotonic() - began < 5 and deployment.cancelled == 1
+    assert deployment.cancelled == 1
 
 
 def test_a_replica_gets_the_time_that_is_left() -> None:
     deployment = Deployment(
         [seen(), Stepped(1, 2), 0.2, ActorDiedError()], [Drawn([PICTURE], REPORT)]
     )
-    asyncio.run(events(deployment, replace(JOB, deadline_s=5.0)))
+    asyncio.run(events(deployment, replace(JOB, deadline_s=600.0)))
     first, second = (job.deadline_s for job in deployment.jobs)
     assert first is not None and second is not None and second < first - 0.15
 
@@ -170,7 +170,7 @@ def test_one_that_waits_for_a_replica_learns_how_many_are_before_it(monkeypatch)
     monkeypatch.setattr("piflux.serving.cluster.replicas.BEAT_S", 0.02)
 
     async def both() -> list[Event]:
-        engine = Replicas(Deployment([5.0], [0.1, seen(), Drawn([PICTURE], REPORT)]), 600.0)
+        engine = Replicas(Deployment([3600.0], [0.1, seen(), Drawn([PICTURE], REPORT)]), 600.0)
         async with aclosing(engine.submit(JOB)) as before:  # type: ignore[type-var]
             assert await anext(before) == Queued(0)
             assert engine.state().waiting == 1
@@ -182,7 +182,7 @@ def test_one_that_waits_for_a_replica_learns_how_many_are_before_it(monkeypatch)
 
 def test_to_close_a_job_is_to_cancel_it() -> None:
     async def close() -> Deployment:
-        deployment = Deployment([seen(), Stepped(1, 2), 5.0])
+        deployment = Deployment([seen(), Stepped(1, 2), 3600.0])
         engine = Replicas(deployment, 600.0)
         async with aclosing(engine.submit(JOB)) as told:  # type: ignore[type-var]
             assert await anext(told) == Stepped(1, 2)
@@ -193,23 +193,29 @@ def test_to_close_a_job_is_to_cancel_it() -> None:
     assert asyncio.run(close()).cancelled == 1
 
 
+async def begun(engine: Replicas) -> None:
+    """Once its job is with a replica."""
+    while not engine.state().waiting + engine.state().drawing:
+        await asyncio.sleep(0.01)
+
+
 def test_the_end_waits_for_jobs_and_takes_no_more() -> None:
     async def end() -> None:
         engine = Replicas(
-            Deployment([seen(), 0.2, Drawn([PICTURE], REPORT)], [seen(), 60.0]), 600.0
+            Deployment([seen(), 0.2, Drawn([PICTURE], REPORT)], [seen(), 3600.0]), 600.0
         )
         await engine.start()
         job = asyncio.ensure_future(_all(engine.submit(JOB)))
-        await asyncio.sleep(0.05)
-        await engine.end(5.0)
+        await begun(engine)
+        await engine.end(600.0)
         assert isinstance(job.result()[-1], Drawn)
         with pytest.raises(Refused, match="ends"):
             await anext(engine.submit(JOB))
 
     async def hurry() -> None:
-        engine = Replicas(Deployment([seen(), 60.0]), 600.0)
+        engine = Replicas(Deployment([seen(), 3600.0]), 600.0)
         job = asyncio.ensure_future(_all(engine.submit(JOB)))
-        await asyncio.sleep(0.05)
+        await begun(engine)
         await engine.end(0.1)
         with pytest.raises(Refused, match="ends"):
             await job
@@ -343,7 +349,7 @@ def url() -> Iterator[str]:
         )
         serve.run(app(settings), name="piflux")
         url = f"http://127.0.0.1:{port}"
-        until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
+        until(lambda: get(f"{url}/readyz").status_code == 200)
         yield url
         serve.shutdown()
     finally:
@@ -383,7 +389,7 @@ def test_a_replica_draws_what_the_pipeline_draws_and_outlives_a_rank(url: str) -
 
     def ask(seed: int, steps: int = STEPS) -> httpx2.Response:
         asked = ASKED | {"seed": seed, "num_inference_steps": steps}
-        return httpx2.post(f"{url}/v1/images/generations", json=asked, timeout=300)
+        return post(f"{url}/v1/images/generations", json=asked, timeout=300)
 
     for seed in (1, 2):
         pixels, told = drawn(ask(seed))
@@ -391,11 +397,11 @@ def test_a_replica_draws_what_the_pipeline_draws_and_outlives_a_rank(url: str) -
         assert (told["ranks"], told["recovered"]) == (2, 0)
     with ThreadPoolExecutor(1) as pool:
         asking = pool.submit(ask, 3, 60)
-        until(lambda: "piflux_drawing 1.0" in httpx2.get(f"{url}/metrics").text)
+        until(lambda: "piflux_drawing 1.0" in get(f"{url}/metrics").text)
         time.sleep(0.2)
         ranks()[0].kill()
         pixels, told = drawn(asking.result())
     assert told["recovered"] == 1
     assert abs(pixels - alone(3, 60)).max() <= 2
     # The other name is not the server's, which says so through Serve, too.
-    assert httpx2.get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 403
+    assert get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 403
