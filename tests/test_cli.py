@@ -452,7 +452,7 @@ def test_half_a_video_is_not_saved(tmp_path, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_loras_are_added_with_their_scales(tmp_path):
+def test_loras_are_added_with_their_scales(tmp_path, recwarn):
     pipe = tiny_pipeline()
     for name in ("one", "two"):
         made = tiny_pipeline()
@@ -462,6 +462,7 @@ def test_loras_are_added_with_their_scales(tmp_path):
     (file,) = (tmp_path / "one").iterdir()
     add_loras(pipe, options.loras([f"{file}:0.5", str(tmp_path / "two")]))
     assert set(pipe.get_active_adapters()) == {"lora_0", "lora_1"}
+    assert not [x for x in recwarn if "peft_config" in str(x.message)]
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     assert layer.scaling["lora_0"] == 0.5 * layer.scaling["lora_1"]
     (tmp_path / "bad.safetensors").write_text("no weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,7 +154,9 @@ def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
         path = Path(text)
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
         try:
-            pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
+            with warnings.catch_warnings():  # peft: that there are several is what was asked for
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                pipe.load_lora_weights(str(folder), weight_name=file, adapter_name=name)
         except Exception as error:  # whatever diffusers and peft trip over
             raise CannotLoad(
                 f"the LoRA {text} can't be loaded into {type(pipe).__name__}: "
