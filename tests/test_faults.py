@@ -10,15 +10,20 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from captures import captured_once
 from faults import COMPILING, KINDS, LIMIT_S, LOST, MEASURING, Fault, faults, try_out
 from models import flux_inputs, tiny_flux
 from ranks import Pool
 from test_fragments import Model
 from test_fragments import inputs as fragments_inputs
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import piflux
-from piflux.errors import RankFailed
+from piflux.compile import compiler
+from piflux.errors import RankFailed, RankLost
 from piflux.integrations.alike import _scales
 from piflux.ranks import environment
 from piflux.ranks.agreement import Norm
@@ -26,7 +31,9 @@ from piflux.ranks.board import Answer, Board, Silent, bounded
 from piflux.ranks.epochs import Epoch
 from piflux.ranks.groups import resolve_group
 from piflux.ranks.links import Link
+from piflux.ranks.meeting import Meeting
 from piflux.ranks.presence import HURRY_S, Wait
+from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.waiting import SURE, Waiting
 
 SOME = [
@@ -74,6 +81,11 @@ def test_a_fault_is_told_or_outlived(fault):
     if fault.kind in ("noise", "prompt", "clock", "weights", "skips", "leaves"):
         assert "RanksDisagree" in told
         assert not judged.right
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
 
 
 MASK = "xxxx.x.x"
@@ -141,6 +153,26 @@ def test_one_rank_alone_draws_a_model_in_fragments():
         (apart, programs), ended = pool.run(2, left_in_fragments, timeout=LIMIT_S)
     assert ended.died and max(apart) < 1e-5
     assert set(programs) == {1}
+
+
+def test_a_rank_that_fails_while_a_program_is_made_is_told_as_it_is():
+    """Not as what Dynamo makes of it, here or where another rank is told."""
+    x = torch.ones(1, 4, 8)
+    for error in (RankFailed("rank 1 stopped"), RankLost("rank 1 died", [1])):
+        model = piflux.parallelize(Attention(), group=piflux.virtual_ranks(2))
+        failing = mock.patch.object(compiler, "make_program", side_effect=error)
+        with failing, pytest.raises(type(error), match=str(error)):
+            model(x)
+    model = piflux.parallelize(Attention(), group=piflux.virtual_ranks(2))
+    failing = mock.patch.object(compiler, "make_program", side_effect=ValueError("too many"))
+    with failing, pytest.raises(BackendCompilerFailed) as raised:
+        model(x)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = ProcessRanks.of(meeting := Meeting(store, "told", 0, 2))
+    ranks.stop(raised.value)
+    assert ranks._word().given_up[1] == "rank 0 stopped in the beginning by ValueError: too many"
+    ranks.close()
+    del meeting
 
 
 def test_the_same_seed_gives_the_same_faults():

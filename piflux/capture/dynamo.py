@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx, nn
 
-from piflux.errors import CompileError
+from piflux.errors import PifluxError
 
 Backend = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
@@ -155,7 +155,7 @@ def forget_with(owner: object, call: FunctionType) -> None:
 
 @contextlib.contextmanager
 def let_through() -> Iterator[None]:
-    """Where Dynamo calls a backend: a `CompileError` reaches the backend's user as what it is.
+    """Where Dynamo calls a backend: a `PifluxError` reaches the backend's user as what it is.
 
     Dynamo lets its own `ShortenTraceback` through unchanged, and wraps any other exception of a
     backend in `BackendCompilerFailed`. So the error becomes one of both kinds; not from the
@@ -163,7 +163,7 @@ def let_through() -> Iterator[None]:
     """
     try:
         yield
-    except CompileError as error:
+    except PifluxError as error:
         from torch._dynamo.exc import ShortenTraceback
 
         kind = type(error)

@@ -184,8 +184,8 @@ class ProcessRanks:
         if getattr(error, "on_all_ranks", False) or id(self) in told:
             return
         told.append(id(self))
-        said = line_of(error) if str(error) else ""
-        what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        inner = getattr(error, "inner_exception", error)  # what Dynamo wraps of its backend's
+        what = type(inner).__name__ + (f": {line_of(inner)}" if str(inner) else "")
         text = f"rank {self._rank} stopped in {self.doing} by {what}"
         self._given_up = self._image, text
         if self._epochs.present.link is not None:
