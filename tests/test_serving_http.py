@@ -300,7 +300,7 @@ def test_forms_that_are_not_taken(url):
 
 
 def test_a_pipeline_without_pictures_takes_none():
-    plain = replace(MODEL, edits=False, masks=False, negative=False, loras=())
+    plain = replace(MODEL, edits=False, several=False, masks=False, negative=False, loras=())
     with served(build_app(FakeEngine(model=plain))) as url:
         client = client_of(url)
         with pytest.raises(openai.BadRequestError, match="FluxPipeline takes no pictures"):
@@ -308,6 +308,7 @@ def test_a_pipeline_without_pictures_takes_none():
         with pytest.raises(openai.BadRequestError) as raised:
             client.images.generate(prompt="x", extra_body={"negative_prompt": "y"})
         assert raised.value.param == "negative_prompt"
+        assert client.models.retrieve("demo").piflux["images"] == 0
 
 
 # ----------------------------------------------------------------------------------------- errors
