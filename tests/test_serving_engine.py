@@ -229,8 +229,9 @@ def test_a_rank_that_dies_is_replaced_and_its_group_draws_on():
         done, _ = await drawn(engine, job(7))
         assert colours(done) == [7]
         assert done.report.recovered == 1 and done.report.ranks == 1
-        await until(lambda: hall.prepared == 2)  # for the next rank that is lost, once all serve
-        assert engine.state().groups == (2,) and engine.state().replaced == 1
+        await until(lambda: engine.state().groups == (2,))  # whole, and warm
+        assert engine.state().replaced == 1
+        assert hall.prepared == 2, "at the start, and for the next rank that is lost"
         done, _ = await drawn(engine, job(8))
         assert done.report.ranks == 2 and done.report.recovered == 0
 

@@ -332,6 +332,8 @@ class RankEngine:
         if isinstance(told, messages.Loaded):
             seat.loaded, seat.memory = True, told.memory
             self._served.learn(told)
+            if self._phase == "ready":
+                self._seats.prepare()
             return self._dispatch()
         call = seat.call
         if call is None or isinstance(told, messages.Gone) or call.number != told.number:
@@ -388,12 +390,10 @@ class RankEngine:
                 pace = self._turns.pace
                 pace.learn(size, width * height, WARM_STEPS, told.seconds, told.step_s)
             self._turns.alone[size, warm.batch] = told.seconds / warm.batch
-        if not all(map(self._warmth.is_warm, self._teams)):
-            return
-        if self._phase == "starting":
+        if self._phase == "starting" and all(map(self._warmth.is_warm, self._teams)):
             self._phase, self._seats.ready = "ready", True
             log.info("ready: %d ranks", len(self._seats))
-        self._seats.prepare()
+            self._seats.prepare()
 
     def _lose(self, seat: Seat, call: Call | None) -> None:
         """A rank is gone, and what it had of a call."""

@@ -218,7 +218,7 @@ class Workers(Protocol):
         """
 
     def prepare(self) -> None:
-        """Have a process at hand for a rank that will be lost. Called where all ranks serve."""
+        """Have a process at hand for a rank that will be lost. Called once all have loaded."""
 
     def close(self) -> None:
         """All have ended."""

@@ -115,8 +115,8 @@ class Seats:
             self._start(seat)
 
     def prepare(self) -> None:
-        """All of them serve: now there is time for a process that takes a lost one's place."""
-        if not self._over:
+        """Have a process at hand that takes a lost one's place, once all have loaded."""
+        if not self._over and all(seat.loaded for seat in self._seats):
             self._workers.prepare()
 
     def stop_replacing(self) -> None:
