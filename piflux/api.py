@@ -229,8 +229,9 @@ def parallelize(
             why, as `explain` does. Or the path of a `.json` file with settings that take the place
             of these, as `piflux quality --tune` writes it.
         sync_steps: the sync steps, which gather everything: their numbers, or how many of the
-            first steps. By default (0, 2); where `compute` leaves steps out (0, 2, 5), on more than
-            two ranks (0, 2, 5, 10, 16).
+            first steps. None: (0, 2), which the policy 'auto' makes (0, 1) in images of nine steps
+            or fewer; where `compute` leaves steps out (0, 2, 5), on more than two ranks (0, 2, 5,
+            10, 16). What is asked for is what is done.
         refresh_every: afterwards, gather everything once in so many steps.
         sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
             the whole step without any traffic, for links slower than that, and a second graph is

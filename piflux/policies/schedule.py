@@ -50,8 +50,8 @@ class Schedule:
     Attributes:
         policy: 'gather' (every step is a sync step), 'rotate' or 'displaced'.
         sync_steps: how many first steps are sync steps, or which ones are. Step 0 always is: the
-            caches start empty, and only a sync step can fill them. None becomes (0, 2); where
-            steps are skipped (0, 2, 5), on more than two ranks (0, 2, 5, 10, 16).
+            caches start empty, and only a sync step can fill them. None, which is left as it is:
+            (0, 2); where steps are skipped (0, 2, 5), on more than two ranks (0, 2, 5, 10, 16).
         refresh_every: after the last of those, one sync step every so many steps; None for never.
         world_size: the number of ranks, which is the number of parts.
         sync: how a sync step comes by every part's keys and values: 'gather' sends them,
@@ -94,17 +94,12 @@ class Schedule:
         object.__setattr__(self, "compute", read_compute(self.compute))
         if not is_count(self.world_size, 1):
             raise ValueError(f"world_size must be an integer >= 1, got {self.world_size!r}")
-        if self.sync_steps is None:
-            best = BEST_SYNC_STEPS
-            if self.skips:
-                many = self.world_size > 2
-                best = SKIPPING_SYNC_STEPS_OF_MANY if many else SKIPPING_SYNC_STEPS
-            object.__setattr__(self, "sync_steps", best)
         steps: Any = self.sync_steps
         if isinstance(steps, Sequence) and not isinstance(steps, str):
             steps = tuple(steps)
             object.__setattr__(self, "sync_steps", steps)
-        if not all(map(is_count, steps if isinstance(steps, tuple) else (steps,))):
+        named = steps if isinstance(steps, tuple) else (steps,)
+        if steps is not None and not all(map(is_count, named)):
             raise ValueError(
                 f"sync_steps must be an integer >= 0, or several of them, got {steps!r}"
             )
@@ -160,8 +155,7 @@ class Schedule:
     @property
     def first_syncs(self) -> tuple[int, ...]:
         """The sync steps before any refresh, in order."""
-        steps = self.sync_steps
-        assert steps is not None, "set by __post_init__"
+        steps = sync_steps_of(self)
         return tuple(sorted({0, *(range(steps) if isinstance(steps, int) else steps)}))
 
     @property
@@ -196,10 +190,18 @@ class Schedule:
         return [unrolled.next(skip=unrolled.may_skip) for _ in range(count)]
 
 
-def sync_steps_of(schedule: Schedule, steps: int | None) -> int | tuple[int, ...] | None:
-    """A schedule's sync steps, or better ones for an image of so few steps than the default's."""
-    few = steps is not None and steps <= FEW_STEPS
-    return FEW_SYNC_STEPS if few and schedule.sync_steps == BEST_SYNC_STEPS else schedule.sync_steps
+def sync_steps_of(schedule: Schedule, steps: int | None = None) -> int | tuple[int, ...]:
+    """The sync steps that were asked for; else the default.
+
+    Args:
+        schedule: whose.
+        steps: of an image, whose number may say which ones are best; None: as of many.
+    """
+    if schedule.sync_steps is not None:
+        return schedule.sync_steps
+    if schedule.skips:
+        return SKIPPING_SYNC_STEPS_OF_MANY if schedule.world_size > 2 else SKIPPING_SYNC_STEPS
+    return FEW_SYNC_STEPS if steps is not None and steps <= FEW_STEPS else BEST_SYNC_STEPS
 
 
 class Unrolled:

@@ -507,11 +507,13 @@ def explain(
             attention_tflops = attention_tflops or measured[1]
         rates = Rates(linear_tflops, attention_tflops, link)
         if ranks > 1:
-            remembering = Schedule(**settings | {"policy": "rotate"})
+            remembering = Schedule(**settings | {"policy": "rotate"}, world_size=ranks)
+            if policy == "auto":
+                few = sync_steps_of(remembering, steps)
+                settings["sync_steps"], remembering = few, replace(remembering, sync_steps=few)
             syncs = sum(remembering.step(index).sync for index in range(steps))
             choice = choose(foreseen.layers, rates, steps, syncs)
         if policy == "auto" and choice is not None:
-            settings["sync_steps"] = sync_steps_of(Schedule(**first), steps)
             settings |= options.chosen(choice.policy)
             foreseen = foreseen.under(Schedule(**settings, world_size=ranks))
         alone = sum(layer.compute_s(rates) for layer in foreseen.whole)
