@@ -16,7 +16,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
 from piflux.capture.views import View, standing_for, view_of
-from piflux.compile.choices import MemoryLimit
+from piflux.compile.choices import MemoryLimit, Sharing
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
 from piflux.compile.report import Report
 from piflux.errors import (
@@ -44,7 +44,7 @@ from piflux.integrations.hooks import (
     within_hooks,
 )
 from piflux.integrations.times import shown
-from piflux.memory.shares import Shares, is_shared
+from piflux.memory.shares import UNPROVEN, Shares, is_shared
 from piflux.policies.schedule import Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device, serves
 from piflux.ranks.processes import ProcessRanks
@@ -159,6 +159,7 @@ class ParallelModule(View, nn.Module):
     def _piflux_break(self, reason: Exception) -> str:
         """From now on take the graphs that Dynamo makes of the parts of a call; says why."""
         compiler = self._piflux_compiler
+        compiler.have_whole_weights()
         if compiler.shares is not None:
             raise CannotCapture(
                 f"shard_weights: {type(self).__name__} is no one graph, and what runs between "
@@ -208,7 +209,7 @@ def parallelize(
     compression: Compression = "none",
     memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
-    shard_weights: bool = False,
+    shard_weights: Sharing = False,
     inner: str | Callable[..., Any] = "inductor",
 ) -> Target:
     """Split a diffusion transformer, or a diffusers pipeline's, over the ranks of `group`.
@@ -246,8 +247,9 @@ def parallelize(
         memory: GiB that a rank may hold on its GPU, with what is there before, or 'auto' for as
             much as that has. Where the settings take more, those are taken in their place that fit
             and are nearest to them: a stronger compression, and in the end 'gather', which
-            remembers nothing. It is counted at the first call, which says what it took and why, as
-            `explain` does. None: settings that don't fit are refused, but for what 'auto' chose.
+            remembers nothing; shared weights, where `shard_weights='auto'` lets it. It is counted
+            at the first call, which says what it took and why, as `explain` does. None: settings
+            that don't fit are refused, but for what 'auto' chose.
         compute: which denoise steps are computed, on one rank, too; in the others no block is
             run, and the prediction is continued along the last two that were computed. 'all'; a
             number of the steps that the pipeline, or `generation`, announces; a mask such as
@@ -258,7 +260,9 @@ def parallelize(
             the module's own weights can't be read, written or moved. A module on the host is not
             moved to this rank's GPU as a whole, but each rank takes its share at the first call.
             A lost rank takes its share along: `WeightsLost`. Where one process has all ranks, it
-            has each weight once, and this changes nothing.
+            has each weight once, and this changes nothing. 'auto': if they don't fit into `memory`
+            otherwise: before anything that changes the image where steps hardly wait for weights,
+            and after all of that on slower links.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:
@@ -330,8 +334,11 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     refuse_step_caches(target)
     refuse_hooks(target)
     bring(compiler.runtime.ranks, target)
-    if compiler.shares is not None:
+    if compiler.shares_are_open:
+        compiler.may_share = lambda: not hooked(target)
+    if compiler.shares is not None and not compiler.shares_are_open:
         _tell_of_gpus(compiler.shares)
+    if compiler.shares is not None and not (compiler.shares_are_open and hooked(target)):
         _put_aside(target, compiler.shares)
     if not hooked(target):
         parameter = next(target.parameters(), None)
@@ -353,13 +360,9 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
 
 
 def _tell_of_gpus(shares: Shares) -> None:
-    """What was not seen to the end is not to be relied on unseen."""
     on_gpus = torch.cuda.is_available() and serves(shares.ranks, torch.device("cuda"))
     if on_gpus and shares.ranks.rank == 0:
-        log.warning(
-            "sharing weights is proven on CPUs only so far: on GPUs compare a picture with one "
-            "that is drawn with whole weights before you rely on it"
-        )
+        log.warning("%s", UNPROVEN)
 
 
 def _put_aside(target: nn.Module, shares: Shares) -> None:

@@ -26,7 +26,7 @@ def meet(request: Request) -> Made | None:
         return None
     assert whole == list(range(len(whole)))
     picture = Picture("p.png", "", 0, torch.get_num_threads(), 0)
-    return Made("demo", "cpu", len(whole), {}, None, (picture,))
+    return Made("demo", "cpu", len(whole), {}, None, "none", (picture,))
 
 
 def gather(request: Request) -> None:

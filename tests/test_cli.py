@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from models import tiny_pipeline
+from models import quantized, tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from ranks import Pool, free_port, launched
@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 import piflux
 from piflux.cost.cost import Choice, Rates
 from piflux.demo import demo_file, demo_pipeline
-from piflux.errors import CannotLoad, CannotSave, RankFailed
+from piflux.errors import CannotLoad, CannotSave, DoesNotFit, RankFailed
 from piflux.launch import _watch, launch
 from piflux.pipelines import folders
 from piflux.pipelines.calls import Asked, arguments
@@ -146,6 +146,40 @@ def test_pictures_outlive_a_rank(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.png")) == ["x-1.png", "x-2.png"]
 
 
+@on_cpu
+@pytest.mark.usefixtures("captured_once")
+def test_weights_go_to_8_bits_where_they_do_not_fit(tmp_path, monkeypatch):
+    """If it is asked for, and no earlier."""
+    pipe, _ = folders.load("demo", torch.device("cpu"))
+    weights = sum(x.nbytes for x in pipe.transformer.parameters())
+    turned = []
+
+    def turn(model, kind, device, home):
+        turned.append((kind, home))
+        quantized(model)
+
+    monkeypatch.setattr(folders, "quantize", turn)
+
+    def drawn(limit, quantize):
+        settings = {"policy": "rotate", "inner": "eager", "memory": limit / 2**30}
+        settings |= {"shard_weights": "auto"}
+        out = tmp_path / "x.png"
+        request = Request("demo", ("x",), out, settings, steps=2, size=(64, 64), quantize=quantize)
+        made = work.generate(request)
+        with Image.open(out) as image:
+            return made, image.text["quantize"]
+
+    made, told = drawn(2 * weights, "auto")
+    assert (made.quantize, told, turned) == ("none", "none", [])
+    assert made.reason.startswith("memory: one rank alone fits, ")
+    assert made.settings["shard_weights"] is False
+    with pytest.raises(DoesNotFit, match=r"one rank alone takes .* in 8 bits"):
+        drawn(0.9 * weights, "none")
+    made, told = drawn(0.9 * weights, "auto")
+    assert (made.quantize, told, turned) == ("int8", "int8", [("int8", "cpu")])
+    assert made.reason.startswith("quantize: took int8, since one rank alone takes ")
+
+
 def test_a_picture_is_shown(capsys):
     """As wide as the console has room, and as high as its sides have it."""
     for height, least, most in ((64, 30, 50), (32, 15, 25)):
@@ -235,6 +269,7 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--compute=29"], "--compute 29: an image has 28 steps"),
         (["x", "--compute=xx.", "--steps=4"], "--compute xx.: an image has 4 steps"),
         (["x", "--compute=1"], "--compute=1: at least 2 steps"),
+        (["x", "--quantize=auto"], "say with --memory into what"),
         (["x", "--memory=much"], "--memory much: write 'auto', or a number of GiB"),
         (["x", "--memory=-1"], "--memory -1: write 'auto', or a number of GiB"),
         (["x", "--size=320000x320000"], "GiB at least, and"),

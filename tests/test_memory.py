@@ -208,7 +208,7 @@ def test_on_a_gpu_a_limit_is_of_what_the_process_holds():
     with mock.patch.multiple(choices, **told):
         for limit, left in [(100, 70), (200, 80)]:
             chosen = choices.Choices(False, None, [], limit / 2**30)
-            assert chosen._left(torch.device("cpu"), Own(1000, 0)) == pytest.approx(left)
+            assert chosen._left(torch.device("cpu"), 1000) == pytest.approx(left)
 
 
 @pytest.mark.parametrize("memory", [0, -1, math.nan, math.inf, "24", True])

@@ -15,7 +15,15 @@ from torch import nn
 
 import piflux
 from piflux import api
-from piflux.errors import CannotCapture, CompileError, RanksDisagree, WeightsLost
+from piflux.compile import choices
+from piflux.cost.cost import Rates
+from piflux.errors import (
+    CannotCapture,
+    CompileError,
+    DoesNotFit,
+    RanksDisagree,
+    WeightsLost,
+)
 from piflux.memory.aside import Aside, plain
 from piflux.memory.shares import Shares
 from piflux.ranks import processes as runtime_ranks
@@ -198,6 +206,76 @@ def test_tied_weights_stay_tied():
     aside.put(tied, torch.device("cpu"))
     aside.bring()
     assert tied[1].weight is tied[0].weight
+
+
+# --- where memory is short -----------------------------------------------------------------------
+
+FAST, SLOW = Rates(1e-3, 1e-3, 1e6), Rates(1e-3, 1e-3, 1e-9)
+
+
+@captured_once()
+def within(rank, group):
+    """What ranks take within a limit, from weights on the host: whether shared, and under what."""
+    inputs, found = flux_inputs(), {}
+    deep = {"double": 2, "single": 10}  # for buffers to be small beside shares
+    usual = whole(group, tiny_flux(**deep))
+    want = image(usual, inputs, STEPS)
+    need = piflux.explain(usual).graphs[0]
+    exact = whole(group, tiny_flux(**deep), policy="gather")
+    image(exact, inputs, STEPS)
+    least = piflux.explain(exact).graphs[0].memory_bytes
+
+    def taken(limit, rates, *, at_home=True, **options):
+        transformer = tiny_flux(**deep)
+        memory = {"shard_weights": "auto", "memory": limit / 2**30} | options
+        parallel = whole(group, transformer, **memory)
+        if at_home:
+            shares_of(parallel).aside.put(transformer, torch.device("cpu"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choices, "remembered_rates", lambda *_: rates)
+            made = image(parallel, inputs, STEPS)
+        schedule = parallel._piflux_compiler.runtime.schedule
+        shares = shares_of(parallel)
+        assert shares is None or shares.complete
+        notes = " ".join(piflux.explain(parallel).notes)
+        settings = schedule.policy, schedule.compression, shares is not None
+        return settings, torch.equal(made, want), notes
+
+    found["fits"] = taken(need.memory_bytes, SLOW)
+    found["fast"] = taken(need.memory_bytes - 1, FAST)
+    found["slow"] = taken(need.memory_bytes - 1, SLOW)
+    found["last"] = taken(least - 1, SLOW)
+    # Whole ones are there, beside which buffers would have to be.
+    found["there"] = taken(need.memory_bytes - 1, FAST, at_home=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "hooked", lambda _: rank == 1)
+        found["one may not"] = taken(need.memory_bytes - 1, FAST, at_home=False)
+    with pytest.raises(DoesNotFit) as raised:
+        taken(least - 1, FAST, at_home=False, shard_weights=False)
+    return found, str(raised.value)
+
+
+def test_shared_weights_are_taken_where_they_are_wanted(ranks):
+    """On a fast link before anything that changes the image, on a slow one after all of it."""
+    (found, refused), (other, _) = ranks(2, within)
+    assert found == other
+    assert found["fits"][:2] == (("rotate", "none", False), True)
+    assert found["fast"][:2] == (("rotate", "none", True), True)
+    assert "took policy='rotate', shard_weights=True, " in found["fast"][2]
+    assert "waits 0 ms for weights" in found["fast"][2]
+    assert found["slow"][0] == ("rotate", "int8", False) and "GB/s" not in found["slow"][2]
+    assert found["last"][0] == ("rotate", "int4", True)
+    assert found["there"][0] == found["one may not"][0] == ("rotate", "int8", False)
+    assert "This would fit: policy='rotate', compression='int4', shard_weights=True, " in refused
+    assert "in 8 bits" in refused
+
+
+def test_weights_are_shared_on_demand_within_a_limit_only():
+    group = piflux.virtual_ranks(2)
+    with pytest.raises(ValueError, match="say with memory= into what"):
+        piflux.parallelize(model(), group=group, shard_weights="auto")
+    with pytest.raises(ValueError, match="must be True, False or 'auto', got 'yes'"):
+        piflux.parallelize(model(), group=group, shard_weights="yes")
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace as with_fields
 from typing import Any, Literal
 
 import torch
 
-from piflux.compile.program import Counted
+from piflux.compile.fitting import Option, Room, options_of, saved_by_8_bits, with_shares
+from piflux.compile.program import Counted, Settled
 from piflux.compile.report import GraphReport
-from piflux.cost.cost import SyncChoice, choose, choose_sync, layers_of
+from piflux.cost.cost import (
+    PRICE_OF_EXACT,
+    Rates,
+    SyncChoice,
+    choose,
+    choose_sync,
+    layers_of,
+)
 from piflux.cost.memory import Own, free_bytes, held_bytes
 from piflux.cost.rates import slowest_rates
 from piflux.cost.remembered import device_name, rates_file, remembered_rates
-from piflux.cost.shares import SharedWeights, expected
+from piflux.cost.shares import SharedWeights
 from piflux.errors import DoesNotFit
-from piflux.graph.blocks import find_blocks
 from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
-from piflux.memory.shares import Shares
-from piflux.policies.schedule import Compression, PolicyName, Schedule, sync_steps_of
+from piflux.memory.shares import UNPROVEN, Shares
+from piflux.policies.schedule import PolicyName, Schedule, sync_steps_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 
@@ -31,15 +39,22 @@ log = logging.getLogger(__name__)
 DEVICE = "cuda"
 """Whose memory is counted: no allocator tells how much a host has left for one process."""
 
-BITS: tuple[Compression, ...] = ("int8", "int4")
-"""What keys and values may be remembered in, the likest first."""
-
 MemoryLimit = float | Literal["auto"] | None
 """GiB that a rank may hold on its device, with what is there before; 'auto' for what that has."""
 
+Sharing = bool | Literal["auto"]
+"""Whether ranks share the weights; 'auto' if they don't fit otherwise."""
 
-def check_memory(memory: Any) -> None:
-    """Raises ValueError if it is no `MemoryLimit`."""
+
+def check_memory(memory: Any, shard_weights: Any) -> None:
+    """Raises ValueError if one is no `MemoryLimit`, or the other no `Sharing` within it."""
+    if shard_weights not in (False, True, "auto"):
+        raise ValueError(f"shard_weights must be True, False or 'auto', got {shard_weights!r}")
+    if shard_weights == "auto" and memory is None:
+        raise ValueError(
+            "shard_weights='auto' shares weights that don't fit otherwise: say with memory= into "
+            "what, 'auto' or GiB"
+        )
     if memory is None or memory == "auto":
         return
     known = isinstance(memory, (int, float)) and not isinstance(memory, bool)
@@ -48,7 +63,7 @@ def check_memory(memory: Any) -> None:
 
 
 class Choices:
-    """What is left open of a model's schedule, until a program was made with what is chosen.
+    """What is left open of a model's settings, until a program was made with what is chosen.
 
     Before that a rank may be lost or raise, and all choose anew.
 
@@ -58,9 +73,13 @@ class Choices:
         notes: where to say what was chosen.
         memory: within what to choose whatever takes memory. None: that is open if the policy is.
         shares: of the model's weights; None if they are whole.
+        may_share: whether they may be shared, in place of whole ones, where memory is short; asked
+            when it is. None: they may not. Until then `shares` has what waits on the host.
 
     Attributes:
         asked: whether ranks were asked what fits on all of them, in the last choice.
+        shares: of the weights; None once they are known to be whole.
+        shares_are_open: whether that is still to be decided.
     """
 
     def __init__(
@@ -70,26 +89,33 @@ class Choices:
         notes: list[str],
         memory: MemoryLimit = None,
         shares: Shares | None = None,
+        may_share: Callable[[], bool] | None = None,
     ) -> None:
         self.policy = policy
         self.memory = memory
+        self.shares = shares
+        self.shares_are_open = shares is not None and may_share is not None
+        self._may_share = may_share
         self._memory_is_open = memory is not None
         self.why_sync = ""
         self.asked = False
         self._ranks = ranks
         self._notes = notes
         self._told: list[str] = []  # to be notes once it is kept
-        self._shares = shares
+        self._shares_taken = False
 
     def keep(self) -> None:
         """What was chosen last is for this graph and all later ones."""
         self.policy = self._memory_is_open = False
+        if not self._shares_taken:
+            self.have_whole_weights()
+        self.shares_are_open = False
         self._notes += self._told
         self._told = []
 
     def settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None, steps: int | None
-    ) -> tuple[Schedule, str]:
+    ) -> Settled:
         """Choose what is open; see `keep`, and `Settle` of `piflux.compile.program`.
 
         Args:
@@ -105,87 +131,114 @@ class Choices:
         if schedule.sync == "auto":
             choice = self._choose_sync(part, whole)
             schedule, self.why_sync = with_fields(schedule, sync=choice.sync), choice.reason
-        return self._fitting(schedule, part), self.why_sync
+        taken = self._fitting(schedule, part)
+        self._shares_taken = taken.shares
+        return Settled(taken.schedule, self.why_sync, self.shares if taken.shares else None)
 
-    def _fitting(self, schedule: Schedule, part: Counted) -> Schedule:
+    def have_whole_weights(self) -> None:
+        """If it is open whether weights are shared, they are not: what waits on the host comes."""
+        if self.shares_are_open and self.shares is not None:
+            self.shares.aside.bring()
+            self.shares, self.shares_are_open = None, False
+
+    def _fitting(self, schedule: Schedule, part: Counted) -> Option:
         """The schedule, if its memory fits; one that does, if that was piflux's to choose.
 
         Raises:
             DoesNotFit: on all ranks, if it does not on one.
         """
         ranks, (gm, ctx) = self._ranks, part
+        first = Option(schedule, self.shares is not None and not self.shares_are_open)
         device = _query(part)[2]
-        counted = device.type == DEVICE or isinstance(self.memory, (int, float))
-        if ranks is None or ranks.size == 1 or not counted:
-            return schedule
-        own = Own.of(gm.graph)
-        free = self._left(device, own)
+        limited = isinstance(self.memory, (int, float))
+        if device.type != DEVICE and not limited:
+            return first
+        if ranks is None and self.memory is None or ranks is not None and ranks.size == 1:
+            return first  # the last one of several goes on as it can
+        room = self._room(Own.of(gm.graph), ctx, device)
+        may = self.shares_are_open and self._may_share is not None and self._may_share()
         if isinstance(ranks, ProcessRanks):
             self.asked = True
-            (free,) = ranks.least([free - self._to_come(own, ctx)])
-        streams = ranks.size if ranks.in_one_process else 1
-
-        def report(schedule: Schedule) -> GraphReport:
-            return GraphReport.of(ctx, schedule, own)
-
-        def fits(schedule: Schedule) -> bool:
-            found = report(schedule)
-            more = streams * (found.cache_bytes + found.packet_bytes) + found.step_bytes
-            return more <= free
-
-        need = report(schedule)
-        if fits(schedule):
+            free, may_all = ranks.least([room.free, float(may)])
+            room, may = with_fields(room, free=free), may_all > 0
+        need, free = room.report(first), room.left(first)
+        name = "one rank alone" if ranks is None else str(first)
+        if room.fits(first):
             if self._memory_is_open:
-                self._tell(f"memory: {_settings(schedule)} fits, {_takes(need, free)}")
-            return schedule
-        others = [x for x in _less_memory(schedule) if fits(x)]
+                self._tell(f"memory: {name} fits, {_takes(need, free)}")
+            return first
+        options, why = options_of(first), ""
+        if may and room.shared.step:
+            options, why = self._with_shares(options, part, room.shared)
+        others = [] if ranks is None else [x for x in options if room.fits(x)]
         if (self.policy or self._memory_is_open) and others:
             taken = others[0]
             self._tell(
-                f"memory: took {_settings(taken)}, {_takes(report(taken), free)}; "
-                f"{_settings(schedule)} would take {_gib(need.memory_bytes)}"
+                f"memory: took {taken}, {_takes(room.report(taken), room.left(taken))}; "
+                f"{first} would take {_gib(need.memory_bytes)}" + (why if taken.shares else "")
             )
             return taken
-        choices = "; ".join(f"{_settings(x)}, {_gib(report(x).memory_bytes)}" for x in others)
+        shareable = isinstance(ranks, ProcessRanks) and room.shared.step and not first.shares
+        if shareable and not others:  # of a model that would still be on the host
+            unloaded = with_fields(room, held=0, free=room.free + room.held)
+            others = with_shares(options_of(first), hides=False)
+            others = [x for x in others if unloaded.fits(x)]
+        choices = "; ".join(f"{x}, {_gib(room.report(x).memory_bytes)}" for x in others)
         raise DoesNotFit(
-            f"{_settings(schedule)} on {ranks.size} ranks takes {_gib(need.memory_bytes)} a rank: "
+            f"{name if ranks is None else f'{first} on {ctx.world_size} ranks'} takes "
+            f"{_gib(need.memory_bytes)} a rank: "
             f"weights {_gib(need.weight_bytes)}, remembered keys and values "
             f"{_gib(need.cache_bytes)} for each stream, sending them {_gib(need.packet_bytes)}, a "
             f"step {_gib(need.step_bytes)}. Beside the weights a GPU has {_gib(free)} left. "
             + (f"This would fit: {choices}" if choices else "No policy needs so little")
-            + self._shared_instead(own, part)
-            + ". Weights in 8 bits take about half; text encoders and autoencoder need not stay on "
-            "the GPU (enable_model_cpu_offload)"
+            + _weights_instead(first, part, room, shareable=bool(shareable))
+            + "; text encoders and autoencoder need not stay on the GPU (enable_model_cpu_offload)"
         )
 
-    def _left(self, device: torch.device, own: Own) -> float:
-        """Bytes that this rank may take beside the weights, which it holds."""
+    def _room(self, own: Own, ctx: Context, device: torch.device) -> Room:
+        """Of this rank, as far as it knows."""
+        shared = SharedWeights.of(ctx.gathered, ctx.world_size)
+        held = own.weights
+        if self.shares is not None:
+            complete = self.shares.complete
+            held = shared.among(held) if complete else held - self.shares.aside.nbytes
+        streams = ctx.world_size if self._ranks is not None and self._ranks.in_one_process else 1
+        return Room(ctx, own, shared, held, self._left(device, held), streams)
+
+    def _left(self, device: torch.device, held: int) -> float:
+        """Bytes that this rank may take beside weights that it holds, so many bytes of them."""
         on_gpu = device.type == DEVICE
         free = free_bytes(device) if on_gpu else math.inf
         if not isinstance(self.memory, (int, float)):
             return free
-        held = held_bytes(device) if on_gpu else own.weights
-        return min(free, self.memory * 2**30 - held)
+        return min(free, self.memory * 2**30 - (held_bytes(device) if on_gpu else held))
+
+    def _with_shares(
+        self, options: list[Option], part: Counted, shared: SharedWeights
+    ) -> tuple[list[Option], str]:
+        """Those with shared weights among others, by what steps wait for weights; and how long."""
+        rates = self._rates(part)
+        compute = sum(layer.compute_s(rates) for layer in layers_of(*part))
+        wait = shared.wait_s(compute, rates.link_gbs)
+        why = (
+            f"; at {rates.link_gbs:.3g} GB/s a step that computes for {compute * 1000:.3g} ms "
+            f"waits {wait * 1000:.3g} ms for weights"
+        )
+        if _query(part)[2].type == "cuda":
+            why += f". {UNPROVEN}"
+        return with_shares(options, hides=wait <= PRICE_OF_EXACT * compute), why
 
     def _tell(self, line: str) -> None:
         self._told.append(line)
         if self._ranks is None or self._ranks.rank == 0:
             log.warning("%s", line)
 
-    def _to_come(self, own: Own, ctx: Context) -> int:
-        """Bytes of weights that the device doesn't hold yet; less than 0 if it will hold fewer."""
-        if self._shares is None or self._shares.complete:
-            return 0
-        here = own.weights - self._shares.aside.nbytes
-        return SharedWeights.of(ctx.gathered, ctx.world_size).among(own.weights) - here
-
-    def _shared_instead(self, own: Own, part: Counted) -> str:
-        """What sharing the weights comes to, where that is left to do."""
-        gm, ctx = part
-        shared = SharedWeights.of(expected(gm.graph, find_blocks(gm.graph)), ctx.world_size)
-        if self._shares is not None or not shared.step or not isinstance(self._ranks, ProcessRanks):
-            return ""
-        return f"; shard_weights=True takes {_gib(shared.among(own.weights))} for the weights"
+    def _rates(self, part: Counted) -> Rates:
+        """As they are remembered, or measured now; all ranks ask together."""
+        assert isinstance(self._ranks, ProcessRanks), "ranks of one process have no link"
+        shape, dtype, device = _query(part)
+        sent = layers_of(*part)[0].kv_bytes // (self._ranks.size - 1)
+        return remembered_rates(self._ranks, shape, dtype, device, sent)
 
     def _choose_policy(self, schedule: Schedule, part: Counted, steps: int | None) -> Schedule:
         ranks, (_, ctx) = self._ranks, part
@@ -196,10 +249,7 @@ class Choices:
         elif ranks.size == 1:
             where, why = "", "no other rank is left"
         else:
-            layers = layers_of(*part)
-            shape, dtype, device = _query(part)
-            sent = layers[0].kv_bytes // (ranks.size - 1)
-            rates = remembered_rates(ranks, shape, dtype, device, sent)
+            layers, rates, device = layers_of(*part), self._rates(part), _query(part)[2]
             syncs = sum(schedule.step(index).sync for index in range(steps or 0))
             choice = choose(layers, rates, steps, syncs)
             where = f" for {ranks.size} ranks on {device_name(device)}"
@@ -226,32 +276,21 @@ class Choices:
         return choose_sync(layers, layers_of(*whole), rates)
 
 
-def _less_memory(schedule: Schedule) -> list[Schedule]:
-    """Others that hold less, those first that are to be taken first: in fewer bits, without what
-    `displaced` sends, without anything remembered.
-
-    Whatever else takes less memory belongs here. `order=0` does not: one version takes more than
-    both in few bits, and drifts further.
-    """
-    found = []
-    if schedule.kind.remembers:
-        for compression in BITS:
-            found.append(with_fields(schedule, order=1, compression=compression))
-    if schedule.kind.remembers and not schedule.kind.rotates:  # what it sends is held, too
-        found.append(with_fields(found[-1], policy="rotate"))
-    found.append(with_fields(schedule, policy="gather", sync="gather", order=1, compression="none"))
-    return [x for x in found if x != schedule]
-
-
 def _takes(report: GraphReport, free: float) -> str:
     left = f"beside the weights {_gib(free)} are left"
     return f"{_gib(report.memory_bytes)} a rank: {left}"
 
 
-def _settings(schedule: Schedule) -> str:
-    """As `parallelize` takes them."""
-    more = f", compression={schedule.compression!r}" if schedule.compresses else ""
-    return f"policy={schedule.policy!r}{more}" + ("" if schedule.order else ", order=0")
+def _weights_instead(first: Option, part: Counted, room: Room, *, shareable: bool) -> str:
+    """What weights come to that are shared, or in 8 bits, where that is left to do."""
+    found, whole = [], room.own.weights
+    if shareable:
+        found.append(f"shard_weights=True takes {_gib(room.shared.among(whole))} for the weights")
+    saved = saved_by_8_bits(*part)
+    if saved:
+        each = "whole weights" if first.shares else "weights"
+        found.append(f"{each} in 8 bits (quantized, --quantize) take about {_gib(whole - saved)}")
+    return "".join(f"; {x}" for x in found)
 
 
 def _gib(count: float) -> str:

@@ -18,9 +18,9 @@ from torch._guards import TracingContext, tracing
 
 from piflux.capture.captured import Captured
 from piflux.capture.dynamo import let_through
-from piflux.compile.choices import Choices, MemoryLimit, check_memory
+from piflux.compile.choices import Choices, MemoryLimit, Sharing, check_memory
 from piflux.compile.pieces import Inner
-from piflux.compile.program import Counted, Program, make_program
+from piflux.compile.program import Counted, Program, Settled, make_program
 from piflux.compile.report import GraphReport
 from piflux.errors import CannotShard, CompileError, NoAttention, NothingToShare, plain
 from piflux.memory.shares import Shares
@@ -51,12 +51,13 @@ class Compiler:
         inner: a Dynamo backend by name, or a callable like one: what compiles the final graph.
         chooses: whether the schedule's policy is to be chosen when the first graph is compiled.
         memory: see `Choices`.
-        shard_weights: whether each rank is to hold a share of the weights.
+        shard_weights: whether each rank is to hold a share of the weights; 'auto' if `memory` is
+            short otherwise.
 
     Attributes:
-        shares: where it is; None if weights are whole.
         programs: in the order in which they were made; without those for ranks that were lost.
         has_made: whether any was made.
+        may_share: for 'auto', whether weights can be shared; asked when memory is short.
 
     Raises:
         ValueError: `inner` is no backend.
@@ -70,7 +71,7 @@ class Compiler:
         *,
         chooses: bool = False,
         memory: MemoryLimit = None,
-        shard_weights: bool = False,
+        shard_weights: Sharing = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
         unknown = (
@@ -88,13 +89,31 @@ class Compiler:
         self._site = SharedSite()
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
-        self.shares: Shares | None = self._shared() if shard_weights else None
-        self._choices = Choices(chooses, ranks, self.runtime.notes, memory, self.shares)
+        self.may_share: Callable[[], bool] = lambda: False
+        may_share = (lambda: self.may_share()) if shard_weights == "auto" else None
+        shares = self._shared(may_share is None) if shard_weights else None
+        self._choices = Choices(chooses, ranks, self.runtime.notes, memory, shares, may_share)
 
-    def _shared(self) -> Shares | None:
+    @property
+    def shares(self) -> Shares | None:
+        """Where each rank's share of the weights is, or may come to be; None if they are whole."""
+        return self._choices.shares
+
+    @property
+    def shares_are_open(self) -> bool:
+        """Whether it is chosen at the first call if weights are shared."""
+        return self._choices.shares_are_open
+
+    def have_whole_weights(self) -> None:
+        """See `Choices.have_whole_weights`."""
+        self._choices.have_whole_weights()
+
+    def _shared(self, tell: bool) -> Shares | None:
         ranks = self.runtime.ranks
         if isinstance(ranks, ProcessRanks):
             return Shares(ranks)
+        if not tell:
+            return None
         what = "one rank alone has" if ranks is None else "ranks of one process have"
         line = f"shard_weights: {what} every weight once, there is nothing to share"
         self.runtime.notes.append(line)
@@ -129,6 +148,7 @@ class Compiler:
                 "schedule": schedule,
                 "policy is chosen": self._choices.policy,
                 "memory": self._choices.memory,
+                "weights are shared": self.shares is not None and not self.shares_are_open,
             }
             runtime.ranks.agree(fingerprint(settings, {}))
         return self.make(captured, apart, together=first)
@@ -149,9 +169,7 @@ class Compiler:
         if self.has_made:  # of other shapes, for which nothing of an earlier image is of use
             runtime.streams.drop_spare()
         site = SharedSite() if apart else self._site
-        program = make_program(
-            captured, schedule, ranks, self.inner, self._settle, self.shares, site
-        )
+        program = make_program(captured, schedule, ranks, self.inner, self._settle, site)
         if ranks is not None and (together or self._choices.asked):
             # Where one raises until here, none has the program, so that all make it at the next
             # call. What they chose is the same.
@@ -197,9 +215,7 @@ class Compiler:
             + next(refusals, "Whatever attends is in none of them, or no attention of PyTorch's")
         )
 
-    def _settle(
-        self, schedule: Schedule, part: Counted, whole: Counted | None
-    ) -> tuple[Schedule, str]:
+    def _settle(self, schedule: Schedule, part: Counted, whole: Counted | None) -> Settled:
         foreseen = self.runtime.foreseen
         times = foreseen(torch.empty(1)) if foreseen is not None else []
         return self._choices.settle(schedule, part, whole, len(times[0]) if times else None)
@@ -351,7 +367,7 @@ def make_compiler(
     compression: Compression = "none",
     memory: MemoryLimit = None,
     compute: str | int | Sequence[bool] = "all",
-    shard_weights: bool = False,
+    shard_weights: Sharing = False,
     inner: str | Callable[..., Any] = "inductor",
     **unknown: Any,
 ) -> Compiler:
@@ -378,9 +394,7 @@ def make_compiler(
     if chooses:
         settings["policy"] = "rotate"  # until it is chosen, what may need most
     Schedule(**settings)
-    check_memory(memory)
-    if not isinstance(shard_weights, bool):
-        raise ValueError(f"shard_weights must be True or False, got {shard_weights!r}")
+    check_memory(memory, shard_weights)
     ranks = resolve_group(group)
     world_size = ranks.size if ranks is not None else 1
     schedule = Schedule(**settings, world_size=world_size)

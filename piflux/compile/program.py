@@ -73,10 +73,25 @@ LATER = (
 Counted = tuple[fx.GraphModule, Context]
 """A graph that the passes have run on, whose work can be counted."""
 
-Settle = Callable[[Schedule, Counted, "Counted | None"], tuple[Schedule, str]]
-"""Takes a schedule, the graph of a part and the one that computes all tokens, if sync steps may.
-Returns the schedule with everything chosen, and why sync steps come by keys and values as they do.
-"""
+
+@dataclass(frozen=True)
+class Settled:
+    """A program's settings with everything chosen.
+
+    Attributes:
+        schedule: of its steps.
+        why_sync: why sync steps come by keys and values as they do, if that was chosen.
+        shares: where weights are held of which each rank has a share; None for whole ones.
+    """
+
+    schedule: Schedule
+    why_sync: str = ""
+    shares: Shares | None = None
+
+
+Settle = Callable[[Schedule, Counted, "Counted | None"], Settled]
+"""Takes a schedule, the graph of a part and the one that computes all tokens, if sync steps may. Of
+the part's graph `gathered` says what would be gathered if weights were shared."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +124,7 @@ def make_program(
     schedule: Schedule,
     ranks: Ranks | None,
     inner: Inner,
-    settle: Settle = lambda schedule, part, whole: (schedule, ""),
-    shares: Shares | None = None,
+    settle: Settle = lambda schedule, part, whole: Settled(schedule),
     site: SharedSite | None = None,
 ) -> Program:
     """Make a program of a captured graph. All ranks call it together.
@@ -120,8 +134,7 @@ def make_program(
         schedule: for as many ranks.
         ranks: who shares the work; None for one rank alone.
         inner: what compiles the finished graphs.
-        settle: what is left open of the schedule, once steps can be counted.
-        shares: where weights are held of which each rank has a share; None for whole ones.
+        settle: chooses what is left open, once steps can be counted.
         site: where steps are recorded; None for one of the program's own.
 
     Raises:
@@ -143,10 +156,11 @@ def make_program(
     # the machine it is developed on.
     run_passes(gm, ctx, PASSES if world_size > 1 else PASSES[:1])
     blocks = find_blocks(captured.module.graph)
-    gathered = expected(captured.module.graph, blocks) if shares is not None else []
-    schedule, why = settle(schedule, (gm, replace(ctx, gathered=gathered)), uncut)
+    gathered = expected(captured.module.graph, blocks)
+    settled = settle(schedule, (gm, replace(ctx, gathered=gathered)), uncut)
+    schedule, shares = settled.schedule, settled.shares
     ctx.rotates = schedule.kind.rotates
-    report = GraphReport.of(ctx, schedule, Own.of(gm.graph), why)
+    report = GraphReport.of(ctx, schedule, Own.of(gm.graph), settled.why_sync)
     roles = roles_of(gm, ctx.plan)
     turns = ranks is not None and ranks.in_one_process
     site = site or SharedSite()

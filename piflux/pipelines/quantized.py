@@ -90,11 +90,15 @@ def layers_of(model: nn.Module) -> list[nn.Linear]:
     ]
 
 
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a device is a GPU that multiplies 8-bit floating point numbers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def _check_fp8(device: torch.device) -> None:
-    if device.type == "cuda":
+    if device.type == "cuda" and not multiplies_fp8(device):
         major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) < (8, 9):
-            raise CannotLoad(
-                f"fp8: {torch.cuda.get_device_name(device)} multiplies no 8-bit floating point "
-                f"numbers (compute capability {major}.{minor}, 8.9 is needed): take int8"
-            )
+        raise CannotLoad(
+            f"fp8: {torch.cuda.get_device_name(device)} multiplies no 8-bit floating point "
+            f"numbers (compute capability {major}.{minor}, 8.9 is needed): take int8"
+        )

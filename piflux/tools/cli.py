@@ -118,7 +118,7 @@ def generate(
     memory: options.MemoryOption = None,
     compute: options.ComputeOption = "all",
     shard_weights: options.ShardWeightsOption = False,
-    quantize: options.QuantizeOption = "none",
+    quantize: options.QuantizeOnDemandOption = "none",
     offload: options.OffloadOption = False,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Default: the pipeline's own number.")
@@ -160,6 +160,11 @@ def generate(
     }
     settings = options.settings(policy, sync_steps, refresh_every, known_steps, **others)
     settings["memory"] = options.memory(memory)
+    if quantize == "auto" and memory is None:
+        raise typer.BadParameter(
+            "--quantize auto turns weights to 8 bits if they don't fit otherwise: say with "
+            "--memory into what, auto or GiB"
+        )
     pixels = options.size(size)
     if mask is not None and image is None:
         raise typer.BadParameter("--mask says where --image is painted anew: give both")
@@ -177,7 +182,8 @@ def generate(
         _check_size(model, total, pixels, batch)
     on_gpu = torch.cuda.is_available()
     options.check_offload(offload)
-    settings["shard_weights"] = shard_weights
+    # Nobody else looks at these weights, or goes on without one of the ranks that hold them.
+    settings["shard_weights"] = shard_weights or ("auto" if memory is not None else False)
     settings["inner"] = inner or ("inductor" if on_gpu else "eager")
     request = work.Request(
         model=str(options.folder_of(model)) if options.is_hub_id(model) else model,

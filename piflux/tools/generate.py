@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
+import logging
 import os
 import statistics
 import sys
@@ -25,15 +27,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import piflux
 from piflux.cost.clock import StepClock, synchronize
-from piflux.errors import CannotSave, RankLost, WeightsLost
+from piflux.errors import CannotSave, DoesNotFit, RankLost, WeightsLost
 from piflux.integrations.diffusers import ranks_of
 from piflux.launch import is_first, join
 from piflux.pipelines.calls import Asked, arguments, read_picture, takes
 from piflux.pipelines.folders import Fit, add_loras, as_kind, load, pipeline_class
-from piflux.pipelines.quantized import Quantization
+from piflux.pipelines.quantized import Quantization, multiplies_fp8
 from piflux.policies.schedule import CHOSEN
 from piflux.ranks.processes import ProcessRanks
 from piflux.tools.options import numbered
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ class Request:
         batch: pictures drawn at once.
         frames: of a video.
         fps: frames a second of a video's file.
-        quantize: 'fp8', 'int8' or 'none': of the transformer's blocks.
+        quantize: 'fp8', 'int8' or 'none': of the transformer's blocks; 'auto': if it does not fit
+            into the memory of `settings` otherwise.
         offload: whether text encoders are on the host but while they run.
     """
 
@@ -75,7 +80,7 @@ class Request:
     batch: int = 1
     frames: int | None = None
     fps: int = 16
-    quantize: Quantization | Literal["none"] = "none"
+    quantize: Quantization | Literal["none", "auto"] = "none"
     offload: bool = False
 
     def asked(self) -> Asked:
@@ -117,6 +122,7 @@ class Made:
         device: of rank 0.
         settings: the request's, with what 'auto' took.
         reason: why, if it took anything.
+        quantize: what the weights of the transformer's blocks are in; 'none' for as they were.
     """
 
     model: str
@@ -124,6 +130,7 @@ class Made:
     ranks: int
     settings: dict[str, Any]
     reason: str | None
+    quantize: Quantization | Literal["none"]
     pictures: tuple[Picture, ...]
 
 
@@ -140,15 +147,11 @@ def generate(request: Request) -> Made | None:
     kind = pipeline_class(request.model)
     target, call = arguments(kind, request.asked())
     out = _destination(target, request.out)
-    fit = Fit(request.quantize, bool(request.settings.get("shard_weights")), request.offload)
-    pipe, more = load(request.model, device, fit)
-    add_loras(pipe, request.loras)
-    pipe = as_kind(pipe, target)
-    pipe = piflux.parallelize(pipe, **request.settings)
-    pipe.set_progress_bar_config(disable=True)
+    quantize, *others = _in_bits(request.quantize, device)
+    pipe, more = _parallel(request, quantize, device, target)
     shared = ranks_of(pipe)
     pictures: list[Picture] = []
-    settings, reason = request.settings, None
+    settings, reason, quantized = request.settings, None, ""
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
@@ -161,11 +164,27 @@ def generate(request: Request) -> Made | None:
             began = time.perf_counter()
             given = call | more | ({"callback_on_step_end": clock} if timed else {})
             own = partial(_batched, request, prompts, seeds)
-            drawn = _drawn(own, pipe, given, shared)
+            while True:
+                try:
+                    drawn = _drawn(own, pipe, given, shared)
+                    break
+                except DoesNotFit as error:
+                    if not others:
+                        raise
+                    quantized = f"quantize: took {others[0]}, since {str(error).partition('. ')[0]}"
+                # Out of the clause, which holds all that the call held.
+                quantize, others = others[0], []
+                if is_first():
+                    log.warning("%s", quantized)
+                pipe = None
+                _free()
+                pipe, more = _parallel(request, quantize, device, target)
+                shared = ranks_of(pipe)
             synchronize(device.type == "cuda")
             total_s, times = time.perf_counter() - began, clock.step_ms()
             if not pictures:
                 settings, reason = _taken(pipe, request.settings)
+                reason = "; ".join(filter(None, (quantized, reason))) or None
             step_s = statistics.median(times) / 1000 if times else None
             found = drawn.frames if hasattr(drawn, "frames") else drawn.images
             made = [
@@ -173,14 +192,43 @@ def generate(request: Request) -> Made | None:
                 for path, prompt, seed in zip(paths[start:], prompts, seeds, strict=False)
             ]
             size = ranks if shared is None else shared.size
-            told = [_told(request, picture, size, settings) for picture in made]
+            settings_told = settings | {"quantize": quantize}
+            told = [_told(request, picture, size, settings_told) for picture in made]
             _save_all(list(zip(found, made, told, strict=True)), request.fps, shared)
             pictures += made
     if shared is not None and shared.rank != 0:
         return None
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     left = ranks if shared is None else shared.size
-    return Made(request.model, name, left, settings, reason, tuple(pictures))
+    return Made(request.model, name, left, settings, reason, quantize, tuple(pictures))
+
+
+def _in_bits(
+    asked: Quantization | Literal["none", "auto"], device: torch.device
+) -> list[Quantization | Literal["none"]]:
+    """What to try, in order: of 'auto' the folder's own numbers, then 8 bits."""
+    if asked != "auto":
+        return [asked]
+    return ["none", "fp8" if multiplies_fp8(device) else "int8"]
+
+
+def _parallel(
+    request: Request, quantize: Quantization | Literal["none"], device: torch.device, kind: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The request's pipeline over the ranks, and what its call needs beside what a user says."""
+    fit = Fit(quantize, bool(request.settings.get("shard_weights")), request.offload)
+    pipe, more = load(request.model, device, fit)
+    add_loras(pipe, request.loras)
+    pipe = piflux.parallelize(as_kind(pipe, kind), **request.settings)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, more
+
+
+def _free() -> None:
+    """What nothing refers to any more but itself."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _drawn(
@@ -244,7 +292,9 @@ def _taken(pipe: Any, settings: dict[str, Any]) -> tuple[dict[str, Any], str | N
     if settings["policy"] != "auto" and settings.get("memory") is None:
         return settings, None
     report = piflux.explain(pipe)
-    taken = {name: getattr(report.graphs[0].schedule, name) for name in CHOSEN}
+    graph = report.graphs[0]
+    taken = {name: getattr(graph.schedule, name) for name in CHOSEN}
+    taken["shard_weights"] = graph.shared is not None
     reasons = [x for x in report.notes if x.startswith(("policy 'auto'", "memory:"))]
     return settings | taken, "; ".join(reasons) or None
 

@@ -86,6 +86,13 @@ QuantizeOption = Annotated[
     Literal["none", "fp8", "int8"],
     typer.Option(help="8-bit weights in the transformer's blocks, made as it is loaded."),
 ]
+QuantizeOnDemandOption = Annotated[
+    Literal["none", "fp8", "int8", "auto"],
+    typer.Option(
+        help="8-bit weights in the transformer's blocks, made as it is loaded; auto: if they don't "
+        "fit into --memory otherwise."
+    ),
+]
 OffloadOption = Annotated[
     bool,
     typer.Option("--offload", help="Text encoders are in the host's memory but while they run."),
