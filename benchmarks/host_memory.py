@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -49,10 +49,12 @@ class Job:
     Attributes:
         folder: None to import what it takes to load one, and no more.
         shares: whether ranks share weights.
+        quantize: 'int8' for the blocks' weights in 8 bits, which takes torchao; or 'none'.
     """
 
     folder: str | None
     shares: bool = False
+    quantize: Literal["none", "int8"] = "none"
 
 
 def work(job: Job) -> None:
@@ -63,9 +65,11 @@ def work(job: Job) -> None:
     from piflux.tools.bench.models import ARCHITECTURES, _make
 
     diffusers.FluxPipeline  # noqa: B018 (imports it)
+    if job.quantize != "none":
+        import torchao.quantization  # noqa: F401 (as a rank that only imports has it)
     device = join()
     if job.folder is not None:
-        pipe, _ = load(job.folder, device, Fit(share=job.shares))
+        pipe, _ = load(job.folder, device, Fit(job.quantize, job.shares))
         architecture = ARCHITECTURES["flux.1"]
         parallel = piflux.parallelize(
             pipe.transformer, policy="gather", inner="eager", shard_weights=job.shares
@@ -130,17 +134,21 @@ def make(folder: Path) -> None:
 def main(
     folder: Path,
     make_: Annotated[bool, typer.Option("--make", help="Write the folder first.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also with weights in 8 bits.")] = False,
 ) -> None:
     if make_:
         make(folder)
     size = sum(x.stat().st_size for x in folder.rglob("*.safetensors"))
     print(f"{size / 1e6:.0f} MB of weights; torch {torch.__version__}")
-    for ranks in (1, 2, 4):
-        alone = peak_bytes(ranks, Job(None))
-        for shares in (False, True) if ranks > 1 else (False,):
-            most = peak_bytes(ranks, Job(str(folder), shares))
-            row = {"ranks": ranks, "shared": shares, "peak_mb": round((most - alone) / 1e6)}
-            print(json.dumps(row | {"imports_mb": round(alone / 1e6)}), flush=True)
+    kinds: tuple[Literal["none", "int8"], ...] = ("none", "int8") if int8 else ("none",)
+    for quantize in kinds:
+        for ranks in (1, 2, 4):
+            alone = peak_bytes(ranks, Job(None, quantize=quantize))
+            for shares in (False, True) if ranks > 1 else (False,):
+                most = peak_bytes(ranks, Job(str(folder), shares, quantize))
+                row = {"ranks": ranks, "shared": shares, "quantize": quantize}
+                row |= {"peak_mb": round((most - alone) / 1e6)}
+                print(json.dumps(row | {"imports_mb": round(alone / 1e6)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What makes a pipeline fit into a GPU's memory: 8 bits, and text encoders that visit it."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
-from models import tiny_flux, tiny_sd3
+from models import Int8Weight, tiny_flux, tiny_sd3
 from torch import nn
 
 from piflux.errors import CannotLoad
@@ -13,6 +15,7 @@ from piflux.memory.aside import Aside, plain
 from piflux.pipelines import quantized
 from piflux.pipelines.offload import visit
 from piflux.pipelines.quantized import layers_of, quantize
+from piflux.pipelines.together import weights_together
 
 CPU = torch.device("cpu")
 needs_torchao = pytest.mark.skipif(
@@ -110,6 +113,42 @@ def test_what_torchao_made_is_put_aside_and_comes_back():
     assert all(x in aside and x.untyped_storage().nbytes() == 0 for x in after)
     aside.bring()
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def made_together(rank, group):
+    """Which layers a rank made, whether all have what each would make, in one memory."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 8).requires_grad_(False) for _ in range(3)]
+    want = [Int8Weight.of(layer.weight) for layer in layers]
+    made = []
+
+    def make(layer):
+        made.append(layers.index(layer))
+        layer.weight = nn.Parameter(Int8Weight.of(layer.weight), requires_grad=False)
+
+    weights_together(layers, make, group)
+    got = [layer.weight for layer in layers]
+    alike = all(
+        torch.equal(a, b)
+        for x, y in zip(got, want, strict=True)
+        for a, b in zip(plain(x), plain(y), strict=True)
+    )
+    dist.barrier(group)
+    if rank == 1:
+        plain(got[0])[0][0, 0] = 99  # of a layer that the other rank made
+    dist.barrier(group)
+    links = (os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+    left = [x for x in links if "memfd:piflux" in x]
+    return made, alike, int(plain(got[0])[0][0, 0]), left
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux has memory without a name")
+def test_ranks_of_one_host_make_weights_once(ranks):
+    found = ranks(2, made_together)
+    assert [made for made, *_ in found] == [[0, 2], [1]]
+    assert all(alike for _, alike, *_ in found)
+    assert [seen for *_, seen, _ in found] == [99, 99]
+    assert all(left == [] for *_, left in found)
 
 
 @needs_torchao

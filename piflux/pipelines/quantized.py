@@ -11,6 +11,7 @@ from torch import nn
 
 from piflux.errors import CannotLoad
 from piflux.pipelines.blocks import blocks_of
+from piflux.pipelines.together import can_share, weights_together
 
 Quantization = Literal["fp8", "int8"]
 
@@ -40,7 +41,8 @@ def quantize(
         kind: 'fp8' (e4m3) or 'int8'.
         device: where each layer is quantized, one at a time, so that `model` need not fit there as
             it is. None: where it is.
-        home: where it is left. None: on `device`.
+        home: where it is left. None: on `device`. On the host ranks of one machine have it once,
+            where all ranks of the default process group call this together.
 
     Returns:
         How many layers were turned.
@@ -69,12 +71,19 @@ def quantize(
         )
     else:
         config = quantization.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    for layer in layers:
+
+    def turn(layer: nn.Linear) -> None:
         if device is not None:
             layer.to(device)
         quantization.quantize_(layer, config)
         if home is not None:
             layer.to(home)
+
+    if home is not None and torch.device(home).type == "cpu" and can_share():
+        weights_together(layers, turn)
+    else:
+        for layer in layers:
+            turn(layer)
     return len(layers)
 
 
