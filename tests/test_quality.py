@@ -7,7 +7,6 @@ import pickle
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
-from piflux.tools.quality import charts, tuning
+from piflux.tools.quality import charts
 from piflux.tools.quality.charts import markdown, sheet_of
 from piflux.tools.quality.drift import (
     BEST_DB,
@@ -39,7 +38,7 @@ from piflux.tools.quality.drift import (
 from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
 from piflux.tools.quality.tuning import Budget, masks_of, tune
-from piflux.tools.quality.variants import Variant
+from piflux.tools.quality.variants import CANDIDATES, SMALLER, Variant
 
 # ------------------------------------------------------------------------------------------ LPIPS
 
@@ -376,14 +375,19 @@ class Pretended:
     def cost(self, variant, ranks):
         return Cost.of(Schedule(**variant.options, world_size=ranks), self.steps, 2.0, 2.0, 1.0)
 
+    def memory_bytes(self, variant, ranks):
+        """By what is remembered; known once a like was drawn."""
+        known = any(x.split(" sync")[0] == variant.name.split(" sync")[0] for x in self.names)
+        held = {"none": 10, "int8": 7, "int4": 4}[variant.options.get("compression", "none")]
+        return (held if variant.options["policy"] != "gather" else 0) if known else None
+
     def distance(self, variant):
         return statistics.mean(self.row(variant, 1)[0].lpips)
 
 
 def tuned(budget, steps=12, candidates=("rotate sync_steps=1", "gather")):
     pictures = Pretended(steps)
-    with mock.patch.object(tuning, "CANDIDATES", candidates):
-        chosen, rows = tune(pictures, 2, budget, masks_of(pictures))
+    chosen, rows = tune(pictures, 2, budget, masks_of(pictures), candidates)
     assert chosen.name in pictures.names and len(rows) == len(
         set(pictures.names) & {r.variant for r in rows}
     )
@@ -415,15 +419,27 @@ def test_tuning_takes_another_sync_step_where_it_pays():
     """Candidates sync at 0 alone; a second sync step after skipped ones can still be paid for."""
     masks = {12: "x" * 12, 8: "xxxx.x.x.x.x", 7: "xxxx.x..x..x"}
     pictures = Pretended(12)
-    with mock.patch.object(tuning, "CANDIDATES", ("rotate sync_steps=1",)):
-        chosen, _ = tune(pictures, 2, Budget(max_cost_s=0.84), masks)
+    chosen, _ = tune(pictures, 2, Budget(max_cost_s=0.84), masks, ("rotate sync_steps=1",))
     assert chosen.options == {"policy": "rotate", "sync_steps": (0, 5), "compute": masks[8]}
     assert pictures.cost(chosen, 2).mean_s <= 0.84
 
 
+def test_tuning_keeps_to_a_bound_of_memory():
+    """What does not fit is drawn once, to know it, whatever its sync steps."""
+    candidates = ("rotate sync_steps=1", "rotate sync_steps=3", *SMALLER)
+    pictures = Pretended(12)
+    budget = Budget(max_lpips=9, max_bytes=5)
+    chosen, _ = tune(pictures, 2, budget, {12: "x" * 12}, candidates)
+    assert chosen.options["compression"] == "int4"
+    whole = [name for name in pictures.names if "compression" not in name]
+    assert whole == ["rotate sync_steps=1", "gather"]
+    assert sum("int8" in name for name in pictures.names) == 1
+    with pytest.raises(ValueError, match="the least that a rank holds is"):
+        tune(Pretended(12), 2, Budget(9, None, 1), {12: "x" * 12}, candidates[:-1])
+
+
 @pytest.mark.usefixtures("captured_once")
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuning, "CANDIDATES", ("rotate sync_steps=1", "gather"))
     halves, init = [], Pictures.__init__
 
     def noted(self, pipe, prompts, seeds, **options):
@@ -432,6 +448,7 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
 
     monkeypatch.setattr(Pictures, "__init__", noted)
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=4", "--size=64", f"--out={tmp_path}"]
+    arguments += ["--variant=rotate sync_steps=1", "--variant=gather", "--memory=9"]
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "schedule-2.json").read_text()) == {"policy": "gather"}
@@ -442,11 +459,11 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
 
 
 @pytest.mark.usefixtures("captured_once")
-def test_tuning_finds_that_fewer_bytes_do(monkeypatch, tmp_path):
+def test_tuning_finds_that_fewer_bytes_do(tmp_path):
     """Over a link that takes longer than a step computes."""
-    displaced = [text for text in tuning.CANDIDATES if "displaced" in text]
-    monkeypatch.setattr(tuning, "CANDIDATES", [x for x in displaced if x.endswith("sync_steps=1")])
+    displaced = [x for x in CANDIDATES if "displaced" in x and x.endswith("sync_steps=1")]
     arguments = ["--tune", "--count=2", "--ranks=2", "--steps=3", "--size=64", f"--out={tmp_path}"]
+    arguments += [f"--variant={x}" for x in displaced]
     result = invoke(*arguments, "--link=1e-4", "--max-lpips=9")
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "schedule-2.json").read_text())

@@ -183,6 +183,15 @@ class Pictures:
         pictures = min(self._call["batch"], len(self._seeds))
         return modelled_cost(report, self.steps, self.one.step_s, self._link_gbs, pictures)
 
+    def memory_bytes(self, variant: Variant, ranks: int) -> float | None:
+        """What a rank holds that draws one picture under a variant; None if no like was drawn."""
+        parallel = self._parallel.get(_compiled_as(variant, ranks))
+        if parallel is None:
+            return None
+        report = piflux.explain(parallel).graphs[0]
+        pictures = min(self._call["batch"], len(self._seeds))
+        return report.weight_bytes + (report.memory_bytes - report.weight_bytes) / pictures
+
     def distance(self, variant: Variant, ranks: int = 1) -> float:
         """How far the last latents are from one rank's: over their norm, mean over pictures."""
         drawn = self._draw(self._under(variant, ranks), "masks", decodes=False)

@@ -29,7 +29,7 @@ from piflux.tools.options import (
     is_hub_id,
 )
 from piflux.tools.options import prompts as prompts_of
-from piflux.tools.quality.variants import CANDIDATES, Variant
+from piflux.tools.quality.variants import CANDIDATES, SMALLER, Variant
 
 VARIANTS = (
     "rotate sync_steps=1 order=0",
@@ -76,10 +76,16 @@ def quality(
     ] = False,
     max_lpips: Annotated[float | None, typer.Option(help="--tune: LPIPS to reach.")] = None,
     max_ms: Annotated[float | None, typer.Option(help="--tune: modelled ms a step.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="--tune: GiB a rank, of the transformer; also tries int4."),
+    ] = None,
 ) -> None:
     """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
-    if tune_ == (max_lpips is None and max_ms is None) or (tune_ and variant):
-        raise typer.BadParameter("--tune goes with --max-lpips or --max-ms, and without --variant")
+    if tune_ == (max_lpips is None and max_ms is None) or (memory is not None and not tune_):
+        raise typer.BadParameter(
+            "--tune goes with --max-lpips or --max-ms, and --memory with --tune"
+        )
     variants = []
     for text in variant or VARIANTS:
         try:
@@ -87,7 +93,9 @@ def quality(
         except ValueError as error:
             raise typer.BadParameter(f"--variant {error}") from None
     rank_counts = ranks or [2, 4]
-    asked = [Variant.parse(text) for text in CANDIDATES] if tune_ else variants
+    smaller = () if memory is None else SMALLER
+    candidates = variant or [*CANDIDATES, *smaller]
+    asked = [Variant.parse(text) for text in candidates] if tune_ else variants
     timed = None if bench is None else _timed(bench, asked, rank_counts, steps)
     check_model(model)
     side = default_side(model) if size is None else size
@@ -114,7 +122,8 @@ def quality(
     inner = "inductor" if device == "cuda" else "eager"
     if tune_:
         options = {"link_gbs": link, "bench": timed, "inner": inner, "batch": batch, **call}
-        _tune(console, pipe, texts, seeds, rank_counts, max_lpips, max_ms, out, options)
+        budget = (max_lpips, max_ms, memory)
+        _tune(console, pipe, texts, seeds, rank_counts, budget, candidates, out, options)
         return
     rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
     with Progress(console=console) as progress:
@@ -172,12 +181,17 @@ def _tune(
     prompts: list[str],
     seeds: list[int],
     rank_counts: list[int],
-    max_lpips: float | None,
-    max_ms: float | None,
+    asked: tuple[float | None, float | None, float | None],
+    candidates: Sequence[str],
     out: Path,
     options: dict[str, Any],
 ) -> None:
-    """A file of settings for each number of ranks."""
+    """A file of settings for each number of ranks.
+
+    Args:
+        asked: LPIPS, milliseconds a step and GiB a rank.
+        candidates: to begin with.
+    """
     from piflux.tools.quality.charts import markdown
     from piflux.tools.quality.drift import Pictures
     from piflux.tools.quality.tuning import Budget, masks_of, tune
@@ -187,7 +201,12 @@ def _tune(
         options = options | {"on_batch": lambda what: bar.update(task, description=what)}
         half = len(prompts) // 2
         try:
-            budget = Budget(max_lpips, None if max_ms is None else max_ms / 1000)
+            max_lpips, max_ms, memory = asked
+            budget = Budget(
+                max_lpips,
+                None if max_ms is None else max_ms / 1000,
+                None if memory is None else memory * 2**30,
+            )
             if not half:
                 raise ValueError("tuning needs two prompts: one to choose by, one to judge by")
             first, second = (
@@ -195,7 +214,7 @@ def _tune(
                 for part in (slice(half), slice(half, None))
             )
             masks = masks_of(first)
-            tuned = {n: tune(first, n, budget, masks) for n in rank_counts}
+            tuned = {n: tune(first, n, budget, masks, candidates) for n in rank_counts}
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         judged = {n: second.row(chosen, n)[0] for n, (chosen, _) in tuned.items()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from piflux.policies.masks import COMPUTED, FEWEST_STEPS, NEEDED, SKIPPED
 from piflux.policies.schedule import Schedule
 from piflux.tools.quality.drift import Pictures, Row
-from piflux.tools.quality.variants import CANDIDATES, Variant
+from piflux.tools.quality.variants import Variant
 
 SPARSEST = 3
 """Masks are searched down to one computed step in so many."""
@@ -20,12 +20,18 @@ SPARSEST = 3
 class Budget:
     """One of the two: the mean LPIPS to reach, or the seconds a step to stay below.
 
+    Attributes:
+        max_lpips: the one.
+        max_cost_s: the other.
+        max_bytes: beside it, of what a rank holds; None for no bound.
+
     Raises:
         ValueError: both, or none.
     """
 
     max_lpips: float | None = None
     max_cost_s: float | None = None
+    max_bytes: float | None = None
 
     def __post_init__(self) -> None:
         if (self.max_lpips is None) == (self.max_cost_s is None):
@@ -86,7 +92,11 @@ def masks_of(pictures: Pictures) -> dict[int, str]:
 
 
 def tune(
-    pictures: Pictures, ranks: int, budget: Budget, masks: Mapping[int, str]
+    pictures: Pictures,
+    ranks: int,
+    budget: Budget,
+    masks: Mapping[int, str],
+    candidates: Sequence[str],
 ) -> tuple[Variant, list[Row]]:
     """The best schedule within a budget.
 
@@ -98,6 +108,7 @@ def tune(
         ranks: on how many ranks.
         budget: what it has to keep to.
         masks: by number of computed steps; see `masks_of`.
+        candidates: variants to begin with.
 
     Returns:
         The schedule, and all that were drawn.
@@ -106,9 +117,15 @@ def tune(
         ValueError: nothing is within the budget.
     """
     search = _Search(pictures, ranks, budget, masks)
-    for text in CANDIDATES:
+    for text in candidates:
         search.fewest(Variant.parse(text))
     if search.best is None:
+        if not any(map(search.holds_memory, search.drawn)):
+            least = min(search.bytes_of(x) for x in search.drawn)
+            raise ValueError(
+                f"no schedule is within the memory: the least that a rank holds is "
+                f"{least / 2**30:.3g} GiB"
+            )
         nearest = min(statistics.mean(row.lpips) for row in search.rows)
         cheapest = min(row.cost.mean_s for row in search.rows)
         raise ValueError(
@@ -124,6 +141,7 @@ class _Search:
 
     Attributes:
         rows: of all of it.
+        drawn: the variants, in order.
         best: the variant within the budget that spends least, with its row.
     """
 
@@ -131,13 +149,18 @@ class _Search:
         self, pictures: Pictures, ranks: int, budget: Budget, masks: Mapping[int, str]
     ) -> None:
         self.rows: list[Row] = []
+        self.drawn: list[Variant] = []
         self.best: tuple[Variant, Row] | None = None
         self._pictures, self._ranks, self._budget, self._masks = pictures, ranks, budget, masks
         self._numbers = sorted(masks)
 
     def fewest(self, variant: Variant) -> None:
         """A candidate, with all steps and with as many as the budget asks for."""
+        if not self.holds_memory(variant):  # as one of its like has shown
+            return
         whole = self.draw(variant)
+        if not self.holds_memory(variant):
+            return
         if self._budget.max_lpips is None:
             # The more the nearer: as many as can be paid.
             sparser = [variant.computing(self._masks[n]) for n in self._numbers[:-1]]
@@ -190,9 +213,20 @@ class _Search:
     def _affords(self, variant: Variant) -> bool:
         return self._budget.affords(self._pictures.cost(variant, self._ranks).mean_s)
 
+    def bytes_of(self, variant: Variant) -> float:
+        """What a rank holds under it; 0 as long as that is not known."""
+        return self._pictures.memory_bytes(variant, self._ranks) or 0.0
+
+    def holds_memory(self, variant: Variant) -> bool:
+        """Whether that is within the budget, as far as it is known."""
+        return self._budget.max_bytes is None or self.bytes_of(variant) <= self._budget.max_bytes
+
     def draw(self, variant: Variant) -> Row:
         row, _ = self._pictures.row(variant, self._ranks)
         self.rows.append(row)
+        self.drawn.append(variant)
+        if not self.holds_memory(variant):
+            return row
         better = self.best is None or self._budget.spent(row) < self._budget.spent(self.best[1])
         if self._budget.holds(row) and better:
             self.best = variant, row

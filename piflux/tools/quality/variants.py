@@ -17,6 +17,20 @@ CANDIDATES = tuple(
 )
 """What tuning chooses from."""
 
+SMALLER = (
+    *(
+        f"{policy} sync_steps={steps}"
+        for policy in (
+            "rotate compression=int8",
+            "rotate compression=int4",
+            "displaced compression=int4",
+        )
+        for steps in ("0,2", "0,2,5")
+    ),
+    "gather",
+)
+"""And beside that, where memory is bounded. Other sync steps are looked for from there."""
+
 
 @dataclass(frozen=True)
 class Variant:
