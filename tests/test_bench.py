@@ -4,7 +4,9 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,10 @@ from typer.testing import CliRunner
 
 from piflux.policies.schedule import Schedule
 from piflux.tools import cli
+from piflux.tools.bench import rows
 from piflux.tools.bench.bench import Floor, chart, markdown, measure_floor, run_row
 from piflux.tools.bench.models import ARCHITECTURES, build, count_flops
-from piflux.tools.bench.rows import ROWS, measure
+from piflux.tools.bench.rows import ROWS, Row, measure
 from piflux.tools.bench.ways import EARLY, MODELS, WAYS, Result, Settings
 
 FLOOR = Floor(8 * 10**12, 2 * 10**12, 800.0, 500.0)
@@ -55,6 +58,30 @@ def test_table():
 def test_chart(tmp_path):
     chart(results(), FLOOR, "title", tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_table_is_of_what_bench_writes(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from models_table import tables
+
+    def row(name, ranks, first, step_ms):
+        images = [first, 1.0, 1.0, 1.0]
+        return asdict(Result(name, ranks, step_ms, images, 8.0 + ranks))
+
+    found = [
+        row("compiled-blocks", 1, 60.0, [100.0] * 4),
+        row("gather", 2, 20.0, [50.0] * 4),
+        row("rotate", 2, 10.0, [90.0, 40.0, 80.0, 40.0] + [40.0] * 4),
+        asdict(Result("diffusers-ulysses", 2, error="no plan")),
+    ]
+    record = {"model": "wan", "width": 832, "height": 480, "steps": 4, "rows": found}
+    times, memory = (part.splitlines() for part in tables([record]).split("\n\n"))
+    name = "| wan, 832 x 480 "
+    assert (
+        times[2] == f"{name}| 100.0 | fails | 50.0 (2.00x) | 40.0 (2.50x) | 90, 80 | 20.0, 10.0 |"
+    )
+    assert memory[2] == f"{name}| 9.0 |  | 10.0 | 10.0 |"
+    assert len({line.count("|") for line in times}) == len({x.count("|") for x in memory}) == 1
 
 
 def test_every_way_can_be_run():
@@ -131,6 +158,28 @@ def test_rows_are_of_the_policy_that_they_name(row, policy, settings):
     assert model._piflux_compiler.runtime.schedule == Schedule(policy, **settings)
 
 
+def test_flags_are_of_the_row_that_is_run(monkeypatch):
+    """Weights are turned before the row has the model, and what it is told takes its options."""
+    seen = []
+    monkeypatch.setattr(rows, "quantize", lambda model, kind: seen.append(kind))
+
+    def prepare(model, on_gpu, **more):
+        seen.append(more)
+        return model, nullcontext
+
+    monkeypatch.setitem(ROWS, "rotate", Row(prepare))
+    measure(Settings("rotate", 1, 32, 48, 2, 1, "flux.1", "int8", True))
+    assert seen == ["int8", {"shard_weights": True}]
+    seen.clear()
+    measure(Settings("rotate", 1, 32, 48, 2, 1))
+    assert seen == [{}]
+    # Whoever says that a row takes a flag has a row that does.
+    for name, way in WAYS.items():
+        if way.shares and "fp8" not in name:
+            model, _ = ROWS[name].prepare(tiny_flux(), False, shard_weights=True)
+            assert "nothing to share" in str(model._piflux_compiler.runtime.notes)
+
+
 def test_a_loop_of_its_own_is_timed_as_a_whole(monkeypatch):
     """PipeFusion's steps overlap, so that what lies between two of them is no step's time."""
     calls = []
@@ -168,6 +217,8 @@ def test_a_row_that_fails_says_why(tmp_path):
         ("--row=nonsense", "choose from"),
         ("--model=flux.4", "choose from flux.1, flux.2, flux.3, qwen-image, z-image, wan"),
         ("--model=wan --row=para-attention", "choose from"),
+        ("--shard-weights --row=eager", "--shard-weights choose from gather, gather-18, rotate"),
+        ("--quantize=int8 --row=rotate-fp8", "--quantize int8 choose from eager, compiled"),
         ("--row=compiled", "needs a GPU"),
     ],
 )

@@ -167,6 +167,8 @@ def bench(
     steps: Annotated[int, typer.Option(min=2)] = 28,
     images: Annotated[int, typer.Option(min=1, help="Timed images a row.")] = 3,
     link: Annotated[Literal["nvlink", "no-p2p", "sockets"], typer.Option()] = "nvlink",
+    quantize: options.QuantizeOption = "none",
+    shard_weights: options.ShardWeightsOption = False,
     out: Annotated[
         Path, typer.Option(help="A folder for JSON, table and chart.", file_okay=False)
     ] = Path("out/bench"),
@@ -177,10 +179,20 @@ def bench(
     for side, pixels in (("--height", height), ("--width", width)):
         if pixels is not None:
             options.check_side(side, pixels)
-    able = [name for name, way in WAYS.items() if model in way.models]
+    able = [
+        name
+        for name, way in WAYS.items()
+        if model in way.models
+        and (quantize == "none" or way.quantizes)
+        and (not shard_weights or way.shares)
+    ]
     for name in row or ():
         if name not in able:
-            raise typer.BadParameter(f"--row {name}: choose from {', '.join(able)}")
+            asked = f" --quantize {quantize}" if quantize != "none" else ""
+            asked += " --shard-weights" if shard_weights else ""
+            raise typer.BadParameter(
+                f"--row {name}: for --model {model}{asked} choose from {', '.join(able)}"
+            )
     options.folder(out)
 
     import torch
@@ -202,12 +214,16 @@ def bench(
     floor = measure_floor(height, width, model)
     over = link if on_gpu else "gloo"
     title = f"{'' if on_gpu else 'small '}{model}, {width} x {height}, {where}, {over}"
+    title += f", {quantize} weights" if quantize != "none" else ""
+    title += ", shared weights" if shard_weights else ""
     record: dict[str, Any] = header(*PACKAGES, ranks=ranks) | {
         "link": over,
         "model": model,
         "height": height,
         "width": width,
         "steps": steps,
+        "quantize": quantize,
+        "shard_weights": shard_weights,
         "floor": asdict(floor),
     }
     results: list[Result] = []
@@ -216,7 +232,9 @@ def bench(
         for name in names:
             progress.update(task, description=name)
             one = 1 if WAYS[name].alone else ranks
-            settings = Settings(name, one, height, width, steps, images, model)
+            settings = Settings(
+                name, one, height, width, steps, images, model, quantize, shard_weights
+            )
             results.append(run_row(settings, link, out / f"{name}.log"))
             # After each row, for one who loses patience with a later one.
             rows = {"rows": [asdict(r) for r in results]}

@@ -56,13 +56,14 @@ class Row:
     """How `ways.WAYS` of the same name runs.
 
     Attributes:
-        prepare: from the untouched model to what is called at each step, and what opens an image
-            of given timesteps.
+        prepare: from the untouched model, whether it is on a GPU and further settings of
+            `parallelize`, where the way takes any, to what is called at each step, and what opens
+            an image of given timesteps.
         image: one denoise loop of what is prepared, with such inputs and so many steps:
             milliseconds of each.
     """
 
-    prepare: Callable[[nn.Module, bool], Prepared]
+    prepare: Callable[..., Prepared]
     image: Image = _image
 
 
@@ -80,13 +81,13 @@ def _compiled_blocks(model: Any, on_gpu: bool) -> Prepared:
     return model, contextlib.nullcontext
 
 
-def _piflux(**options: Any) -> Callable[[nn.Module, bool], Prepared]:
-    def prepare(model: nn.Module, on_gpu: bool) -> Prepared:
+def _piflux(**options: Any) -> Callable[..., Prepared]:
+    def prepare(model: nn.Module, on_gpu: bool, **more: Any) -> Prepared:
         import piflux
 
         # A CPU machine may have no C++ compiler for inductor.
         inner = "inductor" if on_gpu else "eager"
-        parallel = piflux.parallelize(model, inner=inner, **options)
+        parallel = piflux.parallelize(model, inner=inner, **options | more)
         return parallel, lambda timesteps: piflux.generation(parallel, timesteps=timesteps)
 
     return prepare
@@ -106,12 +107,10 @@ def _diffusers(kind: str) -> Callable[[nn.Module, bool], Prepared]:
     return prepare
 
 
-def _fp8(
-    prepare: Callable[[nn.Module, bool], Prepared],
-) -> Callable[[nn.Module, bool], Prepared]:
-    def quantized(model: nn.Module, on_gpu: bool) -> Prepared:
+def _fp8(prepare: Callable[..., Prepared]) -> Callable[..., Prepared]:
+    def quantized(model: nn.Module, on_gpu: bool, **more: Any) -> Prepared:
         quantize(model, "fp8")
-        return prepare(model, on_gpu)
+        return prepare(model, on_gpu, **more)
 
     return quantized
 
@@ -236,7 +235,10 @@ def measure(settings: Settings) -> Result:
         torch.set_num_threads(1)
     model, inputs = build(device, on_gpu, settings.height, settings.width, settings.model)
     row, architecture = ROWS[settings.row], ARCHITECTURES[settings.model]
-    call, generation = row.prepare(model, on_gpu)
+    if settings.quantize != "none":
+        quantize(model, settings.quantize)
+    more = {"shard_weights": True} if settings.shard_weights else {}
+    call, generation = row.prepare(model, on_gpu, **more)
     result = Result(settings.row, settings.ranks)
     with torch.no_grad():
         for image in range(EARLY + settings.images):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 MODELS = ("flux.1", "flux.2", "flux.3", "qwen-image", "z-image", "wan")
 """Architectures that are timed at full size; `models.ARCHITECTURES` has them."""
@@ -23,34 +24,43 @@ class Way:
         alone: whether it is one rank's.
         needs_gpu: whether it has no CPU counterpart.
         models: those that it can run.
+        quantizes: whether it can run with blocks' weights in 8 bits.
+        shares: whether with weights that are shared over the ranks.
     """
 
     alone: bool = False
     needs_gpu: bool = False
     models: tuple[str, ...] = MODELS
+    quantizes: bool = False
+    shares: bool = False
+
+
+ONE = Way(alone=True, quantizes=True)
+SPLIT = Way(quantizes=True, shares=True)
+SHARED = Way(quantizes=True)
 
 
 WAYS = {
-    "eager": Way(alone=True),
-    "compiled": Way(alone=True, needs_gpu=True),
-    "compiled-blocks": Way(alone=True, needs_gpu=True),
-    "piflux-1": Way(alone=True),
-    "piflux-1-18": Way(alone=True),
+    "eager": ONE,
+    "compiled": replace(ONE, needs_gpu=True),
+    "compiled-blocks": replace(ONE, needs_gpu=True),
+    "piflux-1": ONE,
+    "piflux-1-18": ONE,
     "piflux-1-fp8": Way(alone=True, needs_gpu=True, models=FLUX_1),
-    "gather": Way(),
-    "gather-shared": Way(),
-    "gather-18": Way(),
-    "rotate": Way(),
-    "rotate-shared": Way(),
-    "rotate-18": Way(),
-    "rotate-fp8": Way(needs_gpu=True, models=FLUX_1),
-    "rotate-fp8-18": Way(needs_gpu=True, models=FLUX_1),
-    "rotate-recompute": Way(),
-    "rotate-int8": Way(),
-    "rotate-int4": Way(),
-    "displaced": Way(),
-    "displaced-int8": Way(),
-    "displaced-int4": Way(),
+    "gather": SPLIT,
+    "gather-shared": SHARED,
+    "gather-18": SPLIT,
+    "rotate": SPLIT,
+    "rotate-shared": SHARED,
+    "rotate-18": SPLIT,
+    "rotate-fp8": Way(needs_gpu=True, models=FLUX_1, shares=True),
+    "rotate-fp8-18": Way(needs_gpu=True, models=FLUX_1, shares=True),
+    "rotate-recompute": SPLIT,
+    "rotate-int8": SPLIT,
+    "rotate-int4": SPLIT,
+    "displaced": SPLIT,
+    "displaced-int8": SPLIT,
+    "displaced-int4": SPLIT,
     "diffusers-ulysses": Way(needs_gpu=True),
     "diffusers-ring": Way(needs_gpu=True),
     "xdit-ulysses": Way(needs_gpu=True, models=FLUX_1),
@@ -70,6 +80,8 @@ class Settings:
         steps: denoise steps an image.
         images: timed images, after some that are not.
         model: one of MODELS.
+        quantize: what the blocks' weights are in, beside what the row's name says.
+        shard_weights: whether ranks share the weights, likewise.
     """
 
     row: str
@@ -79,6 +91,8 @@ class Settings:
     steps: int
     images: int
     model: str = "flux.1"
+    quantize: Literal["none", "fp8", "int8"] = "none"
+    shard_weights: bool = False
 
 
 @dataclass
