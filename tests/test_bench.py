@@ -158,6 +158,14 @@ def test_rows_are_of_the_policy_that_they_name(row, policy, settings):
     assert model._piflux_compiler.runtime.schedule == Schedule(policy, **settings)
 
 
+def test_rows_that_share_do():
+    """That are said to: one rank says that there is nothing."""
+    for name, way in WAYS.items():
+        if way.shares and "fp8" not in name:
+            model, _ = ROWS[name].prepare(tiny_flux(), False, shard_weights=True)
+            assert "nothing to share" in str(model._piflux_compiler.runtime.notes)
+
+
 def test_flags_are_of_the_row_that_is_run(monkeypatch):
     """Weights are turned before the row has the model, and what it is told takes its options."""
     seen = []
@@ -173,11 +181,6 @@ def test_flags_are_of_the_row_that_is_run(monkeypatch):
     seen.clear()
     measure(Settings("rotate", 1, 32, 48, 2, 1))
     assert seen == [{}]
-    # Whoever says that a row takes a flag has a row that does.
-    for name, way in WAYS.items():
-        if way.shares and "fp8" not in name:
-            model, _ = ROWS[name].prepare(tiny_flux(), False, shard_weights=True)
-            assert "nothing to share" in str(model._piflux_compiler.runtime.notes)
 
 
 def test_a_loop_of_its_own_is_timed_as_a_whole(monkeypatch):
