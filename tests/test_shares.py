@@ -110,24 +110,31 @@ def test_what_is_counted_is_what_is_held(ranks):
 @captured_once()
 def through_files(rank, group, folder):
     """Recorded steps whose weights go by copy engines; how many were recorded, and played."""
-    inputs = flux_inputs(image_hw=(6, 6), text=12)
-    want = image(whole(group, policy="gather"), inputs, STEPS)
-    with pytest.MonkeyPatch.context() as patch:
-        peers = Files(group, folder)
-        patch.setattr(runtime_ranks.ProcessRanks, "_reached", lambda *_: peers)
-        patch.setattr(runtime_ranks, "Copies", Launched)
-        recorder = on_tape(patch)
-        parallel = shared(group, inner=as_captured, policy="gather")
-        got = [image(parallel, inputs, STEPS) for _ in range(3)]
-    kinds = {type(x) for x in shares_of(parallel)._buffers}
-    return farthest([want, *got]), recorder.recorded, recorder.played, recorder.eager, kinds
+    inputs, found = flux_inputs(image_hw=(6, 6), text=12), {}
+    for policy in ("gather", "displaced"):
+        want = image(whole(group, policy=policy), inputs, STEPS)
+        with pytest.MonkeyPatch.context() as patch:
+            peers = Files(group, folder / policy)
+            patch.setattr(runtime_ranks.ProcessRanks, "_reached", lambda *_, it=peers: it)
+            patch.setattr(runtime_ranks, "Copies", Launched)
+            recorder = on_tape(patch)
+            parallel = shared(group, inner=as_captured, policy=policy)
+            got = [image(parallel, inputs, STEPS) for _ in range(3)]
+        assert {type(x) for x in shares_of(parallel)._buffers} == {Launched}
+        counts = recorder.recorded, recorder.played, recorder.eager
+        found[policy] = farthest([want, *got]), counts
+    return found
 
 
 def test_recorded_steps_find_their_weights(ranks, tmp_path):
-    for apart, recorded, played, eager, kinds in ranks(2, through_files, tmp_path):
-        assert apart <= 1e-6
-        assert kinds == {Launched}
-        assert (recorded, played, eager) == (1, 3 * STEPS - 1, 0)
+    """Also between keys and values that the next step reads."""
+    for policy in ("gather", "displaced"):
+        (tmp_path / policy).mkdir()
+    for found in ranks(2, through_files, tmp_path):
+        assert all(apart <= 1e-6 for apart, _ in found.values()), found
+        assert found["gather"][1] == (1, 3 * STEPS - 1, 0)
+        recorded, played, eager = found["displaced"][1]
+        assert (recorded + played, eager) == (3 * STEPS, 0), found
 
 
 @captured_once()

@@ -48,7 +48,7 @@ Sharing = bool | Literal["auto"]
 
 def check_memory(memory: Any, shard_weights: Any) -> None:
     """Raises ValueError if one is no `MemoryLimit`, or the other no `Sharing` within it."""
-    if shard_weights not in (False, True, "auto"):
+    if not isinstance(shard_weights, bool) and shard_weights != "auto":
         raise ValueError(f"shard_weights must be True, False or 'auto', got {shard_weights!r}")
     if shard_weights == "auto" and memory is None:
         raise ValueError(
