@@ -216,7 +216,9 @@ def _parallel(
     request: Request, quantize: Quantization | Literal["none"], device: torch.device, kind: Any
 ) -> tuple[Any, dict[str, Any]]:
     """The request's pipeline over the ranks, and what its call needs beside what a user says."""
-    fit = Fit(quantize, bool(request.settings.get("shard_weights")), request.offload)
+    several = dist.is_initialized() and dist.get_world_size() > 1  # else nobody takes a share
+    share = several and bool(request.settings.get("shard_weights"))
+    fit = Fit(quantize, share, request.offload)
     pipe, more = load(request.model, device, fit)
     add_loras(pipe, request.loras)
     pipe = piflux.parallelize(as_kind(pipe, kind), **request.settings)
