@@ -192,7 +192,7 @@ def test_a_port_that_is_taken_is_told():
         (["--host=0.0.0.0"], "others reach it, and there are no API keys"),
         (["--host=::"], "others reach it, and there are no API keys"),
         (["--api-keys=./no/keys"], "no/keys can't be read as API keys"),
-        (["--sizes=256x256,100x100"], "--size must be a multiple of 16"),
+        (["--sizes=256x256,100x100"], "--sizes must be a multiple of 16"),
         (["--groups=two"], "write sizes of groups, as in 1,2"),
         (["--ranks=2", "--groups=3"], "of 2 ranks choose among 1, 2"),
         (["--schedule=low"], "write QUALITY=FILE"),

@@ -159,7 +159,7 @@ def test_an_operators_schedule_takes_the_place_of_a_promise(tmp_path):
     file = tmp_path / "tuned.json"
     file.write_text(json.dumps({"policy": "rotate", "sync_steps": [0, 2, 5], "compute": "xx.x"}))
     tuned = promises_of({"medium": file})["medium"]
-    assert tuned.settings == {"policy": "rotate", "sync_steps": (0, 2, 5)}
+    assert tuned.settings == {"policy": "rotate", "sync_steps": [0, 2, 5]}
     assert tuned.compute(4) == "xx.x"
     assert tuned.count(28) == 21  # as large a share
     assert tuned.drift(4) is None  # nobody measured it here
