@@ -541,7 +541,7 @@ def test_arguments_out_of_range_are_refused(tmp_path):
 PROMPT = "rose, flat style, white background"
 STEPS = 6
 SIZE = 96, 96  # the smallest on which the demo draws anything
-START_S = 2 * PATIENCE_S  # ranks load, and compile what they warm up
+START_S = 500  # ranks load, and compile what they warm up
 
 
 class Prefers(Pace):
@@ -568,7 +568,7 @@ class Running:
         assert self.engine.state().phase == "ready", self.engine.state().reason
 
     def __call__(self, work):
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(2 * START_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(START_S + 50)
 
     def draw(self, seed, *more, ranks=None, **given):
         """A job's pictures as (pictures, height, width, 3) of int16, its report, and its events."""
