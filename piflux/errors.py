@@ -57,7 +57,12 @@ class NoAttention(CompileError):
 
 
 class DoesNotFit(CompileError):
-    """What a rank would hold is more than its GPU has left; it says what would fit."""
+    """What a rank would hold is more than its GPU has left; it says what would fit.
+
+    All ranks raise it, by the least that one of them has left, and are ready for the next call.
+    """
+
+    on_all_ranks = True
 
 
 class CannotCapture(PifluxError):

@@ -235,8 +235,14 @@ def told(rank, group):
     room = 0 if rank else math.inf
     patched = mock.patch.multiple(choices, DEVICE="cpu", free_bytes=lambda _: room)
     parallel = piflux.parallelize(Attention(), group=group, inner="eager")
+    control = parallel._piflux_compiler.runtime.ranks
+    before = control._given_up
     with patched, torch.no_grad(), pytest.raises(DoesNotFit) as error:
         parallel(X, torch.ones(1))
+    # Raised alike, it is told to nobody: who is slow to raise it stops no later call.
+    assert control._given_up is before
+    with torch.no_grad():
+        piflux.parallelize(Attention(), group=group, inner="eager")(X, torch.ones(1))
     return str(error.value)
 
 
