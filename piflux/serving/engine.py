@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 """How often the engine looks for workers that are stuck."""
 
-ANSWER_S = 15.0
+ANSWER_S = 60.0
 """How long a rank may take to end a call whose pictures another one has brought."""
 
 COMPILING_S = 1800.0
