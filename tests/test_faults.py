@@ -155,6 +155,29 @@ def test_one_rank_alone_draws_a_model_in_fragments():
     assert set(programs) == {1}
 
 
+def after_a_failed_image(rank, group):
+    """Rank 1 comes first to what follows it, rank 0 once that waits."""
+    ranks = ProcessRanks.of(group)
+
+    def fail():
+        with ranks.image():
+            ranks.any(False)
+            dist.barrier(group)
+            raise ValueError("both")
+
+    with pytest.raises(ValueError, match="both"):
+        fail()
+    dist.barrier(group)
+    while rank == 0 and ranks._presence.words[1].here is None:
+        ranks._presence.look()
+    return ranks.any(rank == 0)
+
+
+def test_what_follows_a_failed_image_is_not_of_it(ranks):
+    """Be it no image: nobody is told a second time of what ended the last one."""
+    assert ranks(2, after_a_failed_image) == [True, True]
+
+
 def test_a_rank_that_fails_while_a_program_is_made_is_told_as_it_is():
     """Not as what Dynamo makes of it, here or where another rank is told."""
     x = torch.ones(1, 4, 8)

@@ -69,7 +69,8 @@ class ProcessRanks:
         self._rank = meeting.rank
         self._process = Process.own()
         self._image = self._calls = 0  # how many have begun; of models, in the last of them
-        self._depth = 0  # of `together`
+        self._depth = 0  # of images, one inside another
+        self._is_over = False  # whether the latest image that was begun as such has ended
         self._given_up: tuple[int, str] | None = None
         self._ended = False
         self._peers: dict[torch.device, Peers | None] = {}
@@ -134,6 +135,7 @@ class ProcessRanks:
             raise RuntimeError(
                 "the process group of this model was destroyed: parallelize it again in a new one"
             )
+        self._enter()
         return self._epochs.link()
 
     @property
@@ -157,8 +159,15 @@ class ProcessRanks:
             raise
         finally:
             self._depth -= 1
+            self._is_over = not self._depth
+
+    def _enter(self) -> None:
+        """What comes after an image is not of it, even if it begins none."""
+        if self._is_over:
+            self._begin()
 
     def _begin(self) -> None:
+        self._is_over = False
         self._image += 1
         self._calls = 0
         self._waiting.waited = False
@@ -169,6 +178,7 @@ class ProcessRanks:
         return self._image, self._calls
 
     def calls(self) -> str:
+        self._enter()
         self._calls += 1
         return f"call {self._calls} of image {self._image}"
 
