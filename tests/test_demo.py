@@ -121,7 +121,7 @@ def invoke(run_flux: ModuleType, *arguments: str, ranks: int = 1) -> tuple[int, 
         (["--model=./no/such/folder"], "--model ./no/such/folder: no such folder"),
         (["--model=demo", "--policy=pipefusion"], "'gather', 'rotate', 'displaced', 'none'"),
         (["--model=demo", "--steps=0"], "--steps"),
-        (["--model=demo", "--sync-steps=-1"], "sync_steps must be an integer >= 0"),
+        (["--model=demo", "--sync-steps=-1"], "--sync-steps must be an integer >= 0"),
         (["--model=demo", "--refresh-every=0"], "--refresh-every"),
     ],
 )
