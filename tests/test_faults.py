@@ -178,6 +178,18 @@ def test_what_follows_a_failed_image_is_not_of_it(ranks):
     assert ranks(2, after_a_failed_image) == [True, True]
 
 
+def test_meetings_of_one_store_know_nothing_of_each_other():
+    """As a server's groups, of which a dead process left its word and its address behind."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meetings = [Meeting(store, *which) for which in (("a", 0, 2), ("a", 1, 2), ("b", 1, 2))]
+    first, same, other = (ProcessRanks.of(meeting) for meeting in meetings)
+    for ranks in (first, same, other):
+        ranks._presence.look()
+    assert set(same._presence.words) == {0} and not other._presence.words
+    for ranks in (first, same, other):
+        ranks.close()
+
+
 def test_a_rank_that_fails_while_a_program_is_made_is_told_as_it_is():
     """Not as what Dynamo makes of it, here or where another rank is told."""
     x = torch.ones(1, 4, 8)

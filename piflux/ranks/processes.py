@@ -52,7 +52,9 @@ class ProcessRanks:
         if group not in _RANKS:
             if isinstance(group, Meeting):
                 # Not the meeting itself, which is to end when nobody else holds it.
-                meeting, within_s = replace(group), timeout_asked() or DEFAULT_TIMEOUT_S
+                store = dist.PrefixStore(group.name, group.store)  # others meet there, too
+                meeting = replace(group, store=store)
+                within_s = timeout_asked() or DEFAULT_TIMEOUT_S
             else:
                 meeting, within_s = Meeting.of(group), timeout_s(group)
             _RANKS[group] = ranks = cls(meeting, within_s)
