@@ -115,8 +115,8 @@ class StepContext:
     def post(self, packet: Packet) -> None:
         """Send what the next step takes up.
 
-        Where both sending it and waiting for it can be recorded, they are to be in one recording:
-        then this step waits for it, at its end.
+        A recording has to wait for all that it sends. So what can be recorded is waited for in
+        `close`, at the end of this step; anything else in the next one.
         """
         if packet.recordable:
             packet.start()
@@ -125,7 +125,7 @@ class StepContext:
             self.recorder(packet.start)
 
     def close(self) -> None:
-        """All of the step was given to the device."""
+        """The step ends: what comes next on the device finds what was posted."""
         while self.posted:
             self.posted.pop().wait()
 
