@@ -18,7 +18,7 @@ from piflux.graph.values import known, wraps
 from piflux.policies.schedule import Compression, Schedule
 
 BITS: tuple[Compression, ...] = ("int8", "int4")
-"""What keys and values may be remembered in, the likest first."""
+"""What keys and values may be remembered in; pictures drift least by the first."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Option:
 
 
 def options_of(first: Option) -> list[Option]:
-    """An option, and others that hold less by their schedule, those first that are to be taken
-    first: in fewer bits, without what `displaced` sends, without anything remembered.
+    """An option, and others whose schedules hold less, in the order in which they are tried: in
+    fewer bits, without what `displaced` sends, without anything remembered.
 
     Whatever else takes less memory belongs here. `order=0` does not: one version takes more than
     both in few bits, and drifts further.

@@ -40,7 +40,8 @@ class Call:
         warms: what it warms up; None for jobs.
         seconds: that it should take.
         shape: what it compiles, if no call of the group has.
-        began: when, likewise `heard`, when a rank has last told anything; of `time.monotonic`.
+        began: when it was sent to its ranks, by `time.monotonic`.
+        heard: when a rank last told anything of it, likewise.
         pending: ranks that have not answered.
         lost: whether a rank died in it.
         is_drawn: whether its pictures are there, or it was stopped.
