@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 # As ranks have it, here and in commands: models this small lose their time between threads that
 # wait for each other. Read when torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
-# Likewise: Dynamo looks for garbage after each capture, of which there are hundreds.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+# What is forked of a process that asked CUDA for its GPUs can't use them.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+# Dynamo looks for garbage after each capture, of which there are hundreds.
 os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 LONGEST = (
@@ -50,6 +53,13 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000)
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.items:  # the process that hands tests to others has none
+        from ranks import fork_server
+
+        fork_server()
 
 
 @pytest.fixture

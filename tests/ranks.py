@@ -1,9 +1,11 @@
 """Real gloo process groups for tests, made cheap.
 
 Importing torch and diffusers costs seconds, so a fork server imports them once, worker processes
-are forked from it, joined in one gloo group, and reused by one test after the other.
+are forked from it, joined in one gloo group, and reused by one test after the other. Under pytest
+the server is itself forked, from a process that has imported all tests and run none.
 """
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.forkserver
@@ -15,8 +17,10 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from unittest import mock
@@ -252,7 +256,57 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+_servers_wanted: list[int] = []
+"""Of a fork server that waits until ranks are wanted: what it reads ends here."""
+
+
+def fork_server() -> None:
+    """Have this process forked for the fork server, which then captures once ranks are wanted.
+
+    For a process that has imported what ranks import, and done nothing that they should not know.
+    """
+    resource_tracker.ensure_running()  # which is a process, too
+    with (
+        mock.patch.object(util, "spawnv_passfds", _forked),
+        mock.patch.dict(os.environ, ONE_THREAD),
+    ):
+        _start_server()
+
+
+def _forked(path: str, args: list[str], passed: Sequence[int]) -> int:
+    """As `util.spawnv_passfds`, of which `args` end in a line of Python; it waits to be wanted."""
+    reads, writes = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(reads)
+        _servers_wanted.append(writes)
+        return pid
+    try:
+        os.close(writes)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for name in os.listdir("/dev/fd"):
+            # Pipes would else seem to have a second end when this process' parent has ended.
+            if (fd := int(name)) not in (0, 1, 2, reads, nowhere, *passed):
+                with contextlib.suppress(OSError):  # the listing's own
+                    os.dup2(nowhere, fd)
+        sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
+        multiprocessing.forkserver._forkserver.__init__()  # its lock is held
+        if os.read(reads, 1):
+            exec(args[-1], {})
+    except Exception:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
 def _context():
+    context = _start_server()
+    if _servers_wanted:
+        os.write(_servers_wanted.pop(), b"!")
+    return context
+
+
+def _start_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # The server imports the preload list from a bare interpreter, so it needs our path spelled out.

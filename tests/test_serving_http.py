@@ -11,7 +11,6 @@ import logging
 import re
 import socket
 import struct
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,12 +20,8 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import schemathesis
 from fake_engine import MODEL, FakeEngine, picture
-from hypothesis import HealthCheck, given, settings
-from hypothesis.errors import Unsatisfiable
 from PIL import Image
-from schemathesis import GenerationMode, checks
 from servers import PATIENCE_S, ask, get, post, served, until
 
 from piflux.serving import Keys, Limits, build_app, logs
@@ -768,51 +763,8 @@ def test_a_request_is_a_line(client, url, caplog):
 # ------------------------------------------------------------------------------------------ fuzzed
 
 
-CHECKS = (
-    checks.not_a_server_error,
-    checks.response_schema_conformance,
-    checks.content_type_conformance,
-    checks.status_code_conformance,
-)
-
-
-def fuzz(examples: int) -> int:
-    """Send each operation so many requests of each kind, as its schema has them and as it has not.
-
-    Returns:
-        How many there were.
-    """
-    sent = 0
-    limits = Limits(steps=8, side=256, pixels=128 * 128)
-    with served(build_app(FakeEngine(), limits=limits)) as url:
-        schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        for operation in schema.get_all_operations():
-            for mode in GenerationMode:
-                cases = operation.ok().as_strategy(generation_mode=mode)
-
-                @settings(
-                    max_examples=examples,
-                    deadline=None,
-                    database=None,
-                    derandomize=True,
-                    suppress_health_check=list(HealthCheck),
-                )
-                @given(cases)
-                def try_one(case: Any) -> None:
-                    nonlocal sent
-                    sent += 1
-                    case.call_and_validate(checks=CHECKS)
-
-                # What takes nothing can't be asked otherwise than its schema has it.
-                with contextlib.suppress(Unsatisfiable):
-                    try_one()
-    return sent
-
-
 def test_no_request_makes_it_fail() -> None:
-    """Many more by hand: `python tests/test_serving_http.py 2000`."""
+    """Many more by hand: `python tests/fuzzing.py 2000`."""
+    from fuzzing import fuzz  # what draws requests takes a second to import
+
     assert fuzz(20) > 100
-
-
-if __name__ == "__main__":
-    print(fuzz(int(sys.argv[1])))
