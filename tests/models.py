@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_map_only
 
+from piflux.demo import TEXT_TOKENS, demo_pipeline
+
 HEAD_DIM = 16
 TEXT_DIM = 24
 POOLED_DIM = 16
@@ -154,6 +156,22 @@ def tiny_pipeline(*, guidance: bool = True, seed: int = 0) -> FluxPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def small_demo() -> FluxPipeline:
+    """The demo's pipeline with three of its ten blocks: captured sooner, and it draws no pictures
+    of anything."""
+    pipe = demo_pipeline()
+    transformer = pipe.transformer
+    transformer.transformer_blocks = transformer.transformer_blocks[:1]
+    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:2]
+    transformer.register_to_config(num_layers=1, num_single_layers=2)
+    return pipe
+
+
+def small_demo_on(device: torch.device) -> tuple[FluxPipeline, dict[str, int]]:
+    """What a server is told to serve."""
+    return small_demo().to(device), {"max_sequence_length": TEXT_TOKENS}
 
 
 def denoise(step, inputs: dict[str, Tensor], steps: int) -> Iterator[Tensor]:

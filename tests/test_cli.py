@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from models import quantized, tiny_pipeline
+from models import quantized, small_demo, tiny_pipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from ranks import Pool, free_port, launched
@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.cost.cost import Choice, Rates
-from piflux.demo import demo_file, demo_pipeline
+from piflux.demo import demo_file
 from piflux.errors import CannotLoad, CannotSave, DoesNotFit, RankFailed
 from piflux.launch import _watch, launch
 from piflux.pipelines import folders
@@ -78,16 +78,17 @@ def test_one_rank_draws_a_picture_that_says_what_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["apple.png"]
 
 
+@pytest.fixture
+def small_demo_here(monkeypatch, captured_once):
+    """Commands of one rank draw with three of the demo's ten blocks."""
+    monkeypatch.setattr(folders, "demo_pipeline", small_demo)
+
+
 def drawn_by_few_blocks(request):
     """As `generate`, with three of the demo's ten blocks."""
-    pipe = demo_pipeline()
-    transformer = pipe.transformer
-    transformer.transformer_blocks = transformer.transformer_blocks[:1]
-    transformer.single_transformer_blocks = transformer.single_transformer_blocks[:2]
-    transformer.register_to_config(num_layers=1, num_single_layers=2)
     # Rates of a machine that tests are busy on are not to be remembered.
     measured = mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(request.out.parent)})
-    with measured, mock.patch.object(folders, "demo_pipeline", return_value=pipe):
+    with measured, mock.patch.object(folders, "demo_pipeline", small_demo):
         return work.generate(request)
 
 
@@ -147,7 +148,7 @@ def test_pictures_outlive_a_rank(tmp_path):
 
 
 @on_cpu
-@pytest.mark.usefixtures("captured_once")
+@pytest.mark.usefixtures("small_demo_here")
 def test_weights_go_to_8_bits_where_they_do_not_fit(tmp_path, monkeypatch):
     """If it is asked for, and no earlier."""
     pipe, _ = folders.load("demo", torch.device("cpu"))
@@ -505,7 +506,7 @@ def test_loras_are_added_with_their_scales(tmp_path, recwarn):
         add_loras(pipe, ((str(tmp_path / "bad.safetensors"), 1.0),))
 
 
-@pytest.mark.usefixtures("captured_once")
+@pytest.mark.usefixtures("small_demo_here")
 def test_several_pictures_at_once(tmp_path):
     """The second is the one that its seed gives alone."""
     small = ["rose, flat style", "--ranks=1", "--steps=2", "--size=64x64", "--json"]

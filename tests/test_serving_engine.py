@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
+from models import small_demo, small_demo_on
 from PIL import Image
 from safetensors.torch import save_file
 from servers import PATIENCE_S, served
@@ -405,6 +406,7 @@ def test_no_picture_outlives_its_job():
                 worker.hear(Finished(draw.number, None, True, 2, 0.1, None, 100))
 
         gc.collect()
+        gc.freeze()  # what there is already is not looked through again and again
         gc.disable()
         try:
             await leaves_none(done)
@@ -562,7 +564,7 @@ class Running:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
-        self.engine = RankEngine("demo", 2, sizes=[SIZE], inner="eager", loras=loras)
+        self.engine = RankEngine(small_demo_on, 2, sizes=[SIZE], inner="eager", loras=loras)
         self(self.engine.start())
         self(until(lambda: self.engine.state().phase != "starting", START_S))
         assert self.engine.state().phase == "ready", self.engine.state().reason
@@ -590,7 +592,7 @@ def pixels(images):
 
 @pytest.fixture(scope="module")
 def demo():
-    pipe = demo_pipeline()
+    pipe = small_demo()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -599,14 +601,14 @@ def demo():
 def alone(demo):
     """What the pipeline itself draws, by seed."""
 
-    @functools.lru_cache
-    def draw(seed):
-        generator = torch.Generator().manual_seed(seed)
-        given = {"num_inference_steps": STEPS, "width": SIZE[0], "height": SIZE[1]}
-        drawn = demo(PROMPT, generator=generator, max_sequence_length=TEXT_TOKENS, **given)
-        return pixels(drawn.images)
+    return functools.cache(functools.partial(drawn_alone, demo))
 
-    return draw
+
+def drawn_alone(pipe, seed, **given):
+    generator = torch.Generator().manual_seed(seed)
+    given |= {"num_inference_steps": STEPS, "width": SIZE[0], "height": SIZE[1]}
+    drawn = pipe(PROMPT, generator=generator, max_sequence_length=TEXT_TOKENS, **given)
+    return pixels(drawn.images)
 
 
 @pytest.fixture(scope="module")
@@ -653,18 +655,38 @@ def test_a_seeds_picture_is_the_same_in_a_batch_and_alone(running, alone):
     assert near(images, np.concatenate([alone(1), alone(2)]))
 
 
-def test_previews_look_like_the_picture(running):
-    """And are told by one rank alone, evenly spaced."""
-    images, _, events = running.draw(3, ranks=2, previews=2)
+def drawn_with_previews(pipe, seed):
+    """The picture, and what is shown of it after each step."""
+    previews, shown = Previews.fit(pipe), []
+    previews.begin()
+
+    def ended(pipe, step, timestep, now):
+        latents = previews.after(pipe.scheduler, now["latents"], wanted=True)
+        shown.append(pixels(previews.pictures(latents, *SIZE[::-1])))
+        return {}
+
+    return drawn_alone(pipe, seed, callback_on_step_end=ended), shown
+
+
+def test_previews_look_like_the_picture():
+    pipe = demo_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    images, shown = drawn_with_previews(pipe, 3)
+    small = pixels([Image.fromarray(images[0].astype(np.uint8)).resize((12, 12), Image.BOX)])
+    for preview in shown[1::2]:
+        assert preview.shape == (1, 12, 12, 3)
+        assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.9
+
+
+def test_previews_are_told_by_one_rank_evenly_spaced(running, demo):
+    _, _, events = running.draw(3, ranks=2, previews=2)
     kinds = [type(x).__name__ for x in events]
     shown = [x for x in events if isinstance(x, Preview)]
     assert [x.number for x in shown] == [0, 1]
     assert [kinds[: kinds.index("Preview")].count("Stepped")] == [2]
-    small = pixels([Image.fromarray(images[0].astype(np.uint8)).resize((12, 12), Image.BOX)])
-    for each in shown:
-        preview = pixels(each.images)
-        assert preview.shape == (1, 12, 12, 3)
-        assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.9
+    _, wanted = drawn_with_previews(demo, 3)
+    for each, preview in zip(shown, wanted[1::2], strict=False):
+        assert near(pixels(each.images), preview)
 
 
 def test_previews_of_packed_and_normalised_latents():
