@@ -245,7 +245,28 @@ is an op that piflux has no rule for, so that nothing is known of where it takes
         self.assertExpectedInline(
             self.refusal(attend, torch.randn(1, 1, 8)),
             """\
-a run of 1 tokens can't be cut into 2 parts: use fewer ranks or more tokens
+has 1 token, fewer than 2 ranks have parts for: use fewer ranks or more tokens
+  node: %scaled_dot_product_attention
+  op:   torch._C._nn.scaled_dot_product_attention
+  line: test_layout.py, in attend: return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]""",
+        )
+
+    def test_a_single_token_that_is_lost_sight_of(self):
+        """Not that the op mixes tokens, as it would be of two: with those it runs."""
+
+        def model(x):
+            return attend(attend(x).unflatten(-1, (2, 4)).flatten(2))
+
+        said = self.refusal(model, torch.randn(1, 1, 8))
+        assert said.startswith("has a single token here, fewer than two ranks could share")
+        assert "\n  node: %unflatten" in said
+        transformed(capture(model, torch.randn(1, 2, 8)), passes=DECIDE)
+
+    def test_an_empty_batch(self):
+        self.assertExpectedInline(
+            self.refusal(attend, torch.randn(0, 6, 8)),
+            """\
+is empty, of shape (0, 1, 6, 8): 2 ranks have nothing to share. Give the model inputs that hold something
   node: %scaled_dot_product_attention
   op:   torch._C._nn.scaled_dot_product_attention
   line: test_layout.py, in attend: return x + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]""",

@@ -303,8 +303,9 @@ def _place(
         first = next(filter(is_attention, graph.nodes))
         raise NothingToShare(
             first,
-            "no attention reads keys and values of the tokens it serves: the model mixes them by "
-            "other means, such as linear attention or convolutions, which piflux can't split",
+            _why_one_token(first, plan)
+            or "no attention reads keys and values of the tokens it serves: the model mixes them "
+            "by other means, such as linear attention or convolutions, which piflux can't split",
         )
     downstream = _reach(graph.nodes, sharing, writes.sources)
     upstream = _reach(reversed(graph.nodes), sharing, writes.users)
@@ -313,7 +314,7 @@ def _place(
     for node in graph.nodes:
         between = node in downstream and node in upstream
         if node in whole and between and _touches(node, plan):
-            raise CannotShard(node, why_refused(node))
+            raise CannotShard(node, _why_one_token(node, plan) or why_refused(node))
         for operand in operands(node):
             _edge(node, operand, _flow(node, flows), plan, whole)
     writes.check(plan)
@@ -325,6 +326,17 @@ def _place(
                 raise CannotShard(node, f"%{axis.node.name} carries tokens along two dimensions")
         plan.attentions.append(Attention(node, slot, keys, values))
     return plan
+
+
+def _why_one_token(node: fx.Node, plan: Plan) -> str:
+    """Where an op reads a dimension of a single token: what is refused is that, not the op."""
+    read = [axis for n in node.all_input_nodes for axis in axes(n) if axis in plan.layouts]
+    if not any(sizes(axis.node, axis.item)[axis.dim] == 1 for axis in read):
+        return ""
+    return (
+        "has a single token here, fewer than two ranks could share, and a dimension of one can't "
+        "be told from one without tokens: give the model more (a larger picture, a longer prompt)"
+    )
 
 
 def _run_whole(
@@ -440,6 +452,12 @@ def _mixes(node: fx.Node, found: Flow, plan: Plan) -> bool:
 def _check_lengths(plan: Plan, world_size: int) -> None:
     """Refuse to compute most tokens on several ranks, as happens to runs of few tokens."""
     for attention in plan.attentions:
+        if world_size > 1 and 0 in (shape := sizes(attention.node)):
+            raise CannotShard(
+                attention.node,
+                f"is empty, of shape {tuple(shape)}: {world_size} ranks have nothing to share. "
+                "Give the model inputs that hold something",
+            )
         lengths = plan.lengths(attention.keys)
         total = sympy.expand(sum(lengths, sympy.Integer(0)))
         if less(attention.keys.node, total, world_size):
@@ -457,6 +475,10 @@ def _check_lengths(plan: Plan, world_size: int) -> None:
 def _too_short(node: fx.Node, length: sympy.Expr, world_size: int) -> CannotShard:
     return CannotShard(
         node,
-        f"a run of {_example(node, length)} tokens can't be cut into {world_size} parts: use fewer "
-        "ranks or more tokens",
+        f"has {_tokens(_example(node, length))}, fewer than {world_size} ranks have parts for: use "
+        "fewer ranks or more tokens",
     )
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token" + "s" * (count != 1)
