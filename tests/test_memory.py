@@ -1,6 +1,7 @@
 """What a rank holds is counted before it is held; what does not fit is refused, or not taken."""
 
 import math
+import re
 import weakref
 from unittest import mock
 
@@ -132,6 +133,17 @@ def test_what_does_not_fit_is_refused_before_it_is_held():
         called(2, room - 1)
 
 
+@pytest.mark.usefixtures("captured_once")
+def test_weights_that_do_not_fit_by_themselves():
+    """Told in units that say something of small ones, and of no GPU where there is none."""
+    parallel = piflux.parallelize(tiny_flux(), group=virtual_ranks(2), inner="eager", memory=1e-9)
+    with torch.no_grad(), pytest.raises(DoesNotFit) as error:
+        parallel(**flux_inputs())
+    said = str(error.value)
+    assert re.search(r"The weights alone are 0\.\d+ MiB more than a rank may hold\. ", said)
+    assert "GPU" not in said and " 0.0 " not in said
+
+
 def needed(here=2, **options):
     """Bytes that a process with so many of two ranks takes beside the weights."""
     (report,) = piflux.explain(called(2, math.inf, **options)).graphs
@@ -254,7 +266,7 @@ def test_all_ranks_take_what_fits_on_each(ranks):
 
 def test_all_ranks_are_told_where_one_is_short(ranks):
     first, second = ranks(2, told)
-    assert first == second and "0.0 GiB left" in first
+    assert first == second and "a rank has 0 MiB left" in first
 
 
 @pytest.mark.usefixtures("captured_once")

@@ -189,10 +189,10 @@ class Choices:
             f"{_gib(need.memory_bytes)} a rank: "
             f"weights {_gib(need.weight_bytes)}, remembered keys and values "
             f"{_gib(need.cache_bytes)} for each stream, sending them {_gib(need.packet_bytes)}, a "
-            f"step {_gib(need.step_bytes)}. Beside the weights a GPU has {_gib(free)} left. "
+            f"step {_gib(need.step_bytes)}. {_is_left(free)}. "
             + (f"This would fit: {choices}" if choices else "No policy needs so little")
             + _weights_instead(first, part, room, shareable=bool(shareable))
-            + "; text encoders and autoencoder need not stay on the GPU (enable_model_cpu_offload)"
+            + (OTHERS_ON_THE_HOST if device.type == "cuda" else "")
         )
 
     def _room(self, own: Own, ctx: Context, device: torch.device) -> Room:
@@ -244,7 +244,9 @@ class Choices:
         ranks, (_, ctx) = self._ranks, part
         schedule = with_fields(schedule, sync_steps=sync_steps_of(schedule, steps))
         policy: PolicyName = "gather"
-        if not isinstance(ranks, ProcessRanks):
+        if ranks is None:
+            where, why = " for one rank", "it sends nothing"
+        elif not isinstance(ranks, ProcessRanks):
             where, why = "", "no link lies between ranks that one process computes"
         elif ranks.size == 1:
             where, why = "", "no other rank is left"
@@ -276,16 +278,29 @@ class Choices:
         return choose_sync(layers, layers_of(*whole), rates)
 
 
+OTHERS_ON_THE_HOST = (
+    "; text encoders and autoencoder need not stay on the GPU (enable_model_cpu_offload, --offload)"
+)
+
+
 def _takes(report: GraphReport, free: float) -> str:
     left = f"beside the weights {_gib(free)} are left"
     return f"{_gib(report.memory_bytes)} a rank: {left}"
 
 
+def _is_left(free: float) -> str:
+    """What a rank has beside its weights, or how much they alone are too large."""
+    if free < 0:
+        return f"The weights alone are {_gib(-free)} more than a rank may hold"
+    return f"Beside the weights a rank has {_gib(free)} left"
+
+
 def _weights_instead(first: Option, part: Counted, room: Room, *, shareable: bool) -> str:
     """What weights come to that are shared, or in 8 bits, where that is left to do."""
     found, whole = [], room.own.weights
-    if shareable:
-        found.append(f"shard_weights=True takes {_gib(room.shared.among(whole))} for the weights")
+    shared = room.shared.among(whole)
+    if shareable and shared < whole:  # of few blocks the buffers take more than is shared
+        found.append(f"shard_weights=True takes {_gib(shared)} for the weights")
     saved = saved_by_8_bits(*part)
     if saved:
         each = "whole weights" if first.shares else "weights"
@@ -294,7 +309,9 @@ def _weights_instead(first: Option, part: Counted, room: Room, *, shareable: boo
 
 
 def _gib(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    """As memory= takes it; what is small, in MiB."""
+    gib = count / 2**30
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{1024 * gib:.3g} MiB"
 
 
 def _query(part: Counted) -> tuple[list[int], torch.dtype, torch.device]:

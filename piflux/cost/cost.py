@@ -157,18 +157,23 @@ def choose(
     if steps is not None:
         price *= max(1.0, USUAL_STEPS / steps)
         longer = (steps - syncs) * wait / (steps * compute + syncs * wait)
+    share = gather / compute
     travel = (
         f"keys and values travel {gather * 1000:.3g} ms a step at {rates.link_gbs:.3g} GB/s, "
-        f"{gather / compute:.1%} of its {compute * 1000:.3g} ms of compute, and attention waits "
+        f"{f'{share:.1%} of' if share < 1 else f'{share:.3g} times'} its {compute * 1000:.3g} ms "
+        "of compute, and attention waits "
         f"for {wait * 1000:.3g} ms of them"
     )
     if steps is not None:
         travel += f", which makes an image of {steps} steps {longer:.1%} longer"
     policy: PolicyName
     if longer <= price:
-        policy, why = "gather", "little for exact ones"
+        policy, why = "gather", "worth it for an exact picture"
     elif gather <= compute:
-        policy, why = "displaced", "too long to wait for, but it hides behind them"
+        policy, why = (
+            "displaced",
+            "too long to wait for, but they hide behind the next step's compute",
+        )
     else:
         policy, why = "rotate", "too long to hide, so none are sent"
     return Choice(policy, f"{travel}: {why}", gather, compute)
