@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import time
@@ -261,13 +262,19 @@ def _raised(rank: int, error: BaseException) -> str:
         return plain(str(error))
     if isinstance(error, SystemExit):
         return f"rank {rank} ended with exit code {error.code}"
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    text = str(error)
+    said = next((line for line in text.splitlines() if line.strip()), "")
+    frames = [(x.filename, x.lineno, x.name) for x in traceback.extract_tb(error.__traceback__)]
+    if explained := re.search(r"^ *Explanation: (.+)", text, re.MULTILINE):
+        # Dynamo's: the first line names a kind, and the traceback ends in Dynamo.
+        said = explained[1]
+        of_model = text.partition("\nfrom user code:")[2]
+        frames = re.findall(r'File "([^"]+)", line (\d+), in (\S+)', of_model) or frames
     what = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    frames = traceback.extract_tb(error.__traceback__)
     place = ""
     if frames:
-        last = frames[-1]
-        place = f" ({Path(last.filename).name}:{last.lineno}, in {last.name})"
+        file, line, name = frames[-1]
+        place = f" ({Path(file).name}:{line}, in {name})"
     return f"rank {rank} failed: {what}{place}; under torchrun the whole traceback is shown"
 
 

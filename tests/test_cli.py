@@ -30,10 +30,11 @@ from test_cost import CONFIG
 from typer.testing import CliRunner
 
 import piflux
+from piflux.cost.clock import StepClock
 from piflux.cost.cost import Choice, Rates
 from piflux.demo import demo_file
 from piflux.errors import CannotLoad, CannotSave, DoesNotFit, RankFailed
-from piflux.launch import _watch, launch
+from piflux.launch import _raised, _watch, launch
 from piflux.pipelines import folders
 from piflux.pipelines.calls import Asked, arguments
 from piflux.pipelines.folders import add_loras, as_kind
@@ -181,6 +182,32 @@ def test_weights_go_to_8_bits_where_they_do_not_fit(tmp_path, monkeypatch):
     assert made.reason.startswith("quantize: took int8, since one rank alone takes ")
 
 
+@pytest.mark.parametrize("option", ["--quantize=int8", "--lora=."])
+def test_a_package_is_missed_before_a_model_is_read(option, monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    result = invoke("generate", "x", option)
+    assert result.exit_code == 1
+    assert option.partition("=")[0] in result.output and "pip install 'piflux[" in result.output
+
+
+def test_the_bar_ends_at_the_steps_that_there_are(capsys):
+    """From a picture it goes fewer than are asked for."""
+    with work._progress(2, 4, shown=True) as advance:
+        for _ in range(6):
+            advance(SimpleNamespace(num_timesteps=3))
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_steps_are_heard_of_as_a_pipeline_tells_them():
+    steps = []
+    clock = StepClock(False, steps.append)
+    new = work._heard_by(clock, diffusers.FluxPipeline)["callback_on_step_end"]
+    assert new("pipe", 0, 1.0, {"latents": 2}) == {"latents": 2}
+    old = work._heard_by(clock, diffusers.PixArtSigmaPipeline)["callback"]
+    old(0, 1.0, None)
+    assert steps == ["pipe", None] and len(clock.step_ms()) == 1
+
+
 def test_a_picture_is_shown(capsys):
     """As wide as the console has room, and as high as its sides have it."""
     for height, least, most in ((64, 30, 50), (32, 15, 25)):
@@ -223,6 +250,19 @@ def test_a_rank_that_fails_is_quoted():
     assert other.is_alive()
     other.kill()
     other.join()
+
+
+def test_a_rank_whose_model_refuses_its_inputs_is_quoted():
+    """By what Dynamo explains, and the line of the model."""
+
+    def model(x):
+        return x.view(41, -1)
+
+    with pytest.raises(Exception, match="making fake tensor call") as error:
+        torch.compile(model, backend="eager")(torch.ones(8))
+    said = _raised(1, error.value)
+    assert "shape '[41, -1]' is invalid for input of size 8" in said
+    assert "(test_cli.py:" in said and ", in model)" in said and "\n" not in said
 
 
 def test_a_rank_that_says_what_to_do_is_quoted_alone():
@@ -281,14 +321,22 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--size=big"], "write width x height"),
         (["x", "--ranks=0"], "--ranks"),
         (["x", "--policy=warp"], "'displaced', 'auto', or a .json file of settings"),
-        (["x", "--policy=no.json"], "not a file of settings"),
+        (["x", "--policy=no.json"], "--policy no.json: not a file of settings: No such file"),
         (["x", "--sync-steps=-1"], "--sync-steps must be an integer >= 0, or several"),
         (["x", "--sync-steps=0,two"], "got (0, 'two')"),
         (["x", "--steps=0"], "--steps"),
         (["x", "--inner=magic"], "--inner"),
         (["x", "--out=./no/folder/x.png"], "there is no folder"),
         (["x", "--out=/proc/x.png"], "/proc can't be written to"),
-        (["x", "--ranks=17", "--size=64x64"], "has 16 tokens and a prompt 24; each needs as many"),
+        (
+            ["x", "--ranks=40", "--size=64x64"],
+            "its prompt have 40 tokens, too few for so many ranks",
+        ),
+        (["x", "--lora="], "--lora '': write PATH, or PATH:scale"),
+        (["x", "--model="], "--model '': no such folder"),
+        (["x", "--quantize=int9"], "'--quantize': 'int9' is not one of"),
+        (["x", "--compute=yes"], "--compute='yes': choose 'all'"),
+        (["x", "--sync-steps=,"], "or several of them, got ','"),
         (["x", "--out=x.jpg"], "written as .png, videos as .mp4"),
         (["x", "--out=folder.png"], "--out folder.png: is a folder"),
     ],
@@ -327,7 +375,7 @@ for arguments in [
     ["generate", "x", "--model=none"],
     ["generate", "x", "--size=100x100"],
     ["explain", "--policy=warp"],
-    ["explain", "--ranks=99"],
+    ["explain", "--ranks=999"],
     ["bench", "--row=none"],
     ["quality", "--variant=none"],
 ]:
@@ -537,9 +585,23 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 
 
 def test_ranks_are_those_of_torchrun():
-    result = invoke("generate", "x", "--ranks=3", RANK="0", WORLD_SIZE="2")
+    at = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    result = invoke("generate", "x", "--ranks=3", RANK="0", WORLD_SIZE="2", **at)
     assert result.exit_code == 2
     assert "torchrun started 2" in words(result)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "1"}, "MASTER_ADDR is not set, but RANK and WORLD_SIZE are"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number from 1 on, got 'two'"),
+    ],
+)
+def test_an_environment_that_is_no_ranks(environment, said):
+    result = invoke("generate", "x", RANK="0", MASTER_ADDR=None, **environment)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert said in result.output
 
 
 def test_more_ranks_than_gpus(monkeypatch):
@@ -604,9 +666,15 @@ def test_explain_of_a_schedule_in_a_file(tmp_path):
 
 
 def test_explain_of_too_few_tokens():
-    result = invoke("explain", "--ranks=25")
+    result = invoke("explain", "--ranks=280")
     assert result.exit_code == 2
-    assert "has 256 tokens and a prompt 24; each needs as many" in words(result)
+    assert "its prompt have 280 tokens, too few for so many ranks" in words(result)
+
+
+def test_explain_of_more_ranks_than_a_prompt_has_tokens():
+    """As it is drawn."""
+    result = invoke("explain", "--ranks=25", "--size=64x64")
+    assert "shard %encoder_hidden_states dim 1: 24 -> 1 (1 twice) tokens" in words(result)
 
 
 def test_what_the_compiler_refuses(monkeypatch):

@@ -48,10 +48,10 @@ class StepClock:
 
     Args:
         on_gpu: where the steps run.
-        on_step: called at the end of each, on the host.
+        on_step: called with the pipeline at the end of each, on the host.
     """
 
-    def __init__(self, on_gpu: bool, on_step: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_gpu: bool, on_step: Callable[[Any], None] | None = None) -> None:
         self.on_gpu = on_gpu
         self.on_step = on_step
         self.ends: list[Any] = []
@@ -59,7 +59,7 @@ class StepClock:
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
         self.ends.append(mark(self.on_gpu))
         if self.on_step is not None:
-            self.on_step()
+            self.on_step(pipe)
         return tensors
 
     def step_ms(self) -> list[float]:

@@ -57,7 +57,7 @@ def _wrong(given: object) -> str:
     return (
         f"compute={given!r}: choose 'all', 'auto', a number of steps, or a mask with an "
         f"{COMPUTED!r} for each step that is computed and a {SKIPPED!r} for each that is not, as "
-        "in 'xxxx.x.x', or a bool for each step"
+        "in 'xxxx.x.x' (in Python also a bool for each step)"
     )
 
 

@@ -267,7 +267,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"policy {str(path)!r}: not a file of settings: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"policy {str(path)!r}: not a file of settings: {why}") from None
     if not (isinstance(settings, dict) and {"policy"} <= settings.keys() <= set(SETTINGS)):
         raise ValueError(
             f"policy {str(path)!r}: a file of settings is a JSON object of {', '.join(SETTINGS)}; "

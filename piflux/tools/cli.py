@@ -48,7 +48,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except WrongUsage as error:
             if is_first():  # all ranks were called alike
-                print(f"Error: {error.format_message()}", file=sys.stderr)
+                print(f"Error: {_said(error)}", file=sys.stderr)
             raise typer.Exit(2) from None
         except PifluxError as error:
             if is_first() or isinstance(error, RankFailed):  # the rest fails on every rank alike
@@ -61,6 +61,11 @@ class Commands(TyperGroup):
         finally:
             if before is not None:
                 signal.signal(signal.SIGTERM, before)
+
+
+def _said(error: Any) -> str:
+    """What a wrong argument comes to, without the name that a library has for its kind."""
+    return str(error.format_message()).replace(": Value error, ", ": ")
 
 
 app = typer.Typer(
@@ -87,9 +92,6 @@ def _main(
 ) -> None:
     pass
 
-
-app.command()(bench)
-app.command()(quality)
 
 Ranks = Annotated[
     int | None, typer.Option(min=1, help="Default: the GPUs here, else 2; torchrun's under it.")
@@ -171,6 +173,7 @@ def generate(
     options.check_picture("--image", image)
     options.check_picture("--mask", mask)
     loras = options.loras(lora)
+    options.check_packages(quantize, loras)
     out = options.picture(out)
 
     with importing():
@@ -321,6 +324,7 @@ def serve(
     files = options.schedules(schedule)
     if loras is not None and not loras.is_dir():
         raise typer.BadParameter(f"--loras {loras}: no such folder")
+    options.check_packages(quantize, () if loras is None else (loras,))
     with importing(), _served():
         from piflux.serving.engine import RankEngine
         from piflux.serving.guard import is_loopback
@@ -638,3 +642,7 @@ def _tell_link(link: Link) -> None:
 def _line(what: str, found: str) -> None:
     """At once, in a pipe too."""
     print(f"{what:18} {found}", flush=True)
+
+
+app.command()(bench)
+app.command()(quality)

@@ -155,14 +155,13 @@ def generate(request: Request) -> Made | None:
     paths = numbered(out, len(request.prompts))
     steps: int = call["num_inference_steps"]
     calls = -(-len(request.prompts) // request.batch)
-    timed = takes(target, "callback_on_step_end")
-    with _progress(calls * steps, shown=is_first()) as advance:
+    with _progress(calls, steps, shown=is_first()) as advance:
         for start in range(0, len(paths), request.batch):
             prompts = list(request.prompts[start : start + request.batch])
             seeds = [request.seed + start + i for i in range(len(prompts))]
             clock = StepClock(device.type == "cuda", advance)
             began = time.perf_counter()
-            given = call | more | ({"callback_on_step_end": clock} if timed else {})
+            given = call | more | _heard_by(clock, target)
             own = partial(_batched, request, prompts, seeds)
             while True:
                 try:
@@ -201,6 +200,15 @@ def generate(request: Request) -> Made | None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     left = ranks if shared is None else shared.size
     return Made(request.model, name, left, settings, reason, quantize, tuple(pictures))
+
+
+def _heard_by(clock: StepClock, kind: Any) -> dict[str, Any]:
+    """The argument of a call that tells `clock` of steps; older pipelines have another."""
+    if takes(kind, "callback_on_step_end"):
+        return {"callback_on_step_end": clock}
+    if takes(kind, "callback"):
+        return {"callback": lambda step, timestep, latents: clock(None, step, timestep, {})}
+    return {}
 
 
 def _in_bits(
@@ -335,20 +343,27 @@ def _destination(kind: Any, out: Path | None) -> Path:
 
 
 @contextlib.contextmanager
-def _progress(steps: int, *, shown: bool) -> Iterator[Callable[[], None] | None]:
-    """One bar for all steps of all pictures: gives what advances it by a step."""
+def _progress(calls: int, steps: int, *, shown: bool) -> Iterator[Callable[[Any], None] | None]:
+    """One bar for all steps of all calls: gives what advances it by a step of the pipeline's.
+
+    Args:
+        calls: of the pipeline.
+        steps: of each that were asked for: from a picture it goes a share of them.
+        shown: whether there is a bar.
+    """
     if not shown:
         yield None
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("compiling", total=steps)
+        task = progress.add_task("compiling", total=calls * steps)
         ends: list[float] = []
 
-        def advance() -> None:
+        def advance(pipe: Any) -> None:
             ends.append(time.perf_counter())
             pace = f"{ends[-1] - ends[-2]:.2f} s a step" if len(ends) > 1 else "first step done"
-            progress.update(task, advance=1, description=pace)
+            total = calls * getattr(pipe, "num_timesteps", steps)
+            progress.update(task, advance=1, total=total, description=pace)
 
         yield advance
 

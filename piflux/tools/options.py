@@ -11,13 +11,14 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
-from piflux.errors import CannotLoad
+from piflux.errors import CannotLoad, PackageMissing
 from piflux.launch import cores, is_joined
 from piflux.pipelines.calls import read_picture
 from piflux.policies.masks import read_compute
@@ -124,7 +125,9 @@ def setting(text: str) -> int | str | tuple[int | str, ...]:
     values = tuple(
         int(word) if word.lstrip("-").isdigit() else word for word in text.split(",") if word
     )
-    return values if "," in text else values[0] if values else text
+    if not values:
+        return text
+    return values if "," in text else values[0]
 
 
 def settings(
@@ -157,7 +160,8 @@ def settings(
     except ValueError as error:
         also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
         from_file = policy.endswith(".json")
-        told = f"--policy {policy}: {error}" if from_file else _as_options(str(error))
+        said = str(error).removeprefix(f"policy {policy!r}: ")
+        told = f"--policy {policy}: {said}" if from_file else _as_options(said)
         raise typer.BadParameter(f"{told}{also}") from None
     compute = given["compute"]
     if steps is not None and compute not in ("all", "auto"):
@@ -212,9 +216,10 @@ def check_model(model: str) -> None:
     """Refuses what is neither 'demo', nor a pipeline's folder, nor a Hub id."""
     if model == "demo" or is_hub_id(model):
         return
-    if not Path(model).is_dir():
+    if not (model and Path(model).is_dir()):
         raise typer.BadParameter(
-            f"--model {model}: no such folder, and no Hub id like black-forest-labs/FLUX.1-dev"
+            f"--model {model or repr(model)}: no such folder, and no Hub id like "
+            "black-forest-labs/FLUX.1-dev"
         )
     if not (Path(model) / "model_index.json").is_file():
         raise typer.BadParameter(
@@ -280,7 +285,7 @@ def flux_config(model: str) -> dict[str, Any]:
     if kind != "FluxTransformer2DModel":
         raise typer.BadParameter(
             f"--model {model}: its transformer is a {kind}, and only FLUX.1's inputs are known "
-            "without a call. Name a --policy, and ask piflux.explain(pipe) after one"
+            "without a call. Draw with it in Python, and print piflux.explain(pipe) afterwards"
         )
     return config
 
@@ -354,6 +359,23 @@ def check_memory(
         )
 
 
+def check_packages(quantize: str, loras: Sequence[Any]) -> None:
+    """Refuses what would else be missed once a model's weights are read.
+
+    Raises:
+        PackageMissing: with the extra that brings it.
+    """
+    for option, asked, package, extra in (
+        (f"--quantize {quantize}", quantize != "none", "torchao", "quantize"),
+        ("--lora", bool(loras), "peft", "demo"),
+    ):
+        if asked and find_spec(package) is None:
+            raise PackageMissing(
+                f"{option} takes the package {package}: pip install 'piflux[{extra}]'",
+                name=package,
+            )
+
+
 def check_offload(offload: bool) -> None:
     """Refuses to make room on a GPU where there is none."""
     import torch
@@ -389,6 +411,8 @@ def loras(texts: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
             pair = (path, float(scale)) if colon else (text, 1.0)
         except ValueError:
             pair = text, 1.0
+        if not pair[0]:  # to pathlib the current folder
+            raise typer.BadParameter(f"--lora {text!r}: write PATH, or PATH:scale")
         if not Path(pair[0]).exists():
             raise typer.BadParameter(f"--lora {text}: no such file or folder: {pair[0]}")
         if not math.isfinite(pair[1]):
@@ -424,6 +448,12 @@ def replicas(text: str) -> tuple[int, int | None]:
 def ranks(asked: int | None) -> int:
     """How many: as asked for, as torchrun started, or as there are GPUs, else 2."""
     if is_joined():
+        from piflux.ranks import environment
+
+        try:
+            environment.check()
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
         started = int(os.environ["WORLD_SIZE"])
         if asked not in (None, started):
             raise typer.BadParameter(f"--ranks {asked}: torchrun started {started}")
@@ -450,12 +480,12 @@ def check_cores(ranks: int) -> None:
 
 
 def check_tokens(ranks: int, width: int, height: int, text: int) -> None:
-    """Refuses more ranks than tokens to share: each segment is cut into as many parts."""
+    """Refuses as many ranks as there are tokens to share, or more: FLUX attends to all at once."""
     image = width * height // 256
-    if ranks > min(image, text):
+    if ranks >= image + text:
         raise typer.BadParameter(
-            f"--ranks {ranks}: a picture of {width} x {height} has {image} tokens and a prompt "
-            f"{text}; each needs as many as there are ranks"
+            f"--ranks {ranks}: a picture of {width} x {height} and its prompt have {image + text} "
+            "tokens, too few for so many ranks: take fewer, or a larger --size"
         )
 
 
