@@ -91,6 +91,7 @@ class ParallelModule(View, nn.Module):
             try:
                 return self._piflux_called(*args, **kwargs)
             except BaseException as error:
+                self._piflux_compiler.met_in = -1
                 if ranks is not None:
                     ranks.stop(error)
                 raise
@@ -109,11 +110,15 @@ class ParallelModule(View, nn.Module):
         shares = self._piflux_compiler.shares
         if parameter is not None:
             check_device(ranks, parameter.device)
-            if cls._piflux_unchecked and isinstance(ranks, ProcessRanks):
-                ranks.surviving(
-                    partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
-                    "weights",
-                )
+        if ranks is not None:
+            meet = partial(self._piflux_compiler.meet, begins=cls._piflux_unchecked)
+            ranks.surviving(meet, "programs")
+        unchecked = cls._piflux_unchecked and parameter is not None
+        if unchecked and isinstance(ranks, ProcessRanks):
+            ranks.surviving(
+                partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
+                "weights",
+            )
         if cls._piflux_unchecked or not self._piflux_compiler.runtime.explicit:
             hooks = dynamo.hooks_within(self)
             if cls._piflux_hooks not in (None, hooks):

@@ -59,7 +59,11 @@ class NoAttention(CompileError):
 class DoesNotFit(CompileError):
     """What a rank would hold is more than its GPU has left; it says what would fit.
 
-    All ranks raise it, by the least that one of them has left, and are ready for the next call.
+    At a model's first call all ranks raise it, by the least that one of them has left; later those
+    do that have too little. All are ready for the next call.
+
+    Attributes:
+        on_all_ranks: whether every rank raises it.
     """
 
     on_all_ranks = True

@@ -4,7 +4,8 @@ import math
 import os
 import socket
 import threading
-from itertools import count
+from contextlib import contextmanager, nullcontext
+from itertools import count, cycle
 from types import SimpleNamespace
 from unittest import mock
 
@@ -20,10 +21,12 @@ from test_fragments import Model
 from test_fragments import inputs as fragments_inputs
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.guards import CheckFunctionManager
 
 import piflux
 from piflux.compile import compiler
-from piflux.errors import RankFailed, RankLost
+from piflux.compile.choices import Choices
+from piflux.errors import RankFailed, RankLost, RanksDisagree
 from piflux.integrations.alike import _scales
 from piflux.ranks import environment
 from piflux.ranks.agreement import Norm
@@ -208,6 +211,72 @@ def test_a_rank_that_fails_while_a_program_is_made_is_told_as_it_is():
     assert ranks._word().given_up[1] == "rank 0 stopped in the beginning by ValueError: too many"
     ranks.close()
     del meeting
+
+
+MOMENTS = {
+    "the ranks agree on it": (ProcessRanks, "agree", 1),
+    "it is made": (compiler._PerCall, "__init__", 0),
+    "Dynamo makes guards": (CheckFunctionManager, "__init__", 0),
+    "its choices are kept": (Choices, "keep", 0),
+    "it is kept": (compiler.Compiler, "keep", 0),
+}
+"""After which call of which function, in the course of a first call, a rank raises."""
+
+
+@contextmanager
+def raising(owner, name, number, error):
+    """Raises once in it, after so many calls of a function."""
+    calls, original = count(), getattr(owner, name)
+
+    def call(*args, **kwargs):
+        result = original(*args, **kwargs)
+        if next(calls) == number:
+            raise error
+        return result
+
+    with mock.patch.object(owner, name, call):
+        yield
+
+
+def raises_at_each_moment(rank, group):
+    """How far off are the calls after one in which the last rank raised; by moment and size.
+
+    Then how many programs there are.
+    """
+    last, kinds = dist.get_world_size(group) - 1, cycle((ValueError, KeyboardInterrupt))
+    found = {}
+    for moment, (owner, name, number) in MOMENTS.items():
+        # Within a limit it is asked, of each new graph, what fits on all ranks.
+        options = {"policy": "gather", "memory": 4, "inner": "eager"}
+        model = piflux.parallelize(Attention(), group=group, **options)
+        x = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(0))
+        sizes = (12,) if name in ("agree", "keep") else (12, 6)  # of one program alone
+        for size in sizes:
+            error = next(kinds)("as asked")
+            fault = raising(owner, name, number, error)
+            told = f"rank {last} stopped in the model's capture by .*as asked"
+            kind, match = (BaseException, "as asked") if rank == last else (RankFailed, told)
+            with fault if rank == last else nullcontext(), pytest.raises(kind, match=match):
+                model(x[:, :, :size])
+            so_far = [x[:, :, :n] for n in sizes if n >= size]
+            off = [float((model(y) - Attention()(y)).abs().max()) for y in so_far]
+            found[moment, size] = max(off), len(model._piflux_compiler.programs)
+    if rank == last:
+        model = piflux.parallelize(Attention(), group=group, **options)
+    with pytest.raises(RanksDisagree, match="the ranks are at different points"):
+        model(x)
+    off = float((model(x) - Attention()(x)).abs().max())
+    found["one parallelizes its model anew", 12] = off, len(model._piflux_compiler.programs)
+    return found
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_rank_that_raises_before_its_program_runs_has_the_others_program(ranks, n):
+    """The others run theirs already. Then all let go of it, and make one."""
+    for found in ranks(n, raises_at_each_moment):
+        assert max(off for off, _ in found.values()) < 1e-6
+        assert {programs for (_, size), (_, programs) in found.items() if size == 12} == {1}
+        assert {programs for (_, size), (_, programs) in found.items() if size == 6} == {2}
 
 
 def test_the_same_seed_gives_the_same_faults():

@@ -77,7 +77,6 @@ class Choices:
             when it is. None: they may not. Until then `shares` has what waits on the host.
 
     Attributes:
-        asked: whether ranks were asked what fits on all of them, in the last choice.
         shares: of the weights; None once they are known to be whole.
         shares_are_open: whether that is still to be decided.
     """
@@ -91,15 +90,15 @@ class Choices:
         shares: Shares | None = None,
         may_share: Callable[[], bool] | None = None,
     ) -> None:
-        self.policy = policy
+        self._policy_asked = self.policy = policy
         self.memory = memory
         self.shares = shares
         self.shares_are_open = shares is not None and may_share is not None
         self._may_share = may_share
         self._memory_is_open = memory is not None
         self.why_sync = ""
-        self.asked = False
         self._ranks = ranks
+        self._is_kept = False
         self._notes = notes
         self._told: list[str] = []  # to be notes once it is kept
         self._shares_taken = False
@@ -107,11 +106,17 @@ class Choices:
     def keep(self) -> None:
         """What was chosen last is for this graph and all later ones."""
         self.policy = self._memory_is_open = False
+        self._is_kept = True
         if not self._shares_taken:
             self.have_whole_weights()
         self.shares_are_open = False
         self._notes += self._told
         self._told = []
+
+    def reopen(self) -> None:
+        """What was kept is chosen anew, but for where the weights are."""
+        self.policy, self._memory_is_open = self._policy_asked, self.memory is not None
+        self._is_kept = False
 
     def settle(
         self, schedule: Schedule, part: Counted, whole: Counted | None, steps: int | None
@@ -125,7 +130,6 @@ class Choices:
             steps: of an image, where they are known.
         """
         self._told = []
-        self.asked = False
         if self.policy:
             schedule = self._choose_policy(schedule, part, steps)
         if schedule.sync == "auto":
@@ -145,7 +149,7 @@ class Choices:
         """The schedule, if its memory fits; one that does, if that was piflux's to choose.
 
         Raises:
-            DoesNotFit: on all ranks, if it does not on one.
+            DoesNotFit: on all ranks, if it does not on one; once choices are kept, on that one.
         """
         ranks, (gm, ctx) = self._ranks, part
         first = Option(schedule, self.shares is not None and not self.shares_are_open)
@@ -157,8 +161,8 @@ class Choices:
             return first  # the last one of several goes on as it can
         room = self._room(Own.of(gm.graph), ctx, device)
         may = self.shares_are_open and self._may_share is not None and self._may_share()
-        if isinstance(ranks, ProcessRanks):
-            self.asked = True
+        together = isinstance(ranks, ProcessRanks) and not self._is_kept
+        if isinstance(ranks, ProcessRanks) and together:
             free, may_all = ranks.least([room.free, float(may)])
             room, may = with_fields(room, free=free), may_all > 0
         need, free = room.report(first), room.left(first)
@@ -184,7 +188,7 @@ class Choices:
             others = with_shares(options_of(first), hides=False)
             others = [x for x in others if unloaded.fits(x)]
         choices = "; ".join(f"{x}, {_gib(room.report(x).memory_bytes)}" for x in others)
-        raise DoesNotFit(
+        error = DoesNotFit(
             f"{name if ranks is None else f'{first} on {ctx.world_size} ranks'} takes "
             f"{_gib(need.memory_bytes)} a rank: "
             f"weights {_gib(need.weight_bytes)}, remembered keys and values "
@@ -194,6 +198,8 @@ class Choices:
             + _weights_instead(first, part, room, shareable=bool(shareable))
             + (OTHERS_ON_THE_HOST if device.type == "cuda" else "")
         )
+        error.on_all_ranks = together
+        raise error
 
     def _room(self, own: Own, ctx: Context, device: torch.device) -> Room:
         """Of this rank, as far as it knows."""

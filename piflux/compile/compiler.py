@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import fx
@@ -55,8 +55,9 @@ class Compiler:
             short otherwise.
 
     Attributes:
-        programs: in the order in which they were made; without those for ranks that were lost.
-        has_made: whether any was made.
+        programs: in the order in which they first ran; without those for ranks that were lost.
+        has_made: whether any has.
+        met_in: the epoch in which ranks compared what they have kept; -1 after a call that failed.
         may_share: for 'auto', whether weights can be shared; asked when memory is short.
 
     Raises:
@@ -74,6 +75,7 @@ class Compiler:
         shard_weights: Sharing = False,
     ) -> None:
         self.runtime = Runtime(schedule, ranks)
+        self._asked = schedule
         unknown = (
             f"unknown inner compiler {inner!r}: use 'inductor', 'eager' or another backend of "
             "torch.compile"
@@ -86,6 +88,9 @@ class Compiler:
             raise ValueError(unknown)
         self.programs: list[Program] = []
         self.has_made = False
+        self._calls: WeakSet[_PerCall] = WeakSet()
+        self._unkept: Program | None = None  # was made, and has not run
+        self.met_in = -1
         self._site = SharedSite()
         self._fragments: list[Callable[..., Any]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
@@ -132,54 +137,87 @@ class Compiler:
     def install(self, captured: Captured, *, apart: bool = False) -> Callable[..., Any]:
         """Make a program of a graph. Returns what Dynamo calls in its place; see `make`."""
         ranks = self.runtime.ranks
-        if ranks is None:
-            return _PerCall(self, captured, apart, self.make(captured, apart, together=False))
-        first = not self.has_made
-        make = partial(self._agree_and_make, captured, apart, first)
-        return _PerCall(self, captured, apart, ranks.surviving(make, "compiling"))
+        make = partial(self.make, captured, apart)
+        program = make() if ranks is None else ranks.surviving(make, "compiling")
+        return _PerCall(self, captured, apart, program)
 
-    def _agree_and_make(self, captured: Captured, apart: bool, first: bool) -> Program:
-        runtime = self.runtime
-        if first:
-            assert runtime.ranks is not None, "one rank alone agrees with itself"
-            # Before ranks with other settings wait in other collectives.
-            schedule = replace(runtime.schedule, world_size=1)  # of which each has its own idea
-            settings = {
-                "schedule": schedule,
-                "policy is chosen": self._choices.policy,
-                "memory": self._choices.memory,
-                "weights are shared": self.shares is not None and not self.shares_are_open,
-            }
-            runtime.ranks.agree(fingerprint(settings, {}))
-        return self.make(captured, apart, together=first)
+    def make(self, captured: Captured, apart: bool) -> Program:
+        """A program for as many ranks as there are now; it is to be kept once it runs.
 
-    def make(self, captured: Captured, apart: bool, *, together: bool) -> Program:
-        """A program for as many ranks as there are now. All of them call it together.
+        All ranks call it together until any program is kept. Later ones a rank makes by itself:
+        the others may have one that serves.
 
         Args:
             captured: the graph.
             apart: whether what it returns is read after other programs have run.
-            together: whether all ranks are sure to be here. Where they are not, those that were
-                called with something else, and need no new program, say so in the step.
         """
-        runtime = self.runtime
+        runtime, first = self.runtime, not self.has_made
         size = 1 if runtime.ranks is None else runtime.ranks.size
         schedule = replace(runtime.schedule, world_size=size)
         ranks = runtime.ranks if size > 1 else None
+        if first and ranks is not None:
+            self._agree_on_settings(ranks)
         if self.has_made:  # of other shapes, for which nothing of an earlier image is of use
             runtime.streams.drop_spare()
         site = SharedSite() if apart else self._site
         program = make_program(captured, schedule, ranks, self.inner, self._settle, site)
-        if ranks is not None and (together or self._choices.asked):
-            # Where one raises until here, none has the program, so that all make it at the next
+        self._unkept = program  # before others can have it, who may keep it
+        if first and ranks is not None:
+            # Where one raises until here, none keeps the program, so that all make it at the next
             # call. What they chose is the same.
             ranks.agree(fingerprint({"schedule of the program": program.schedule}, {}))
-        self._choices.keep()
-        runtime.settle(program.schedule)
-        runtime.streams.recycles |= program.records
-        self.programs.append(program)
-        self.has_made = True
         return program
+
+    def _agree_on_settings(self, ranks: Ranks) -> None:
+        """Before ranks with other settings wait in other collectives."""
+        schedule = replace(self.runtime.schedule, world_size=1)  # of which each has its own idea
+        settings = {
+            "schedule": schedule,
+            "policy is chosen": self._choices.policy,
+            "memory": self._choices.memory,
+            "weights are shared": self.shares is not None and not self.shares_are_open,
+        }
+        ranks.agree(fingerprint(settings, {}))
+
+    def keep(self, program: Program) -> None:
+        """It runs: what was chosen for it is for all later ones."""
+        if any(program is kept for kept in self.programs):
+            return
+        self._keep_choices(program)
+        self.runtime.streams.recycles |= program.records
+        self.programs.append(program)
+
+    def _keep_choices(self, program: Program) -> None:
+        self._choices.keep()
+        self.runtime.settle(program.schedule)
+        self.has_made, self._unkept = True, None
+
+    def meet(self, *, begins: bool) -> None:
+        """Choose what the other ranks have kept, or all of it anew if this can't be known.
+
+        A rank may have raised between the ranks' agreement on the first program and its run, since
+        Dynamo has yet to make its guards: the others have kept it then. Or a rank has parallelized
+        its model once more. All ranks call this together at each call, and compare in the first one
+        of an image, if it `begins` as such, or of an epoch, and after one that failed.
+        """
+        ranks = self.runtime.ranks
+        if not isinstance(ranks, ProcessRanks) or not (begins or ranks.epoch != self.met_in):
+            return
+        told = ranks.exchange((self.has_made, self._unkept is not None), "programs")
+        self.met_in = ranks.epoch
+        if len({has_made for has_made, _ in told}) == 1:
+            return
+        if (False, False) not in told:
+            if self._unkept is not None:
+                self._keep_choices(self._unkept)
+            return
+        for call in self._calls:
+            call.program = None
+        self.programs.clear()
+        self.runtime.streams.drop_spare()
+        self.has_made, self._unkept = False, None
+        self._choices.reopen()
+        self.runtime.settle(replace(self._asked, compute=self.runtime.schedule.compute))
 
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
         """Install a fragment of a model; one with nothing to split runs whole on every rank."""
@@ -249,7 +287,8 @@ class _PerCall:
         self._has_run = False
         self._alone_in: int | None = None  # the image in which this rank was first alone
         self.runtime = compiler.runtime
-        self.program: Program | None = program  # None: there is none for those that are left
+        self.program: Program | None = program  # None: there is none for those that are here
+        compiler._calls.add(self)
 
     def __call__(self, *args: Any) -> Any:
         ranks = self.runtime.ranks
@@ -277,7 +316,7 @@ class _PerCall:
                     return self._captured.module(*args)
         if self.program is None:
             with tracing(self._context):
-                self.program = self._compiler.make(self._captured, self._apart, together=True)
+                self.program = self._compiler.make(self._captured, self._apart)
         return self._run(*args)
 
     def _let_go(self) -> None:
@@ -289,6 +328,7 @@ class _PerCall:
     def _run(self, *args: Any) -> Any:
         runtime, program = self.runtime, self.program
         assert program is not None, "it has been made"
+        self._compiler.keep(program)
         if not runtime.follows:
             with apart():
                 return program.part(*args)  # a model like any other

@@ -193,15 +193,16 @@ class ProcessRanks:
 
     def stop(self, error: BaseException) -> None:
         told = vars(error).setdefault("told_to_ranks", [])
-        if getattr(error, "on_all_ranks", False) or id(self) in told:
+        if id(self) in told:
             return
         told.append(id(self))
-        inner = getattr(error, "inner_exception", error)  # what Dynamo wraps of its backend's
-        what = type(inner).__name__ + (f": {line_of(inner)}" if str(inner) else "")
-        text = f"rank {self._rank} stopped in {self.doing} by {what}"
-        self._given_up = self._image, text
-        if self._epochs.present.link is not None:
-            self._epochs.leave(Reason("stopped", text))
+        if not getattr(error, "on_all_ranks", False):
+            inner = getattr(error, "inner_exception", error)  # what Dynamo wraps of its backend's
+            what = type(inner).__name__ + (f": {line_of(inner)}" if str(inner) else "")
+            text = f"rank {self._rank} stopped in {self.doing} by {what}"
+            self._given_up = self._image, text
+            if self._epochs.present.link is not None:
+                self._epochs.leave(Reason("stopped", text))
         if not self._depth:  # no more of an image whose beginning was inferred
             self._begin()
 

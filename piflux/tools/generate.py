@@ -168,7 +168,7 @@ def generate(request: Request) -> Made | None:
                     drawn = _drawn(own, pipe, given, shared)
                     break
                 except DoesNotFit as error:
-                    if not others:
+                    if not (others and error.on_all_ranks):
                         raise
                     quantized = f"quantize: took {others[0]}, since {str(error).partition('. ')[0]}"
                 # Out of the clause, which holds all that the call held.
