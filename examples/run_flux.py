@@ -18,7 +18,7 @@ from rich.table import Table
 import piflux
 from piflux.cost.clock import StepClock, synchronize
 from piflux.demo import NOTE, PROMPTS
-from piflux.pipelines.calls import arguments
+from piflux.pipelines.arguments import arguments
 from piflux.pipelines.folders import add_loras, as_kind, load, pipeline_class
 from piflux.ranks.copies import peak_bytes
 from piflux.ranks.groups import own_device

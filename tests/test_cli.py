@@ -36,7 +36,7 @@ from piflux.demo import demo_file
 from piflux.errors import CannotLoad, CannotSave, DoesNotFit, RankFailed
 from piflux.launch import _raised, _watch, launch
 from piflux.pipelines import folders
-from piflux.pipelines.calls import Asked, arguments
+from piflux.pipelines.arguments import Asked, arguments
 from piflux.pipelines.folders import add_loras, as_kind
 from piflux.ranks import links
 from piflux.tools import cli, options

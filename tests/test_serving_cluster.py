@@ -133,7 +133,7 @@ def test_a_job_that_two_replicas_were_lost_with_is_not_tried_again() -> None:
 
 
 def test_a_job_that_no_replica_has_begun_waits_for_one(monkeypatch) -> None:
-    monkeypatch.setattr("piflux.serving.cluster.replicas.PAUSE_S", 0.0)
+    monkeypatch.setattr("piflux.serving.cluster.replicas.RESEND_PAUSE_S", 0.0)
     ending = [seen(), Refused(503, "ending", "the server ends")]
     lost: list[Any] = [seen(), Queued(0), ActorDiedError()]
     deployment = Deployment(list(lost), list(lost), ending, [Drawn([PICTURE], REPORT)])
@@ -167,7 +167,7 @@ def test_a_replica_gets_the_time_that_is_left() -> None:
 
 
 def test_one_that_waits_for_a_replica_learns_how_many_are_before_it(monkeypatch) -> None:
-    monkeypatch.setattr("piflux.serving.cluster.replicas.BEAT_S", 0.02)
+    monkeypatch.setattr("piflux.serving.cluster.replicas.JOB_BEAT_S", 0.02)
 
     async def both() -> list[Event]:
         engine = Replicas(Deployment([3600.0], [0.1, seen(), Drawn([PICTURE], REPORT)]), 600.0)

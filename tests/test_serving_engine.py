@@ -122,7 +122,7 @@ class Pretended:
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     monkeypatch.setattr(engine_module, "TICK_S", 0.01)
-    for name, seconds in {"PAUSE_S": 0.001, "END_S": 0.1}.items():
+    for name, seconds in {"START_PAUSE_S": 0.001, "WORKERS_END_S": 0.1}.items():
         monkeypatch.setattr(seats_module, name, seconds)
 
 

@@ -506,7 +506,7 @@ async def _two_of_which_one_leaves(url: str, engine: FakeEngine) -> None:
 
 def test_a_stream_that_waits_says_so(client, engine, url, monkeypatch):
     """Lest a proxy ends it."""
-    monkeypatch.setattr("piflux.serving.clients.BEAT_S", 0.02)
+    monkeypatch.setattr("piflux.serving.clients.STREAM_BEAT_S", 0.02)
     engine.held_at, told = 2, []
     body = {"prompt": "x", "stream": True}
     with httpx2.stream(

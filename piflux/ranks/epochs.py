@@ -26,7 +26,7 @@ from piflux.ranks.reasons import Reason, excluded, late, line_of, lost
 
 log = logging.getLogger(__name__)
 
-COMPILING_S = 1800.0
+RANK_COMPILES_S = 1800.0
 """How long one that compiles is waited for, where the timeout is shorter."""
 
 
@@ -90,7 +90,7 @@ class Epochs:
     def allowed(self, words: Sequence[Word]) -> float:
         """Seconds that ranks are waited for which say this."""
         busy = any(word.busy for word in words)
-        return max(self._timeout_s, COMPILING_S) if busy else self._timeout_s
+        return max(self._timeout_s, RANK_COMPILES_S) if busy else self._timeout_s
 
     def leave(self, reason: Reason) -> None:
         """The present one has ended for this rank: say why, and let nobody wait for it."""

@@ -20,7 +20,7 @@ import piflux
 from piflux.errors import CannotLoad, Stopped
 from piflux.integrations.diffusers import ranks_of, set_compute, sharing
 from piflux.launch import cores
-from piflux.pipelines.calls import arguments, takes, takes_several
+from piflux.pipelines.arguments import arguments, takes, takes_several
 from piflux.pipelines.folders import as_kind, load
 from piflux.ranks.board import bounded
 from piflux.ranks.groups import own_device

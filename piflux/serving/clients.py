@@ -13,7 +13,7 @@ from piflux.serving.guard import GONE, NOTE
 
 T = TypeVar("T")
 
-BEAT_S = 15.0
+STREAM_BEAT_S = 15.0
 """A stream says something that often, lest a proxy takes it for dead."""
 
 
@@ -45,13 +45,13 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 
 
 async def with_beats(events: AsyncIterator[T]) -> AsyncGenerator[T | None, None]:
-    """Events, and None where none has come for BEAT_S."""
+    """Events, and None where none has come for STREAM_BEAT_S."""
     waiting: asyncio.Future[T] | None = None
     try:
         while True:
             if waiting is None:
                 waiting = asyncio.ensure_future(anext(events))
-            done, _ = await asyncio.wait((waiting,), timeout=BEAT_S)
+            done, _ = await asyncio.wait((waiting,), timeout=STREAM_BEAT_S)
             if not done:
                 yield None
                 continue

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from piflux.pipelines.calls import Asked
+from piflux.pipelines.arguments import Asked
 from piflux.serving import messages
 from piflux.serving.calls import Call, Warm
 from piflux.serving.grouping import Team, teams_of
@@ -33,10 +33,10 @@ log = logging.getLogger(__name__)
 TICK_S = 0.5
 """How often the engine looks for workers that are stuck."""
 
-ANSWER_S = 60.0
+ENDING_S = 60.0
 """How long a rank may take to end a call whose pictures another one has brought."""
 
-COMPILING_S = 1800.0
+CALL_COMPILES_S = 1800.0
 """How long a call may take without a step, where its group has drawn none of its shape."""
 
 TRIES = 2
@@ -288,7 +288,7 @@ class RankEngine:
         )
         asked = Asked(WARM_STEPS, warm.size)
         pictures = tuple(Picture("", seed) for seed in range(warm.batch))
-        self._call(team, [], warm, pictures, asked, warm.promise, COMPILING_S)
+        self._call(team, [], warm, pictures, asked, warm.promise, CALL_COMPILES_S)
 
     def _call(
         self,
@@ -463,9 +463,9 @@ class RankEngine:
     def _end_stuck(self, now: float) -> None:
         """Ends ranks that are stuck: they don't step, or don't answer."""
         for call in self._calls.values():
-            allowed = ANSWER_S if call.is_drawn else self._stuck_s
+            allowed = ENDING_S if call.is_drawn else self._stuck_s
             if self._warmth.compiles(call):
-                allowed = max(allowed, COMPILING_S)
+                allowed = max(allowed, CALL_COMPILES_S)
             if now - call.heard > allowed:
                 ranks = sorted(call.pending)
                 log.error("ranks %s have not stepped for %.0f s: ended", ranks, allowed)

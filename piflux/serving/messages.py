@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from PIL import Image
 
-from piflux.pipelines.calls import Asked
+from piflux.pipelines.arguments import Asked
 from piflux.policies.masks import Compute
 
 Source = str | Callable[[Any], tuple[Any, dict[str, Any]]]

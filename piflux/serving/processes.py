@@ -20,7 +20,7 @@ from piflux.serving.messages import Command, Gone, Load, Told
 
 LOOPBACK = "127.0.0.1"
 
-END_S = 1.0
+PROCESS_END_S = 1.0
 """How long a process may take to end once its connection is closed."""
 
 
@@ -129,7 +129,7 @@ class _Process:
     def end(self) -> int:
         """Waits for its end, not for long, and gives the exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(END_S)
+            self._process.wait(PROCESS_END_S)
         self._process.kill()  # one whose connection broke can't be told anything
         return self._process.wait()
 

@@ -13,16 +13,16 @@ from piflux.serving.messages import Command, End, Gone, Load, Told, Worker, Work
 
 log = logging.getLogger(__name__)
 
-END_S = 3.0
+WORKERS_END_S = 3.0
 """How long workers may take to end by themselves."""
 
-STARTS = 3
+RANK_STARTS = 3
 """Of a rank in a row, that come to nothing: then an engine that starts has failed."""
 
 STARTS_LATER = 10
 """Likewise of all ranks of an engine that was ready."""
 
-PAUSE_S = 1.0
+START_PAUSE_S = 1.0
 """Before a rank is started that came to nothing; twice as long each time."""
 
 LONGEST_PAUSE_S = 60.0
@@ -131,7 +131,7 @@ class Seats:
         alive = [seat for seat in self._seats if seat.worker is not None]
         for seat in alive:
             seat.send(End())
-        until = time.monotonic() + END_S
+        until = time.monotonic() + WORKERS_END_S
         while any(seat.worker is not None for seat in alive) and time.monotonic() < until:
             await asyncio.sleep(0.01)
         for seat in alive:
@@ -166,7 +166,7 @@ class Seats:
         seat.worker, seat.loaded, seat.call = None, False, None
         if not self._over:
             log.warning("%s", told.reason)
-            starts = STARTS_LATER if self.ready else STARTS
+            starts = STARTS_LATER if self.ready else RANK_STARTS
             fails = [each.failures >= starts for each in self._seats]
             if all(fails) or not self.ready and any(fails):
                 self._over = True
@@ -188,4 +188,4 @@ class Seats:
 
 
 def _pause_s(failures: int) -> float:
-    return min(LONGEST_PAUSE_S, PAUSE_S * 2 ** (failures - 1)) if failures else 0.0
+    return min(LONGEST_PAUSE_S, START_PAUSE_S * 2 ** (failures - 1)) if failures else 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from piflux.demo import NOTE, PROMPTS
 from piflux.errors import CannotLoad
-from piflux.pipelines.calls import Asked
+from piflux.pipelines.arguments import Asked
 from piflux.serving.jobs import Job, Model, Quality, Refused
 from piflux.serving.messages import Loaded, Source
 from piflux.serving.qualities import Promise

@@ -24,10 +24,10 @@ from piflux.serving.jobs import Engine, Quality
 from piflux.serving.keys import Keys
 from piflux.serving.limits import Limits
 
-ANSWER_S = 5.0
+LAST_ANSWERS_S = 5.0
 """For answers to go out, of jobs that were refused at the end of their time."""
 
-LOOK_S = 0.5
+PHASE_LOOK_S = 0.5
 """How often the engine's phase is looked at."""
 
 
@@ -103,7 +103,7 @@ def serve(
             http=connections(limits or Limits()),
             ws="none",
             lifespan="on",
-            timeout_graceful_shutdown=math.ceil(drain_s + ANSWER_S),
+            timeout_graceful_shutdown=math.ceil(drain_s + LAST_ANSWERS_S),
         ),
         lambda: engine.end(drain_s),
     )
@@ -200,4 +200,4 @@ async def _watch(server: _Server, engine: Engine, url: str, tell: Callable[[str]
             seconds = round(time.perf_counter() - began, 2)
             logs.tell("ready", seconds=seconds, ranks=state.ranks)
             tell(f"Ready after {seconds:.1f} s on {state.ranks} rank(s). Draw at {url}")
-        await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(PHASE_LOOK_S)

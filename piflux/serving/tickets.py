@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from piflux.pipelines.calls import Asked
+from piflux.pipelines.arguments import Asked
 from piflux.serving import jobs
 from piflux.serving.jobs import Job, Refused
 from piflux.serving.messages import Picture

@@ -30,7 +30,7 @@ from piflux.cost.clock import StepClock, synchronize
 from piflux.errors import CannotSave, DoesNotFit, RankLost, WeightsLost
 from piflux.integrations.diffusers import ranks_of
 from piflux.launch import is_first, join
-from piflux.pipelines.calls import Asked, arguments, read_picture, takes
+from piflux.pipelines.arguments import Asked, arguments, read_picture, takes
 from piflux.pipelines.folders import Fit, add_loras, as_kind, load, pipeline_class
 from piflux.pipelines.quantized import Quantization, multiplies_fp8
 from piflux.policies.schedule import CHOSEN

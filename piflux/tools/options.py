@@ -20,7 +20,7 @@ import typer
 from piflux.demo import IMAGE_SIZE, TEXT_TOKENS, demo_file
 from piflux.errors import CannotLoad, PackageMissing
 from piflux.launch import cores, is_joined
-from piflux.pipelines.calls import read_picture
+from piflux.pipelines.arguments import read_picture
 from piflux.policies.masks import read_compute
 from piflux.policies.schedule import (
     BEST_SYNC_STEPS,

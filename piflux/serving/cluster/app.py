@@ -22,10 +22,10 @@ REQUESTS = 4096
 HEALTH_S = 2.0
 """How often Serve asks a replica whether it is well."""
 
-ANSWER_S = 30.0
+HEALTH_ANSWER_S = 30.0
 """How long it may take to say so. While a graph is compiled there are other threads."""
 
-STARTS = 2
+REPLICA_STARTS = 2
 """Of a replica that comes to nothing, whose engine has tried several times: then Serve gives up."""
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -50,9 +50,9 @@ def app(settings: Settings) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=settings.jobs_a_replica + 1,  # and one that asks what it is at
         max_queued_requests=settings.queue,
-        max_constructor_retry_count=STARTS,
+        max_constructor_retry_count=REPLICA_STARTS,
         health_check_period_s=HEALTH_S,
-        health_check_timeout_s=ANSWER_S,
+        health_check_timeout_s=HEALTH_ANSWER_S,
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
         **_counts(settings),
@@ -61,7 +61,7 @@ def app(settings: Settings) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=REQUESTS,
         health_check_period_s=HEALTH_S,
-        health_check_timeout_s=ANSWER_S,
+        health_check_timeout_s=HEALTH_ANSWER_S,
         graceful_shutdown_timeout_s=settings.drain_s,
         logging_config=QUIET,
     )

@@ -19,7 +19,7 @@ from piflux.serving.cluster.workers import RayWorkers
 from piflux.serving.engine import RankEngine
 from piflux.serving.jobs import Event, Job, Model, Refused, State
 
-LOOK_S = 0.2
+READY_LOOK_S = 0.2
 """How often the engine is looked at until it is ready."""
 
 SEEN_S = 2.0
@@ -89,7 +89,7 @@ class Leader:
         self._replica = str(serve.get_replica_context().replica_id.unique_id)
         await self._engine.start()
         while (state := self._engine.state()).phase == "starting":
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(READY_LOOK_S)
         if state.phase != "ready":
             await self._engine.end(0)
             raise CannotLead(f"nothing can be drawn: {state.reason}")

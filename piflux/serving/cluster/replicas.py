@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOST = (RayActorError, TaskCancelledError)
 """What comes of a call whose replica has died, or was ended."""
 
-BEAT_S = 1.0
+JOB_BEAT_S = 1.0
 """How long a job may be without an event, before where it stands is looked at."""
 
 POLL_S = 2.0
@@ -34,7 +34,7 @@ OLD_S = 60.0
 """A replica that nothing was heard of for so long isn't counted. Of those that are full, as many
 jobs as they take are heard of."""
 
-PAUSE_S = 0.5
+RESEND_PAUSE_S = 0.5
 """Before a job is sent again that nobody has begun."""
 
 
@@ -101,7 +101,7 @@ class Replicas:
                     log.warning("job %s: its replica was lost: %s", job.id, error)
                     self._lose(way)
                 if not way.begun:
-                    await asyncio.sleep(PAUSE_S)
+                    await asyncio.sleep(RESEND_PAUSE_S)
                 way.begun, way.replica = False, None
         finally:
             del self._ways[way]
@@ -124,7 +124,7 @@ class Replicas:
                         yield event
         except BackPressureError as error:
             raise Refused(
-                429, "queue_full", "too many jobs wait: ask again later", retry_after_s=BEAT_S
+                429, "queue_full", "too many jobs wait: ask again later", retry_after_s=JOB_BEAT_S
             ) from error
         finally:
             stream.cancel()
@@ -153,7 +153,7 @@ class Replicas:
     async def _words(
         self, stream: Any, until: float, seconds: float
     ) -> AsyncGenerator[Word | None, None]:
-        """What a replica tells; None where it has told nothing for BEAT_S.
+        """What a replica tells; None where it has told nothing for JOB_BEAT_S.
 
         Raises:
             Refused: the job's time is over, or the server's.
@@ -164,12 +164,12 @@ class Replicas:
                 now = time.monotonic()
                 if now >= until:
                     text = f"not drawn within {seconds:.3g} s"
-                    raise Refused(504, "deadline", text, retry_after_s=BEAT_S)
+                    raise Refused(504, "deadline", text, retry_after_s=JOB_BEAT_S)
                 if now >= self._until:
                     raise Refused(503, "ending", "the server ends")
                 if following is None:
                     following = asyncio.ensure_future(_next(stream))
-                left = min(BEAT_S, until - now, self._until - now)
+                left = min(JOB_BEAT_S, until - now, self._until - now)
                 done, _ = await asyncio.wait({following}, timeout=left)
                 if not done:
                     yield None

@@ -17,15 +17,12 @@ from ray.serve.exceptions import RayServeException
 
 from piflux.serving.cluster.app import app
 from piflux.serving.cluster.settings import Settings
-from piflux.serving.server import CannotServe
+from piflux.serving.server import LAST_ANSWERS_S, CannotServe
 
 NAME = "piflux"
 """Of the application."""
 
-ANSWER_S = 5.0
-"""For answers to go out, of jobs that were refused at the end of their time."""
-
-LOOK_S = 0.5
+STATUS_LOOK_S = 0.5
 """How often the application's status is looked at."""
 
 
@@ -69,7 +66,7 @@ def serve(
         )
         tell(f"Listening on {url}; it is ready once the model is warm.")
         ready = False
-        while not ended.wait(LOOK_S):
+        while not ended.wait(STATUS_LOOK_S):
             status = ray_serve.status().applications[NAME]
             if status.status == "DEPLOY_FAILED":
                 raise CannotServe(_why(status))
@@ -82,7 +79,7 @@ def serve(
         # First the front, which has the jobs: replicas go on for as long.
         with contextlib.suppress(RayServeException, TimeoutError):
             front = ray_serve.get_app_handle(NAME)
-            front.drain.remote().result(timeout_s=settings.drain_s + ANSWER_S)
+            front.drain.remote().result(timeout_s=settings.drain_s + LAST_ANSWERS_S)
     finally:
         with contextlib.suppress(RayServeException, TimeoutError):
             ray_serve.delete(NAME)
