@@ -190,6 +190,15 @@ def test_a_package_is_missed_before_a_model_is_read(option, monkeypatch):
     assert option.partition("=")[0] in result.output and "pip install 'piflux[" in result.output
 
 
+@on_cpu
+@pytest.mark.parametrize("asked", ["--offload", "--quantize=fp8", "--memory=auto"])
+def test_what_takes_a_gpu(asked, monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda name: True)
+    result = invoke("generate", "x", asked)
+    assert (result.exit_code, result.output.count("\n")) == (2, 1)
+    assert f"{asked.replace('=', ' ')}: there is no GPU here" in result.output
+
+
 def test_the_bar_ends_at_the_steps_that_there_are(capsys):
     """From a picture it goes fewer than are asked for."""
     with work._progress(2, 4, shown=True) as advance:

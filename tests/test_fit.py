@@ -84,6 +84,15 @@ def test_sizes_that_are_no_multiples_stay():
     assert layers_of(model) == [model.blocks[0][0]]
 
 
+def test_fp8_is_for_gpus(monkeypatch):
+    with pytest.raises(CannotLoad, match=r"no GPU multiplies no 8-bit floating .*: take int8"):
+        quantized._check_fp8(CPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A40")
+    with pytest.raises(CannotLoad, match=r"fp8: A40 \(compute capability 8.6\) multiplies no"):
+        quantized._check_fp8(torch.device("cuda"))
+
+
 def test_without_torchao_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(CannotLoad, match=r"pip install 'piflux\[quantize\]'"):

@@ -158,8 +158,9 @@ def in_fp8():
     from torchao.quantization import quant_api
 
     model = tiny_flux(double=2, single=2, dtype=torch.bfloat16)
-    # torchao asks for a GPU that is fast at it; a CPU computes the same.
-    with mock.patch.object(quant_api, "_check_hardware_support"):
+    # Both ask for a GPU that is fast at it; a CPU computes the same.
+    asks = mock.patch.object(quant_api, "_check_hardware_support")
+    with asks, mock.patch("piflux.pipelines.quantized._check_fp8"):
         quantize(model, "fp8")
     return model
 

@@ -552,8 +552,10 @@ def test_where_keys_are_read_from(tmp_path):
     assert KEY not in repr(vars(keys))
     assert read_keys(None, {}) is None
     file.write_text("short\n")
-    with pytest.raises(WrongKeys, match="API key 1 has 5 characters"):
+    with pytest.raises(WrongKeys, match=f"{file}: API key 1 has 5 characters"):
         read_keys(file, {})
+    with pytest.raises(WrongKeys, match=r"^PIFLUX_API_KEYS: API key 2 has 1 characters"):
+        read_keys(None, {"PIFLUX_API_KEYS": f"{KEY},b"})
     file.write_text("# none\n")
     with pytest.raises(WrongKeys, match="holds no API key"):
         read_keys(file, {})

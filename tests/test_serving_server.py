@@ -191,12 +191,12 @@ def test_a_port_that_is_taken_is_told():
     [
         (["--host=0.0.0.0"], "others reach it, and there are no API keys"),
         (["--host=::"], "others reach it, and there are no API keys"),
-        (["--api-keys=./no/keys"], "no/keys can't be read as API keys"),
+        (["--api-keys=./no/keys"], "--api-keys no/keys can't be read as API keys: No such file"),
         (["--sizes=256x256,100x100"], "--sizes must be a multiple of 16"),
         (["--groups=two"], "write sizes of groups, as in 1,2"),
         (["--ranks=2", "--groups=3"], "of 2 ranks choose among 1, 2"),
         (["--schedule=low"], "write QUALITY=FILE"),
-        (["--schedule=best=pyproject.toml"], "a schedule for the quality 'best'"),
+        (["--schedule=low=pyproject.toml"], "--schedule low=pyproject.toml: not a file of set"),
         (["--model=./no/folder"], "no such folder"),
         (["--loras=./no/folder"], "--loras no/folder: no such folder"),
     ],
@@ -206,6 +206,16 @@ def test_what_the_command_refuses(arguments, said):
     done = CliRunner().invoke(cli.app, ["serve", "--port=0", *arguments], env=environment)
     assert done.exit_code in (1, 2) and done.exception is not None
     assert said in " ".join(done.output.replace("│", " ").split()), done.output
+
+
+def test_a_schedule_is_for_a_quality_that_is_not_exact(tmp_path):
+    file = tmp_path / "schedule.json"
+    file.write_text('{"policy": "rotate"}')
+    for quality in ("best", "lossless"):
+        arguments = ["serve", "--port=0", f"--schedule={quality}={file}"]
+        done = CliRunner().invoke(cli.app, arguments, env={"RANK": None, "WORLD_SIZE": None})
+        assert done.exit_code == 2
+        assert f"a schedule for the quality '{quality}': choose one of high" in done.output
 
 
 def test_a_missing_package_is_told(monkeypatch):

@@ -172,7 +172,7 @@ def choose(
     elif gather <= compute:
         policy, why = (
             "displaced",
-            "too long to wait for, but they hide behind the next step's compute",
+            "too long to wait for, but they hide behind the compute",
         )
     else:
         policy, why = "rotate", "too long to hide, so none are sent"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -54,6 +55,9 @@ def quantize(
         raise CannotLoad(
             "weights in 8 bits take the package torchao: pip install 'piflux[quantize]'"
         )
+    # What it says while it is imported is for those who build it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from torchao import quantization
 
     layers = layers_of(model)
@@ -105,9 +109,13 @@ def multiplies_fp8(device: torch.device) -> bool:
 
 
 def _check_fp8(device: torch.device) -> None:
-    if device.type == "cuda" and not multiplies_fp8(device):
+    if multiplies_fp8(device):
+        return
+    what = "a device that is no GPU"
+    if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        raise CannotLoad(
-            f"fp8: {torch.cuda.get_device_name(device)} multiplies no 8-bit floating point "
-            f"numbers (compute capability {major}.{minor}, 8.9 is needed): take int8"
-        )
+        what = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    raise CannotLoad(
+        f"fp8: {what} multiplies no 8-bit floating point numbers, which takes compute capability "
+        "8.9: take int8"
+    )

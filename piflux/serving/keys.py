@@ -19,7 +19,15 @@ SHORTEST = 16
 
 
 class WrongKeys(PifluxError):
-    """Keys can't be read, or could be guessed."""
+    """Keys can't be read, or could be guessed.
+
+    Attributes:
+        file: where they stand; None for the environment, or if they stand nowhere.
+    """
+
+    def __init__(self, message: str, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 class Keys:
@@ -34,12 +42,7 @@ class Keys:
 
     def __init__(self, keys: Iterable[str]) -> None:
         found = list(keys)
-        for number, key in enumerate(found, 1):
-            if len(key) < SHORTEST:
-                raise WrongKeys(
-                    f"API key {number} has {len(key)} characters, and such can be guessed: take "
-                    f"{SHORTEST} or more, as of `openssl rand -hex 24`"
-                )
+        _check_lengths(found)
         self._hashes = tuple(_hash(key) for key in found)
 
     def __len__(self) -> int:
@@ -66,16 +69,30 @@ def read_keys(file: Path | None, environment: Mapping[str, str] = os.environ) ->
         WrongKeys: the file can't be read, holds none, or a key is too short.
     """
     keys = [key for key in re.split(r"[,\s]+", environment.get(VARIABLE, "")) if key]
+    _check_lengths(keys, f"{VARIABLE}: ")
     if file is not None:
         try:
             lines = [line.strip() for line in file.read_text().splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise WrongKeys(f"{file} can't be read as API keys: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise WrongKeys(f"{file} can't be read as API keys: {why}", file) from error
         of_file = [line for line in lines if line and not line.startswith("#")]
         if not of_file:
-            raise WrongKeys(f"{file} holds no API key: write one a line")
+            raise WrongKeys(f"{file} holds no API key: write one a line", file)
+        _check_lengths(of_file, f"{file}: ", file)
         keys += of_file
     return Keys(keys) if keys else None
+
+
+def _check_lengths(keys: Iterable[str], where: str = "", file: Path | None = None) -> None:
+    """Raises WrongKeys if one is too short."""
+    for number, key in enumerate(keys, 1):
+        if len(key) < SHORTEST:
+            raise WrongKeys(
+                f"{where}API key {number} has {len(key)} characters, and such can be guessed: "
+                f"take {SHORTEST} or more, as of `openssl rand -hex 24`",
+                file,
+            )
 
 
 def _hash(key: str) -> bytes:

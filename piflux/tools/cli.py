@@ -184,7 +184,7 @@ def generate(
     if not options.is_hub_id(model):
         _check_size(model, total, pixels, batch)
     on_gpu = torch.cuda.is_available()
-    options.check_offload(offload)
+    options.check_gpu(offload=offload, quantize=quantize, memory=settings["memory"])
     # Nobody else looks at these weights, or goes on without one of the ranks that hold them.
     settings["shard_weights"] = shard_weights or ("auto" if memory is not None else False)
     settings["inner"] = inner or ("inductor" if on_gpu else "eager")
@@ -328,10 +328,14 @@ def serve(
     with importing(), _served():
         from piflux.serving.engine import RankEngine
         from piflux.serving.guard import is_loopback
-        from piflux.serving.keys import read_keys
+        from piflux.serving.keys import WrongKeys, read_keys
         from piflux.serving.server import listen, names_of
         from piflux.serving.server import serve as work
-    keys = read_keys(api_keys)
+    try:
+        keys = read_keys(api_keys)
+    except WrongKeys as error:
+        option = "" if error.file is None else "--api-keys "
+        raise typer.BadParameter(f"{option}{error}") from None
     if keys is None and not insecure and not is_loopback(host):
         raise typer.BadParameter(
             f"--host {host}: others reach it, and there are no API keys. Give --api-keys FILE, or "
@@ -387,7 +391,7 @@ def serve(
         import torch
 
         from piflux.pipelines.folders import Fit, Fitted
-    options.check_offload(offload)
+    options.check_gpu(offload=offload, quantize=quantize)
     try:
         engine = RankEngine(
             Fitted(source, Fit(quantize, offload=offload)) if fitted else source,

@@ -337,6 +337,13 @@ def schedules(texts: Sequence[str] | None) -> dict[str, Path]:
             raise typer.BadParameter(
                 f"--schedule {text}: write QUALITY=FILE, of a file that exists"
             )
+        try:
+            settings = read_settings(file)
+            read_compute(settings.pop("compute", "all"))
+            Schedule(**settings)
+        except ValueError as error:
+            said = str(error).removeprefix(f"policy {file!r}: ")
+            raise typer.BadParameter(f"--schedule {text}: {said}") from None
         found[quality] = Path(file)
     return found
 
@@ -376,12 +383,18 @@ def check_packages(quantize: str, loras: Sequence[Any]) -> None:
             )
 
 
-def check_offload(offload: bool) -> None:
-    """Refuses to make room on a GPU where there is none."""
+def check_gpu(*, offload: bool = False, quantize: str = "none", memory: object = None) -> None:
+    """Refuses what only a GPU can do where there is none."""
     import torch
 
-    if offload and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if offload:
         raise typer.BadParameter("--offload: there is no GPU here to make room on")
+    if quantize == "fp8":
+        raise typer.BadParameter("--quantize fp8: there is no GPU here that has it: take int8")
+    if memory == "auto":
+        raise typer.BadParameter("--memory auto: there is no GPU here to be asked: write GiB")
 
 
 def prompt(text: str) -> str:
