@@ -79,11 +79,11 @@ def launch(piece: torch.Tensor, starts: bool) -> None:
 
 
 @torch.library.custom_op("twin::fill", mutates_args=())
-def fill(memory: torch.Tensor, piece: torch.Tensor) -> None:
+def fill(memory: torch.Tensor, piece: torch.Tensor, length: int, own: bool) -> None:
     """Likewise, of one that sends other memory each time."""
     gathering = LAUNCHED[memory.data_ptr()]
     gathering.is_pending = False
-    copies.Copies.fill(gathering, piece)
+    copies.Copies.fill(gathering, piece, length, own=own)
     gathering.is_pending = True
 
 
@@ -104,8 +104,8 @@ class Launched(copies.Copies):
         torch.ops.twin.launch(self.piece, True)
         return self
 
-    def fill(self, piece):
-        torch.ops.twin.fill(self.piece, piece)
+    def fill(self, piece, length, *, own):
+        torch.ops.twin.fill(self.piece, piece, length, own)
 
     def wait(self):
         torch.ops.twin.launch(self.piece, False)

@@ -25,8 +25,9 @@ from piflux.errors import (
     WeightsLost,
 )
 from piflux.memory.aside import Aside, plain
-from piflux.memory.shares import Shares
+from piflux.memory.shares import Shares, _layouts
 from piflux.ranks import processes as runtime_ranks
+from piflux.ranks.links import Link
 
 STEPS = 4
 DEPTH = {"double": 3, "single": 2}
@@ -86,8 +87,9 @@ def counted(rank, group):
     image(parallel, flux_inputs(), 2)
     report, shares = piflux.explain(parallel).graphs[0], shares_of(parallel)
     memory = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in parallel.parameters()}
-    buffers = {x.memory.data_ptr() for x in shares._buffers}
-    own = sum(x.nbytes() for where, x in memory.items() if where not in buffers)
+    shared_ = [x.memory for x in shares._buffers] + [x.share for x in shares._groups]
+    elsewhere = memory.keys() - {x.data_ptr() for x in shared_}
+    own = sum(memory[where].nbytes() for where in elsewhere)
     return {
         "whole": all_bytes,
         "counted": report.weight_bytes,
@@ -153,6 +155,73 @@ def test_gathers_are_called_between_recordings(ranks):
     for apart, played, eager in ranks(2, between_recordings):
         assert apart <= 1e-6
         assert played > 0 and eager > 0
+
+
+# --- where weights lie, and when they go ----------------------------------------------------------
+
+
+def runs_of(*counts):
+    """Runs of one weight each, of so many times 256 bytes; the last of two that adjoin."""
+    runs = [[torch.empty(256 * count, dtype=torch.uint8)] for count in counts[:-1]]
+    return [*runs, [torch.empty(128 * counts[-1], dtype=torch.uint8) for _ in range(2)]]
+
+
+BLOCKS = {"double": (28, 28, 9, 9, 37, 37, 37, 38), "single": (66, 47)}
+"""Of FLUX.1, in millions of numbers."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "is_cut"),
+    [("double", 2, False), ("double", 3, False), ("single", 2, False), ("single", 3, True)],
+)
+def test_weights_are_one_rank_s_where_that_is_even(kind, size, is_cut):
+    groups = [runs_of(*BLOCKS[kind]) for _ in range(4)]
+    held = torch.zeros(size)
+    for runs, layout in zip(groups, _layouts(groups, size), strict=True):
+        assert layout.is_cut == is_cut
+        held += torch.tensor(layout.lengths)
+        begins = {id(tensor): begin for tensor, begin in layout.places}
+        first, second = (begins[id(x)] for x in runs[-1])
+        assert second == first + runs[-1][0].nbytes, "weights of one run adjoin"
+        taken = torch.zeros(size * layout.length, dtype=torch.uint8)
+        for tensor, begin in layout.places:
+            taken[begin : begin + tensor.nbytes] += 1
+            of = begin // layout.length
+            if not is_cut:
+                assert begin + tensor.nbytes <= of * layout.length + layout.lengths[of]
+        assert taken.max() == 1
+        assert taken.sum() == 256 * sum(BLOCKS[kind])
+    assert held.max() <= 1.03 * held.mean(), "over all blocks ranks hold the same"
+
+
+def in_place(rank, group):
+    """What a rank's own weights are read in, and what went in which order in a step."""
+    went = []
+    with pytest.MonkeyPatch.context() as patch:
+        parallel = shared(group, policy="gather")
+        image(parallel, flux_inputs(), 1)
+        gather = Link.gather
+        patch.setattr(Link, "gather", lambda *args: went.append(args[3]) or gather(*args))
+        image(parallel, flux_inputs(), 1)
+    shares = shares_of(parallel)
+    own = {x.share.data_ptr() for x in shares._groups if not x.layout.is_cut}
+    for buffer in shares._buffers:
+        buffer.memory.fill_(0)
+    kept = [
+        weight.abs().max().item()
+        for weight in parallel.parameters()
+        if weight.untyped_storage().data_ptr() in own
+    ]
+    return went, len(own), len(shares._groups), kept
+
+
+def test_a_rank_reads_its_own_weights_where_they_are_and_sends_keys_first(ranks):
+    for went, whole_groups, groups, kept in ranks(2, in_place):
+        assert whole_groups == groups
+        assert kept and min(kept) > 0, "they were in a buffer"
+        # Three blocks' weights go while the block before attends; then the prediction.
+        what = ["keys and values", "weights"] * 3 + ["keys and values"] * 2
+        assert went == [*what, "the prediction"]
 
 
 # --- before the first call -----------------------------------------------------------------------

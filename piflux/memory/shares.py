@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -25,6 +26,12 @@ from piflux.ranks.protocol import Filled
 
 ALIGNMENT = 256
 """Where weights begin in a buffer, in bytes, unless they adjoin others."""
+
+UNEVEN = 1.25
+"""How many times the mean the longest share of a group may be, for no weight to be cut. The rank
+that holds a weight then reads it where it is. One that is cut has to lie in one piece in the
+buffer, and a rank's copy within its own memory is a kernel that others wait for: on two H200 it
+made steps of FLUX.1 8 % longer (docs/experiments.md)."""
 
 BUFFERS = 2
 
@@ -58,19 +65,36 @@ class Gathered(Protocol):
     def buffer(self) -> int: ...
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the weights of a group lie in a buffer, and who holds which bytes.
+
+    Attributes:
+        places: the plain tensors that the weights are made of, with where each begins.
+        length: of each rank's place in the buffer, in bytes.
+        lengths: of what each rank holds, which its place begins with.
+        is_cut: whether a weight may lie in the places of two ranks.
+    """
+
+    places: Sequence[tuple[Tensor, int]]
+    length: int
+    lengths: Sequence[int]
+    is_cut: bool
+
+
 @dataclass(eq=False)
 class Group:
     """Weights of which every rank has a share.
 
     Attributes:
         weights: parameters.
-        places: the plain tensors that they are made of, with where each begins in the buffer.
+        layout: where they lie in the buffer.
         buffer: which.
         share: what this rank holds, (bytes,) of uint8.
     """
 
     weights: Sequence[Tensor]
-    places: Sequence[tuple[Tensor, int]]
+    layout: Layout
     buffer: int
     share: Tensor
 
@@ -169,16 +193,16 @@ class Shares:
 
     def _share(self, args: Sequence[Any], gathered: Sequence[Gathered]) -> None:
         runs = [[[args[i] for i in run] for run in x.runs] for x in gathered]
-        layouts = [_layout(x) for x in runs]
-        self._device = layouts[0][0][0][0].device
-        self._count = max(self._padded(count) for _, count in layouts)
+        layouts = _layouts(runs, self.ranks.size)
+        self._device = layouts[0].places[0][0].device
+        self._count = self.ranks.size * max(layout.length for layout in layouts)
         self._make_buffers()
         self._members = self.ranks.members
         _SHARED.update(dict.fromkeys(x for run in runs for y in run for x in y))
-        rank, size = self.ranks.rank, self.ranks.size
-        for number, (x, (places, count)) in enumerate(zip(gathered, layouts, strict=True)):
+        rank = self.ranks.rank
+        for number, (x, layout) in enumerate(zip(gathered, layouts, strict=True)):
             whole = self._buffers[x.buffer].memory
-            for tensor, begin in places:
+            for tensor, begin in layout.places:
                 waited = tensor in self.aside
                 if not waited and tensor.nbytes > tensor.untyped_storage().nbytes():
                     self._refuse_moved()  # from where it was put aside
@@ -188,9 +212,9 @@ class Shares:
                 if waited and there.is_floating_point() and there.element_size() > 1:
                     name = f"weight {len(self._unchecked)}, of group {number}"
                     self._unchecked[name] = Norm(norm_of(there))
-            pieces = whole[: self._padded(count)].view(size, -1)
             weights = [weight for run in runs[number] for weight in run]
-            group = Group(weights, places, x.buffer, pieces[rank].clone())
+            own = whole[rank * layout.length :][: layout.lengths[rank]]
+            group = Group(weights, layout, x.buffer, own.clone())
             self._place(group)
             self._groups.append(group)
             self._of |= dict.fromkeys(map(id, weights), group)
@@ -199,10 +223,6 @@ class Shares:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # what whole weights took is for others to have
 
-    def _padded(self, count: int) -> int:
-        """Bytes that can be cut into as many pieces as there are ranks."""
-        return count + -count % (self.ranks.size * ALIGNMENT)
-
     def _make_buffers(self) -> None:
         self._epoch = self.ranks.epoch
         self._buffers = []  # first, for their memory to be free
@@ -210,21 +230,30 @@ class Shares:
         self._buffers = [self.ranks.filled(count, self._device) for _ in range(BUFFERS)]
 
     def _place(self, group: Group) -> None:
-        """Make the group's weights views of its buffer."""
-        whole = self._buffers[group.buffer].memory
-        for tensor, begin in group.places:
-            tensor.data = _view(whole, tensor, begin)
+        """Make the group's weights views of where they are read."""
+        for tensor, begin in group.layout.places:
+            memory, at = self._where(group, begin)
+            tensor.data = _view(memory, tensor, at)
+
+    def _where(self, group: Group, begin: int) -> tuple[Tensor, int]:
+        """The memory that a weight is read in, and where it begins there."""
+        own = begin - self.ranks.rank * group.layout.length
+        if not group.layout.is_cut and 0 <= own < group.layout.length:
+            return group.share, own
+        return self._buffers[group.buffer].memory, begin
 
     def _check_place(self) -> None:
         group = self._groups[0]
-        tensor, begin = group.places[0]
-        whole = self._buffers[group.buffer].memory
-        if tensor.data_ptr() != whole.data_ptr() + begin:
+        tensor, begin = group.layout.places[0]
+        memory, at = self._where(group, begin)
+        if tensor.data_ptr() != memory.data_ptr() + at:
             self._refuse_moved()
 
     def _is_in_a_buffer(self, weight: Tensor) -> bool:
-        memories = {x.memory.untyped_storage().data_ptr() for x in self._buffers}
-        return any(x.untyped_storage().data_ptr() in memories for x in plain(weight))
+        """Or in a share."""
+        memories = [x.memory for x in self._buffers] + [x.share for x in self._groups]
+        ours = {x.untyped_storage().data_ptr() for x in memories}
+        return any(x.untyped_storage().data_ptr() in ours for x in plain(weight))
 
     @staticmethod
     def _refuse_moved() -> NoReturn:
@@ -241,21 +270,30 @@ class Fetching:
     def __init__(self, groups: Sequence[Group | None], buffers: Sequence[Filled]) -> None:
         self._groups = groups
         self._buffers = buffers
+        self._due: int | None = None
         self._under_way: int | None = None
 
-    def start(self, number: int, recorder: Recorder) -> None:
-        """Start to gather a group's weights; what the device was given before still reads what its
-        buffer held."""
-        group = self._groups[number]
+    def expect(self, number: int) -> None:
+        """A group is gathered next, when `start` is called."""
+        self._due = number
+
+    def start(self, recorder: Recorder) -> None:
+        """Start to gather the weights that are due, if any; what the device was given before still
+        reads what their buffer held."""
+        if self._due is None:
+            return
+        self._under_way, self._due = self._due, None
+        group = self._groups[self._under_way]
         if group is not None:
-            buffer = self._buffers[group.buffer]
-            _turn(buffer, recorder)(lambda: buffer.fill(group.share))
-        self._under_way = number
+            buffer, layout = self._buffers[group.buffer], group.layout
+            fill = partial(buffer.fill, group.share, layout.length, own=layout.is_cut)
+            _turn(buffer, recorder)(fill)
 
     def wait(self, number: int, recorder: Recorder) -> None:
         """What comes next on the device finds the group's weights."""
         if self._under_way != number:
-            self.start(number, recorder)
+            self.expect(number)
+            self.start(recorder)
         self._under_way = None
         group = self._groups[number]
         if group is not None:
@@ -267,20 +305,58 @@ def _turn(buffer: Filled, recorder: Recorder) -> Recorder:
     return at_once if buffer.recordable else recorder
 
 
-def _layout(runs: Sequence[Sequence[Tensor]]) -> tuple[list[tuple[Tensor, int]], int]:
-    """Plain tensors with where each begins in a buffer, and how many bytes there are.
+def _layouts(groups: Sequence[Sequence[Sequence[Tensor]]], size: int) -> list[Layout]:
+    """Of each group's runs of weights: whole weights for each of `size` ranks, where that is even
+    enough (UNEVEN), and else the bytes in so many equal pieces.
 
-    Weights of one run adjoin, and of quantized ones each of the tensors that they wrap.
+    Weights of one run adjoin, and of quantized ones each of the tensors that they wrap. All ranks
+    come to the same.
     """
+    held = [0] * size
+    found = []
+    for runs in groups:
+        columns = [column for run in runs for column in zip(*map(plain, run), strict=True)]
+        layout = _whole(columns, held)
+        mean = sum(layout.lengths) / size
+        if layout.length > UNEVEN * mean:
+            layout = _cut(columns, size)
+        held = [a + b for a, b in zip(held, layout.lengths, strict=True)]
+        found.append(layout)
+    return found
+
+
+def _whole(columns: Sequence[Sequence[Tensor]], held: Sequence[int]) -> Layout:
+    """Whole columns for each rank: the largest first, to who has least, and held least before."""
+    owned: list[list[tuple[Tensor, int]]] = [[] for _ in held]
+    lengths = [0] * len(held)
+    counts = [_aligned(sum(x.nbytes for x in column)) for column in columns]
+    for i in sorted(range(len(columns)), key=lambda i: -counts[i]):
+        rank = min(range(len(held)), key=lambda r: (lengths[r], held[r]))
+        at = lengths[rank]
+        for tensor in columns[i]:
+            owned[rank].append((tensor, at))
+            at += tensor.nbytes
+        lengths[rank] += counts[i]
+    length = max(lengths)
+    places = [(x, rank * length + at) for rank, own in enumerate(owned) for x, at in own]
+    return Layout(places, length, lengths, is_cut=False)
+
+
+def _cut(columns: Sequence[Sequence[Tensor]], size: int) -> Layout:
+    """Columns one behind the other, cut into pieces of one length."""
     places: list[tuple[Tensor, int]] = []
     at = 0
-    for run in runs:
-        for column in zip(*map(plain, run), strict=True):
-            at += -at % ALIGNMENT
-            for tensor in column:
-                places.append((tensor, at))
-                at += tensor.nbytes
-    return places, at
+    for column in columns:
+        at = _aligned(at)
+        for tensor in column:
+            places.append((tensor, at))
+            at += tensor.nbytes
+    length = _aligned(-(-at // size))
+    return Layout(places, length, [length] * size, is_cut=True)
+
+
+def _aligned(count: int) -> int:
+    return count + -count % ALIGNMENT
 
 
 def _view(whole: Tensor, like: Tensor, begin: int) -> Tensor:

@@ -131,10 +131,16 @@ class Policy(ABC):
 
     @staticmethod
     def arrived(context: StepContext, slot: int) -> Packet | None:
-        """What `send` sent, once all of it is there; None if nothing was. To be given back."""
+        """What `send` sent, once all of it is there; None if nothing was. To be given back.
+
+        Weights that are due go from here on: attention waits for keys and values, which they would
+        hold up.
+        """
         packet = context.sent.pop(slot, None)
         if packet is not None:
             _recorder(context, packet)(packet.wait)
+        if context.weights is not None:
+            context.weights.start(context.recorder)
         return packet
 
 

@@ -70,21 +70,28 @@ class Filling:
 
     Args:
         count: most bytes of a rank.
-        size: how many ranks there are.
+        rank: this one, among those that there are.
+        size: how many there are.
         waiting: of this rank.
         device: where the memory is.
     """
 
     recordable = False
 
-    def __init__(self, count: int, size: int, waiting: Waiting, device: torch.device) -> None:
+    def __init__(
+        self, count: int, rank: int, size: int, waiting: Waiting, device: torch.device
+    ) -> None:
         self.memory = torch.empty(size * count, dtype=torch.uint8, device=device)
-        self._size = size
+        self._rank, self._size = rank, size
         self._waiting = waiting
         self._works: Sequence[dist.Work] = ()
 
-    def fill(self, piece: Tensor) -> None:
-        whole = self.memory[: self._size * piece.numel()].view(self._size, -1)
+    def fill(self, piece: Tensor, length: int, *, own: bool) -> None:
+        whole = self.memory[: self._size * length].view(self._size, length)
+        if piece.numel() < length:  # collectives take as much of every rank
+            place = whole[self._rank]
+            place[: piece.numel()].copy_(piece)
+            piece = place
         self._works = self._waiting.start(whole, piece, "weights")
 
     def wait(self) -> None:

@@ -155,22 +155,23 @@ class Copies:
 
     def start(self) -> Copies:
         """Send what the piece holds now. Returns itself."""
-        self._send(self.piece)
+        self._send(self.piece, self.piece.numel(), own=False)
         return self
 
-    def fill(self, piece: Tensor) -> None:
+    def fill(self, piece: Tensor, length: int, *, own: bool) -> None:
         """See `Filled.fill`."""
-        self._send(piece)
+        self._send(piece, length, own=own)
 
-    def _send(self, piece: Tensor) -> None:
+    def _send(self, piece: Tensor, length: int, *, own: bool) -> None:
         peers = self._peers
-        place = slice(peers.rank * piece.numel(), (peers.rank + 1) * piece.numel())
+        begin = peers.rank * length
+        place = slice(begin, begin + piece.numel())
         self._stream.wait_stream(peers.module.current_stream())
         with peers.module.stream(self._stream):
             self._shared.barrier(0, FOREVER_MS)  # all have read what came last
             for there in self._theirs:
                 there[place].copy_(piece, non_blocking=True)
-            if piece is not self.piece:
+            if own:  # not by a copy engine: within a GPU's memory it is a kernel
                 self.memory[place].copy_(piece, non_blocking=True)
             self._shared.barrier(1, FOREVER_MS)  # all has been written
             self._arrived.record(self._stream)

@@ -251,7 +251,7 @@ class ProcessRanks:
         peers = self._reached(device)
         if peers is not None:
             return Copies(count, peers, urgent=False)
-        return Filling(count, self.size, self._waiting, device)
+        return Filling(count, self.rank, self.size, self._waiting, device)
 
     def _reached(self, device: torch.device) -> Peers | None:
         link = self.link

@@ -52,15 +52,19 @@ class Filled(Protocol):
     memory: Tensor
     recordable: bool
 
-    def fill(self, piece: Tensor) -> None:
-        """Start to gather everyone's `piece`, (any bytes,), of one length on all ranks.
+    def fill(self, piece: Tensor, length: int, *, own: bool) -> None:
+        """Start to gather everyone's piece.
 
-        It stays as it is until it was waited for. What was given to the device before this still
-        finds what came last.
+        What was given to the device before this still finds what came last.
+
+        Args:
+            piece: (at most `length` bytes,); it stays as it is until it was waited for.
+            length: of each rank's place in the memory, the same on all ranks.
+            own: whether this rank's piece has to come to its place, too.
         """
 
     def wait(self) -> object:
-        """What comes next on the device finds all pieces, one behind the other."""
+        """What comes next on the device finds all pieces, each in its rank's place."""
 
 
 class Ranks(Protocol):

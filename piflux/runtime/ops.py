@@ -180,7 +180,8 @@ def fetch(group: int | None, following: int | None) -> None:
     """From here on the weights of a group are there; those of the following one are on their way.
 
     Each rank holds a share of a group's weights; they are gathered while the group before it
-    computes. A group of which nothing is under way is gathered now.
+    computes. In a sync step keys and values go first, since attention waits for them. A group of
+    which nothing is under way is gathered now.
 
     Args:
         group: the number of a group of the program's weights; None to start the following one.
@@ -191,4 +192,6 @@ def fetch(group: int | None, following: int | None) -> None:
     if group is not None:
         context.weights.wait(group, context.recorder)
     if following is not None:
-        context.weights.start(following, context.recorder)
+        context.weights.expect(following)
+        if not context.step.sync:
+            context.weights.start(context.recorder)
