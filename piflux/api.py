@@ -65,16 +65,13 @@ class ParallelModule(View, nn.Module):
     """The class that a parallelized module's own class is mixed with; see `View`."""
 
     _piflux_compiler: Compiler
-    _piflux_compiled: Callable[..., Any]
-    _piflux_fragments: tuple[Callable[..., Any], Exception] | None = None
+    _piflux_captures: dynamo.Captures
     _piflux_settings: contextlib.AbstractContextManager[Any]
     _piflux_core: Callable[..., Any]
     _piflux_outer: tuple[Any, Any] | None = None
     _piflux_calls = 0
     _piflux_unchecked = True  # whether an image began since weights were compared
     _piflux_same_weights: SameWeights
-    _piflux_call: Callable[..., Any]
-    _piflux_hooks: tuple[tuple[int, int], ...] | None = None  # that were captured
 
     forward: Any = Forward()
     _old_forward: Any = OldForward()
@@ -119,11 +116,10 @@ class ParallelModule(View, nn.Module):
                 partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
                 "weights",
             )
-        if cls._piflux_unchecked or not self._piflux_compiler.runtime.explicit:
-            hooks = dynamo.hooks_within(self)
-            if cls._piflux_hooks not in (None, hooks):
-                dynamo.forget(cls._piflux_call)
-            cls._piflux_hooks = hooks
+        looks = cls._piflux_unchecked or not self._piflux_compiler.runtime.explicit
+        if looks and self._piflux_captures.choose(self):
+            self._piflux_compiler.drop_forgotten()
+        capture = self._piflux_captures.latest
         cls._piflux_unchecked = False
         cls._piflux_calls += 1
         if ranks is not None:
@@ -131,11 +127,11 @@ class ParallelModule(View, nn.Module):
         with torch.no_grad(), self._piflux_settings, dynamo.uncollected(), within_hooks(self):
             if not self._piflux_compiler.has_made:
                 self._piflux_compiler.prepare()
-            if cls._piflux_fragments is not None:
+            if capture.breaks:
                 return self._piflux_in_fragments(args, kwargs)
             try:
                 try:
-                    return self._piflux_compiled(*args, **kwargs)
+                    return capture.whole(*args, **kwargs)
                 except (Unsupported, UserError):
                     refuse_step_caches(self)
                     refuse_hooks(self)
@@ -145,7 +141,7 @@ class ParallelModule(View, nn.Module):
                         shares.aside.bring()
                 # Dynamo need not follow how a first call makes what later ones find: rotary tables.
                 self._piflux_target(*args, **kwargs)
-                return self._piflux_compiled(*args, **kwargs)
+                return capture.whole(*args, **kwargs)
             except (Unsupported, UserError, DependsOnData) as error:
                 note = self._piflux_break(error)
             try:
@@ -154,7 +150,7 @@ class ParallelModule(View, nn.Module):
                 raise
             except Exception:
                 # The model refuses such inputs, which says nothing of its graph of others.
-                cls._piflux_fragments = None
+                capture.breaks = False
                 raise
             self._piflux_compiler.runtime.notes.append(note)
             if ranks is None or ranks.rank == 0:
@@ -176,24 +172,29 @@ class ParallelModule(View, nn.Module):
             f"{type(self).__name__} is no one graph ({first}): each of its graphs is split by "
             "itself, and what goes from one to the next is gathered"
         )
-        call = dynamo.call_of(self._piflux_target)
-        dynamo.forget_with(self, call)
         # What was raised holds what the model was called with: its frames, and what Dynamo adds.
         why = reason if isinstance(reason, CannotShard) else CompileError(str(reason))
         why.__traceback__ = why.__cause__ = why.__context__ = None
         vars(why).pop("_torch_dynamo_tracer_output", None)
-        type(self)._piflux_fragments = dynamo.in_fragments(call, compiler), why
+        capture = self._piflux_captures.latest
+        if capture.fragments is None:
+            fragments = dynamo.in_fragments(call := dynamo.call_of(self._piflux_target), compiler)
+            dynamo.forget_with(self, call)
+        else:
+            fragments, _ = capture.fragments
+        capture.fragments, capture.breaks = (fragments, why), True
         return note
 
     def _piflux_in_fragments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self._piflux_fragments is not None
-        (fragments, why_broken), compiler = self._piflux_fragments, self._piflux_compiler
+        capture, compiler = self._piflux_captures.latest, self._piflux_compiler
+        assert capture.fragments is not None
+        fragments, why_broken = capture.fragments
         inputs = tree_flatten_with_path((args, kwargs))[0]
         named = {keystr(path): x for path, x in inputs if isinstance(x, Tensor)}
         ranks = compiler.runtime.ranks
 
         def act() -> Any:
-            with compiler.runtime.fragments(named) as call:
+            with compiler.runtime.fragments(named) as call, dynamo.looking_at_hooks():
                 run = partial(fragments, *args, **kwargs)
                 return run() if call is None else call.run_fragments(run)
 
@@ -349,19 +350,15 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         parameter = next(target.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         check_device(compiler.runtime.ranks, device)
-    call = dynamo.call_of(target)
-    view = view_of(
+    return view_of(
         target,
         ParallelModule,
         _piflux_core=standing_for(type(target).forward, ParallelModule._piflux_run),
         _piflux_compiler=compiler,
         _piflux_same_weights=SameWeights(),
         _piflux_settings=dynamo.settings(),
-        _piflux_call=staticmethod(call),
-        _piflux_compiled=staticmethod(dynamo.compiled(call, compiler)),
+        _piflux_captures=dynamo.Captures(target, compiler),
     )
-    dynamo.forget_with(view, call)
-    return view
 
 
 def _tell_of_gpus(shares: Shares) -> None:

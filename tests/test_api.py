@@ -97,6 +97,34 @@ def test_hooks_that_come_and_go():
     assert len(piflux.explain(parallel).graphs) == graphs, "captured anew without need"
 
 
+class Doubles:
+    def hook(self, module, args, out):
+        return out * 2
+
+
+def test_a_hook_that_comes_and_goes_is_captured_once():
+    """Graphs with and without it are kept, and no others: of what is gone nothing stays."""
+    model, x, doubles = Attention(), torch.randn(1, 6, 8), Doubles()
+    parallel = piflux.parallelize(model, inner="eager")
+    for _ in range(3):
+        assert torch.equal(parallel(x), model(x))
+        hook = model.project.register_forward_hook(doubles.hook)
+        assert torch.equal(parallel(x), model(x))
+        hook.remove()
+    programs = list(parallel._piflux_compiler.programs)
+    assert len(programs) == 2
+    for plus in range(3):
+        hook = model.project.register_forward_hook(lambda _, args, out, n=plus: out + n)
+        assert torch.equal(parallel(x), model(x))
+        hook.remove()
+        gc.collect()
+    left = parallel._piflux_compiler.programs
+    assert len(left) == 2 and not any(x is y for x in left for y in programs)
+    flags = {"with_kwargs": True}
+    with model.project.register_forward_hook(lambda _, args, kwargs, out: out * 3, **flags):
+        assert torch.equal(parallel(x), model(x))
+
+
 class Picky(Attention):
     def forward(self, x, y=None):
         if x.shape[1] == 7:

@@ -3,6 +3,7 @@
 import gc
 import logging
 import weakref
+from itertools import count
 
 import pytest
 import torch
@@ -250,6 +251,52 @@ def test_nothing_of_the_first_call_is_kept():
     del split
     gc.collect()
     assert not any(stream() for stream in streams)
+
+
+def test_hooks_that_come_and_go():
+    """Each of two sets of hooks has fragments of its own, which are kept."""
+    model, args = Model().eval(), inputs()
+    split = parallel(model)
+
+    def double(module, args, out):
+        return out * 2
+
+    made = []
+    for _ in range(3):
+        assert off(model, split(*args), args) < EXACT
+        with model.blocks[1].register_forward_hook(double):
+            assert off(model, split(*args), args) < EXACT
+        made.append(list(split._piflux_compiler.programs))
+    assert made[1:] == made[:-1]
+
+
+def test_fragments_outlive_a_call_that_fails(monkeypatch):
+    """As by want of memory: the next one need not capture them anew."""
+    model, args = Model().eval(), inputs()
+    split = parallel(model)
+    run, add = compiler.Compiler.run, compiler.Compiler.add
+    added, ran = [], count()
+
+    def failing(self, number, args):
+        if next(ran) == 2:
+            raise torch.OutOfMemoryError("as asked")
+        return run(self, number, args)
+
+    def noted(self, *args):
+        added.append(add(self, *args))
+        return added[-1]
+
+    monkeypatch.setattr(compiler.Compiler, "run", failing)
+    monkeypatch.setattr(compiler.Compiler, "add", noted)
+    with pytest.raises(torch.OutOfMemoryError):
+        split(*args)
+    already = len(added)
+    assert off(model, split(*args), args) < EXACT
+    again = parallel(model)
+    ran, added[:] = count(3), added[already:]
+    rest, added[:] = len(added), []
+    assert off(model, again(*args), args) < EXACT
+    assert already and already + rest == len(added)
 
 
 def test_it_is_said_once(caplog):

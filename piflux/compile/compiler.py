@@ -192,6 +192,11 @@ class Compiler:
         self.runtime.settle(program.schedule)
         self.has_made, self._unkept = True, None
 
+    def drop_forgotten(self) -> None:
+        """Let go of programs that Dynamo calls no more."""
+        called = {id(call.program) for call in self._calls}
+        self.programs[:] = [program for program in self.programs if id(program) in called]
+
     def meet(self, *, begins: bool) -> None:
         """Choose what the other ranks have kept, or all of it anew if this can't be known.
 
