@@ -15,12 +15,12 @@ CHECK := $(MAKE) --keep-going --no-print-directory
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Two files at a time: most tests leave one core to the other. A file's tests share ranks and models.
+# Three files at a time: on two cores there is one that waits. A file's tests share ranks and models.
 # The order of files is that of tests/conftest.py. Beside them run the other checks, which say what
 # they found at the end; what is quick to find comes first.
 test: format
 	@checked=$$(mktemp) && { $(CHECK) types docs >$$checked 2>&1 & } && checks=$$! && \
-		$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder; tests=$$?; \
+		$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder; tests=$$?; \
 		wait $$checks; checks=$$?; cat $$checked; rm -f $$checked; exit $$((tests | checks))
 
 lint: format types

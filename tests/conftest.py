@@ -24,14 +24,15 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 
 LONGEST = (
-    *("pipelines", "cli", "two_hosts", "numerics", "replay", "shares", "quality", "outline"),
-    *("model_zoo", "skipped"),
-    *("faults", "serving_engine", "serving_cluster", "errors", "products", "serving_http"),
+    *("pipelines", "cli", "faults", "serving_engine", "numerics", "two_hosts", "replay", "shares"),
+    *("serving_cluster", "model_zoo", "quality", "errors", "outline", "skipped", "hoist", "copies"),
+    *("bench", "serving_http", "pipeline", "products"),
 )
 """The files that take longest, in order: begun last, one would leave a core without work.
 
-`cli` stands beside `pipelines`: others have more ranks at once, and it counts seconds until a
-command ends.
+Those that wait more than they compute, `faults`, `two_hosts` and the servers', begin one after the
+other beside others. `cli` stands beside `pipelines`: others have more ranks at once, and it counts
+seconds until a command ends.
 """
 
 
@@ -69,6 +70,16 @@ def captured_once() -> Iterator[None]:
 
     with captured_once():
         yield
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch, captured_once: None) -> None:
+    """What loads the demo's model in this process has three of its ten blocks."""
+    from models import small_demo
+
+    from piflux.pipelines import folders
+
+    monkeypatch.setattr(folders, "demo_pipeline", small_demo)
 
 
 @pytest.fixture

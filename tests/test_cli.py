@@ -79,12 +79,6 @@ def test_one_rank_draws_a_picture_that_says_what_it_is(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["apple.png"]
 
 
-@pytest.fixture
-def small_demo_here(monkeypatch, captured_once):
-    """Commands of one rank draw with three of the demo's ten blocks."""
-    monkeypatch.setattr(folders, "demo_pipeline", small_demo)
-
-
 def drawn_by_few_blocks(request):
     """As `generate`, with three of the demo's ten blocks."""
     # Rates of a machine that tests are busy on are not to be remembered.
@@ -149,7 +143,7 @@ def test_pictures_outlive_a_rank(tmp_path):
 
 
 @on_cpu
-@pytest.mark.usefixtures("small_demo_here")
+@pytest.mark.usefixtures("few_blocks")
 def test_weights_go_to_8_bits_where_they_do_not_fit(tmp_path, monkeypatch):
     """If it is asked for, and no earlier."""
     pipe, _ = folders.load("demo", torch.device("cpu"))
@@ -563,7 +557,7 @@ def test_loras_are_added_with_their_scales(tmp_path, recwarn):
         add_loras(pipe, ((str(tmp_path / "bad.safetensors"), 1.0),))
 
 
-@pytest.mark.usefixtures("small_demo_here")
+@pytest.mark.usefixtures("few_blocks")
 def test_several_pictures_at_once(tmp_path):
     """The second is the one that its seed gives alone."""
     small = ["rose, flat style", "--ranks=1", "--steps=2", "--size=64x64", "--json"]

@@ -144,6 +144,7 @@ def test_random_weights_need_a_gpu(run_flux: ModuleType) -> None:
     assert "there is no CUDA device" in output
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("policy", ["rotate", "none"])
 def test_one_rank_makes_an_image(run_flux: ModuleType, tmp_path: Path, policy: str) -> None:
     status, output = invoke(
@@ -170,6 +171,7 @@ def test_one_rank_makes_an_image(run_flux: ModuleType, tmp_path: Path, policy: s
     assert times["total_s"] > 0
 
 
+@pytest.mark.usefixtures("few_blocks")
 def test_several_prompts_are_one_batch(run_flux: ModuleType, tmp_path: Path) -> None:
     """The second picture is the one that its seed gives alone."""
     small = ("--model=demo", "--no-compile", "--height=64", "--width=64", "--steps=2")

@@ -21,7 +21,6 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
-from piflux.pipelines import folders
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
 from piflux.tools.quality import charts
@@ -286,19 +285,13 @@ def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, tmp_path, prompt):
         assert any(apart), (a, b)
 
 
-@pytest.fixture
-def small(monkeypatch, captured_once):
-    """Commands draw with three of the demo's ten blocks."""
-    monkeypatch.setattr(folders, "demo_pipeline", small_demo)
-
-
 def invoke(*arguments):
     app = typer.Typer(add_completion=False)
     app.command()(quality)
     return CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("few_blocks")
 def test_measured_cost_in_the_command(tmp_path):
     bench = tmp_path / "bench.json"
     arguments = ["--json", "--count=1", "--variant=gather", "--ranks=2", "--steps=2", "--size=64"]
@@ -446,7 +439,7 @@ def test_tuning_keeps_to_a_bound_of_memory():
         tune(Pretended(12), 2, Budget(9, None, 1), {12: "x" * 12}, candidates[:-1])
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("few_blocks")
 def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_path):
     halves, init = [], Pictures.__init__
 
@@ -466,7 +459,7 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     assert halves == [(PROMPTS[:1], (0,)), (PROMPTS[1:2], (1,))]
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("few_blocks")
 def test_tuning_finds_that_fewer_bytes_do(tmp_path):
     """Over a link that takes longer than a step computes."""
     displaced = [x for x in CANDIDATES if "displaced" in x and x.endswith("sync_steps=1")]
