@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from piflux.policies.schedule import Schedule
-from piflux.tools import cli
+from piflux.tools import cli, options
+from piflux.tools.bench import bench as bench_module
 from piflux.tools.bench import rows
 from piflux.tools.bench.bench import Floor, chart, markdown, measure_floor, run_row
 from piflux.tools.bench.models import ARCHITECTURES, build, count_flops
@@ -213,6 +214,20 @@ def test_a_row_that_fails_says_why(tmp_path):
     assert "Traceback" in log.read_text()
 
 
+def test_what_was_in_a_row_s_way_is_told_whole(capsys):
+    failed = Result("gather", 2, error="pip install 'piflux[quantize]'")
+    bench_module._print([failed], Floor(1.0, 1.0, 1.0, 1.0), "a [b] c")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "gather: pip install 'piflux[quantize]'" in said and "a [b] c" in said
+
+
+def test_without_torchao_no_row_begins(monkeypatch):
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
+    done = CliRunner().invoke(cli.app, ["bench", "--quantize=int8"])
+    assert done.exit_code == 1
+    assert "--quantize int8 takes the package torchao" in done.output
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -223,6 +238,7 @@ def test_a_row_that_fails_says_why(tmp_path):
         ("--shard-weights --row=eager", "--shard-weights choose from gather, gather-18, rotate"),
         ("--quantize=int8 --row=rotate-fp8", "--quantize int8 choose from eager, compiled"),
         ("--row=compiled", "needs a GPU"),
+        ("--ranks=999", "there are"),
     ],
 )
 def test_wrong_arguments(argument, message):

@@ -652,8 +652,8 @@ def test_explain_as_data():
 def test_explain_as_text():
     result = invoke("explain", "--size=64x64", "--memory=0.078")
     assert result.exit_code == 0, result.output
-    assert "--policy gather 0.08 GiB, fits in 0.078" in words(result)
-    assert "--policy displaced 0.08 GiB, does not fit in 0.078" in words(result)
+    assert "--policy gather 0.07723 GiB, fits in 0.078" in words(result)
+    assert "--policy displaced 0.08057 GiB, does not fit in 0.078" in words(result)
     assert "rotate on 2 ranks, sync at 0, 2, predicted between" in result.output
     assert "attentions rewritten   10" in result.output
     assert "shard %hidden_states dim 1: 16 -> 8 tokens" in words(result)

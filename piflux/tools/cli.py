@@ -227,6 +227,7 @@ def generate(
                 f"Saved {picture.path}: {picture.total_s:.1f} s{pace} on {made.ranks} rank(s)"
                 f"{together}",
                 soft_wrap=True,
+                markup=False,  # a file's name may look like it
             )
         if show_ and Path(picture.path).suffix.lower() in options.PICTURES:
             work.show_file(picture.path, console)
@@ -548,7 +549,7 @@ def explain(
     if memory is not None:
         for name, count in held.items():
             fits = "fits" if count <= memory * 2**30 else "does not fit"
-            print(f"  {name:38} {count / 2**30:6.2f} GiB, {fits} in {memory:g}")
+            print(f"  {name:38} {count / 2**30:7.4g} GiB, {fits} in {memory:g}")
     if cost is not None:
         print(
             f"predicted: {1000 * cost.mean_s:.4g} ms a step (a sync step {1000 * cost.sync_s:.4g}, "

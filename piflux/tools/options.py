@@ -366,7 +366,7 @@ def check_memory(
         )
 
 
-def check_packages(quantize: str, loras: Sequence[Any]) -> None:
+def check_packages(quantize: str, loras: Sequence[Any] = ()) -> None:
     """Refuses what would else be missed once a model's weights are read.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -193,6 +194,7 @@ def bench(
             raise typer.BadParameter(
                 f"--row {name}: for --model {model}{asked} choose from {', '.join(able)}"
             )
+    options.check_packages(quantize)
     options.folder(out)
 
     import torch
@@ -202,6 +204,9 @@ def bench(
 
     on_gpu = torch.cuda.is_available()
     ranks = options.ranks(ranks)
+    options.check_gpu(quantize=quantize)
+    if not on_gpu:
+        options.check_cores(ranks)
     for name in row or ():
         if WAYS[name].needs_gpu and not on_gpu:
             raise typer.BadParameter(f"--row {name} needs a GPU, and there is no CUDA device")
@@ -244,18 +249,21 @@ def bench(
 
     chart(results, floor, title, out / "bench.png")
     _print(results, floor, title)
-    console.print(f"Saved {', '.join(str(p) for p in sorted(out.glob('bench.*')))}")
+    console.print(escape(f"Saved {', '.join(str(p) for p in sorted(out.glob('bench.*')))}"))
     if all(r.error is not None for r in results):
         raise typer.Exit(1)
 
 
 def _print(results: list[Result], floor: Floor, title: str) -> None:
     columns = ("row", "ranks", "ms a step", "of the floor", "first image", "second", "warm")
-    table = Table(*columns, title=title)
+    table = Table(*columns, title=escape(title))
     for r in results:
         if r.error is not None:
-            table.add_row(r.row, str(r.ranks), r.error)
+            table.add_row(r.row, str(r.ranks), "failed")
         else:
             ratio = f"{r.median_ms / floor.ms(r.ranks):.2f}x"
             table.add_row(r.row, str(r.ranks), f"{r.median_ms:.1f}", ratio, *_images(r))
     console.print(table)
+    for r in results:  # what was in the way has no room in a column
+        if r.error is not None:
+            console.print(f"{r.row}: {r.error}", soft_wrap=True, markup=False, highlight=False)

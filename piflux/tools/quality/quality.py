@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
@@ -74,17 +75,20 @@ def quality(
     tune_: Annotated[
         bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
     ] = False,
-    max_lpips: Annotated[float | None, typer.Option(help="--tune: LPIPS to reach.")] = None,
-    max_ms: Annotated[float | None, typer.Option(help="--tune: modelled ms a step.")] = None,
+    max_lpips: Annotated[float | None, typer.Option(min=0, help="--tune: LPIPS to reach.")] = None,
+    max_ms: Annotated[
+        float | None, typer.Option(min=1e-6, help="--tune: modelled ms a step.")
+    ] = None,
     memory: Annotated[
         float | None,
         typer.Option(min=1e-6, help="--tune: GiB a rank, of the transformer; also tries int4."),
     ] = None,
 ) -> None:
     """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
-    if tune_ == (max_lpips is None and max_ms is None) or (memory is not None and not tune_):
+    budgets = [x for x in (max_lpips, max_ms) if x is not None]
+    if len(budgets) != tune_ or (memory is not None and not tune_):
         raise typer.BadParameter(
-            "--tune goes with --max-lpips or --max-ms, and --memory with --tune"
+            "--tune goes with one of --max-lpips and --max-ms, and --memory with --tune"
         )
     variants = []
     for text in variant or VARIANTS:
@@ -101,6 +105,8 @@ def quality(
     side = default_side(model) if size is None else size
     check_side("--size", side, least=64)  # LPIPS sees nothing smaller
     texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
+    if tune_ and len(texts) < 2:
+        raise typer.BadParameter("tuning needs two prompts: one to choose by, one to judge by")
     folder(out)
     with importing():
         import torch
@@ -164,15 +170,15 @@ def quality(
         print(json.dumps(record))
         return
     columns = ("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", "cost")
-    table = Table(*columns, title=f"{model}, {steps} steps; cost: of one rank's step")
+    table = Table(*columns, title=escape(f"{model}, {steps} steps; cost: of one rank's step"))
     for x in summary(rows):
         table.add_row(
             str(x["ranks"]),
-            x["variant"],
+            escape(x["variant"]),
             *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips", "cost")),
         )
     console.print(table)
-    console.print(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}")
+    console.print(escape(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}"))
 
 
 def _tune(
@@ -207,8 +213,6 @@ def _tune(
                 None if max_ms is None else max_ms / 1000,
                 None if memory is None else memory * 2**30,
             )
-            if not half:
-                raise ValueError("tuning needs two prompts: one to choose by, one to judge by")
             first, second = (
                 Pictures(pipe, prompts[part], seeds[part], **options)
                 for part in (slice(half), slice(half, None))
@@ -226,8 +230,8 @@ def _tune(
             json.dumps([asdict(x) for x in (*rows, judged[n])]) + "\n"
         )
         console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
-        console.print(markdown([judged[n]]), highlight=False)
-        console.print(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})")
+        console.print(escape(markdown([judged[n]])), highlight=False)
+        console.print(escape(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})"))
 
 
 def _timed(
