@@ -179,9 +179,10 @@ class Pool:
 
 
 class Ranks:
-    """The session's eight ranks, started when first asked for; a job takes the first so many.
+    """The session's ranks, started when first asked for; a job takes the first so many.
 
-    One pool, so that ranks have captured a model that was called on another number of them.
+    One pool, so that ranks have captured a model that was called on another number of them: of the
+    four that suffice for most, until a job takes more.
     """
 
     def __init__(self) -> None:
@@ -208,7 +209,9 @@ class Ranks:
         return [got if isinstance(got, Failure) else None for got in outcomes]
 
     def _run(self, n: int, fn, *args, timeout: float) -> list:
-        self._pool = self._pool or Pool(8)
+        if self._pool and self._pool.size < n:
+            self.close()
+        self._pool = self._pool or Pool(max(n, 4))
         try:
             outcomes = self._pool.run(n, fn, *args, timeout=timeout)
         except BaseException:
