@@ -56,7 +56,9 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
+    """Before what runs the tests, or is told by another process which to run."""
     if session.items:  # the process that hands tests to others has none
         from ranks import fork_server
 

@@ -1,5 +1,6 @@
-"""One capture for models that are alike, and no graph that a model alone would not have had."""
+"""What makes the tests cheap: graphs that models share, and what ranks begin with."""
 
+import sys
 from unittest import mock
 
 import captures
@@ -35,10 +36,20 @@ def called_at(*lengths, scale=1.0):
 
 @pytest.mark.usefixtures("captured_once")
 def test_models_that_are_alike_are_captured_once():
-    """Where sizes vary, too, and numbers that the model holds."""
+    """Where sizes vary, too, and numbers that the model holds. None gets a graph that it alone
+    would not have had."""
     assert called_at(4, 6, 8, 4) == (2, 2)
     assert called_at(4, 6, 8, 4) == (2, 0)
     assert called_at(4) == (1, 0)  # literal sizes, though others have gone on to symbols
     assert called_at(4, 6, scale=2.0) == (3, 1)
     assert called_at(4, 6, scale=3.0) == (3, 0)
     assert called_at(6, 8) == (2, 2)
+
+
+def begins_with_pytest(rank, group):
+    return "conftest" in sys.modules
+
+
+def test_ranks_have_imported_what_tests_have(ranks):
+    """Being forked from a process of pytest."""
+    assert ranks(2, begins_with_pytest) == [True, True]
