@@ -44,7 +44,7 @@ from piflux.integrations.hooks import (
     within_hooks,
 )
 from piflux.integrations.times import shown
-from piflux.memory.shares import UNPROVEN, Shares, is_shared
+from piflux.memory.shares import Shares, is_shared
 from piflux.policies.schedule import Compression, PolicyName, Sync
 from piflux.ranks.groups import bring, check_device, serves
 from piflux.ranks.processes import ProcessRanks
@@ -342,8 +342,6 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
     bring(compiler.runtime.ranks, target)
     if compiler.shares_are_open:
         compiler.may_share = lambda: not hooked(target)
-    if compiler.shares is not None and not compiler.shares_are_open:
-        _tell_of_gpus(compiler.shares)
     if compiler.shares is not None and not (compiler.shares_are_open and hooked(target)):
         _put_aside(target, compiler.shares)
     if not hooked(target):
@@ -359,12 +357,6 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         _piflux_settings=dynamo.settings(),
         _piflux_captures=dynamo.Captures(target, compiler),
     )
-
-
-def _tell_of_gpus(shares: Shares) -> None:
-    on_gpus = torch.cuda.is_available() and serves(shares.ranks, torch.device("cuda"))
-    if on_gpus and shares.ranks.rank == 0:
-        log.warning("%s", UNPROVEN)
 
 
 def _put_aside(target: nn.Module, shares: Shares) -> None:

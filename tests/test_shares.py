@@ -384,15 +384,6 @@ def test_weights_that_were_changed_since_are_refused(ranks, act, said):
     assert all(said in text for text in ranks(2, refused, act))
 
 
-def test_what_is_not_proven_on_gpus_is_told_there(monkeypatch, caplog):
-    shares = SimpleNamespace(ranks=SimpleNamespace(rank=0))
-    api._tell_of_gpus(shares)
-    assert not caplog.records
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    api._tell_of_gpus(shares)
-    assert "compare a picture" in caplog.text
-
-
 def without_blocks(rank, group):
     with pytest.raises(CompileError, match="nothing repeats in this model") as raised:
         image(shared(group, tiny_flux(double=1, single=1)), flux_inputs(), 2)

@@ -29,7 +29,7 @@ from piflux.errors import DoesNotFit
 from piflux.graph.plan import Context
 from piflux.graph.sizes import example_size
 from piflux.graph.values import tensors
-from piflux.memory.shares import UNPROVEN, Shares
+from piflux.memory.shares import Shares
 from piflux.policies.schedule import PolicyName, Schedule, sync_steps_of
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
@@ -230,8 +230,6 @@ class Choices:
             f"; at {rates.link_gbs:.3g} GB/s a step that computes for {compute * 1000:.3g} ms "
             f"waits {wait * 1000:.3g} ms for weights"
         )
-        if _query(part)[2].type == "cuda":
-            why += f". {UNPROVEN}"
         return with_shares(options, hides=wait <= PRICE_OF_EXACT * compute), why
 
     def _tell(self, line: str) -> None:

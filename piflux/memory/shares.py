@@ -35,12 +35,6 @@ made steps of FLUX.1 8 % longer (docs/experiments.md)."""
 
 BUFFERS = 2
 
-UNPROVEN = (
-    "Sharing weights is proven on CPUs only so far: on GPUs compare a picture with one that is "
-    "drawn with whole weights before you rely on it"
-)
-"""Said where they are: what was not seen to the end is not to be relied on unseen."""
-
 _SHARED = WeakIdKeyDictionary()
 """The weights that are shared, whatever model they are of."""
 
