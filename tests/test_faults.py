@@ -279,6 +279,51 @@ def test_a_rank_that_raises_before_its_program_runs_has_the_others_program(ranks
         assert {programs for (_, size), (_, programs) in found.items() if size == 6} == {2}
 
 
+def apart(rank, group):
+    """What is told where one rank has a hook that the others don't have, or other numbers."""
+    model, told = piflux.parallelize(Attention(), group=group, policy="gather", inner="eager"), []
+    x = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(0))
+    model(x)
+    last = rank == dist.get_world_size(group) - 1
+    if last:
+        hook = model.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    with pytest.raises(RanksDisagree) as raised:
+        model(x)
+    told.append(str(raised.value))
+    if last:
+        hook.remove()
+    assert (model(x) - Attention()(x)).abs().max() < 1e-6
+    # The packets of a step's keys and values have other bytes on one rank.
+    pieces = ProcessRanks.of(group).gather(torch.zeros(1 + rank))
+    with pytest.raises(RanksDisagree) as raised:
+        pieces.start().wait()
+    told.append(str(raised.value))
+    assert (model(x) - Attention()(x)).abs().max() < 1e-6
+    return told
+
+
+def test_one_rank_that_computes_something_else_is_told(ranks):
+    """All ranks would gather what it sends, and have the same wrong image."""
+    for hooked, numbers in ranks(2, apart):
+        assert "operations of the model\n    rank 0: 1, " in hooked
+        assert "    rank 1: 2, " in hooked
+        assert "a gather of pieces (4 bytes)" in numbers and "(8 bytes)" in numbers
+
+
+def test_a_process_that_was_forked_of_a_rank_is_none():
+    """What it does to the rank's connections, or to its word, would end the rank itself."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = ProcessRanks.of(meeting := Meeting(store, "forked", 0, 2))
+    with mock.patch("piflux.ranks.processes.os.getpid", return_value=-1):
+        with pytest.raises(RuntimeError, match="was forked of rank 0's, and is no rank"):
+            assert ranks.link
+        ranks.stop(ValueError("of the child"))
+        ranks.close()
+    assert ranks._given_up is None and not ranks._ended
+    ranks.close()
+    del meeting
+
+
 def test_the_same_seed_gives_the_same_faults():
     many = [fault for fault, _ in zip(faults(1), range(3 * len(KINDS)), strict=False)]
     assert many == [fault for fault, _ in zip(faults(1), range(3 * len(KINDS)), strict=False)]

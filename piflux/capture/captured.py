@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import fx
 
+from piflux.errors import describe_op
 from piflux.graph.modules import module_of
+from piflux.graph.values import tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,13 @@ class Captured:
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         """Keep what Dynamo gives to a backend; it clears its own graph when the backend is done."""
         return cls(_copy(gm), tuple(example_inputs))
+
+    @cached_property
+    def ops(self) -> str:
+        """What it computes, for ranks to compare, whether its sizes are numbers or symbols."""
+        nodes = [node for node in self.module.graph.nodes if node.op.startswith("call")]
+        ops = [describe_op(node) for node in nodes if tensors(node)]
+        return f"{len(ops)}, {zlib.crc32(' '.join(ops).encode()):08x}"
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be changed."""

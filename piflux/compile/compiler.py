@@ -337,7 +337,8 @@ class _PerCall:
         if not runtime.follows:
             with apart():
                 return program.part(*args)  # a model like any other
-        with runtime.call(self, program.roles, args) as call:
+        facts = {"operations of the model": self._captured.ops}
+        with runtime.call(self, program.roles, args, facts) as call:
             whole = program.whole if call.step.sync else None
             run = program.part if whole is None else whole
             return call.run(lambda: run(*args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import pickle
 import threading
 import weakref
@@ -99,8 +100,11 @@ class ProcessRanks:
         )
 
     def close(self) -> None:
-        """This rank takes no part any more. Called again, it does nothing."""
-        if self._ended:
+        """This rank takes no part any more. Called again, it does nothing.
+
+        Nor where this rank's process was forked: the connections are the rank's, which goes on.
+        """
+        if self._ended or not self._is_here():
             return
         self._ended = True
         atexit.unregister(self.close)
@@ -108,6 +112,10 @@ class ProcessRanks:
         link = self._epochs.present.link
         if link is not None:
             self._epochs.end(link)
+
+    def _is_here(self) -> bool:
+        """Whether this is the rank's own process, not one that was forked of it."""
+        return self._process.pid == os.getpid()
 
     # --- who they are ----------------------------------------------------------------------------
 
@@ -130,9 +138,14 @@ class ProcessRanks:
         """Of the present epoch; ranks that are in none meet first.
 
         Raises:
-            RuntimeError: the group has ended.
+            RuntimeError: the group has ended, or this process was forked of a rank's.
             RankFailed, RankLost, Excluded: see `Epochs.link`.
         """
+        if not self._is_here():
+            raise RuntimeError(
+                f"this process was forked of rank {self._rank}'s, and is no rank: call the model "
+                "in the rank's own process, or start another process by 'spawn'"
+            )
         if self._ended:
             raise RuntimeError(
                 "the process group of this model was destroyed: parallelize it again in a new one"
@@ -193,7 +206,7 @@ class ProcessRanks:
 
     def stop(self, error: BaseException) -> None:
         told = vars(error).setdefault("told_to_ranks", [])
-        if id(self) in told:
+        if id(self) in told or not self._is_here():
             return
         told.append(id(self))
         if not getattr(error, "on_all_ranks", False):

@@ -157,8 +157,20 @@ class Runtime:
         )
 
     @contextlib.contextmanager
-    def call(self, graph: object, roles: Roles, args: Sequence[Any]) -> Iterator[Call]:
-        """Find this call's stream and step, on all ranks alike; `args` are the graph's inputs.
+    def call(
+        self,
+        graph: object,
+        roles: Roles,
+        args: Sequence[Any],
+        facts: Mapping[str, str] | None = None,
+    ) -> Iterator[Call]:
+        """Find this call's stream and step, on all ranks alike.
+
+        Args:
+            graph: what is called.
+            roles: of its inputs.
+            args: its inputs.
+            facts: more that ranks must have in common.
 
         Raises:
             RanksDisagree: at a stream's first step, if the ranks' inputs or settings differ.
@@ -180,7 +192,7 @@ class Runtime:
                     graph, roles, args, explicit=self.explicit, remembers=remembers
                 )
                 if remembers:
-                    self._advance(stream, roles, args)
+                    self._advance(stream, roles, args, facts or {})
                 if ranks is None or ranks.epoch == self._epoch:
                     break
             self._went_on |= stream.index > 0
@@ -249,7 +261,9 @@ class Runtime:
             self.streams.renew()
             self._epoch = self.ranks.epoch
 
-    def _advance(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> None:
+    def _advance(
+        self, stream: Stream, roles: Roles, args: Sequence[Any], facts: Mapping[str, str]
+    ) -> None:
         """The stream's next step begins."""
         clocks = roles.pick(roles.clocks, args)
         if not self.explicit or stream.index < 0:
@@ -276,6 +290,7 @@ class Runtime:
                 "schedule": self.schedule,
                 "explicit generation": self.explicit,
                 "computed steps": stream.steps.mask,
+                **facts,
             }
             self.ranks.agree(fingerprint(settings, roles.inputs(args)))
 
