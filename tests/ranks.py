@@ -5,7 +5,6 @@ are forked from it, joined in one gloo group, and reused by one test after the o
 the server is itself forked, from a process that has imported all tests and run none.
 """
 
-import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.forkserver
@@ -259,8 +258,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-_servers_wanted: list[int] = []
-"""Of a fork server that waits until ranks are wanted: what it reads ends here."""
+_waiting: list[int] = []
+"""Where to write that ranks are wanted: a server that was forked waits for it."""
 
 
 def fork_server() -> None:
@@ -269,10 +268,7 @@ def fork_server() -> None:
     For a process that has imported what ranks import, and done nothing that they should not know.
     """
     resource_tracker.ensure_running()  # which is a process, too
-    with (
-        mock.patch.object(util, "spawnv_passfds", _forked),
-        mock.patch.dict(os.environ, ONE_THREAD),
-    ):
+    with mock.patch.object(util, "spawnv_passfds", _forked):
         _start_server()
 
 
@@ -282,7 +278,7 @@ def _forked(path: str, args: list[str], passed: Sequence[int]) -> int:
     pid = os.fork()
     if pid:
         os.close(reads)
-        _servers_wanted.append(writes)
+        _waiting.append(writes)
         return pid
     try:
         os.close(writes)
@@ -290,8 +286,7 @@ def _forked(path: str, args: list[str], passed: Sequence[int]) -> int:
         for name in os.listdir("/dev/fd"):
             # Pipes would else seem to have a second end when this process' parent has ended.
             if (fd := int(name)) not in (0, 1, 2, reads, nowhere, *passed):
-                with contextlib.suppress(OSError):  # the listing's own
-                    os.dup2(nowhere, fd)
+                os.dup2(nowhere, fd)
         sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
         multiprocessing.forkserver._forkserver.__init__()  # its lock is held
         if os.read(reads, 1):
@@ -304,8 +299,8 @@ def _forked(path: str, args: list[str], passed: Sequence[int]) -> int:
 
 def _context():
     context = _start_server()
-    if _servers_wanted:
-        os.write(_servers_wanted.pop(), b"!")
+    if _waiting:
+        os.write(_waiting.pop(), b"!")
     return context
 
 
