@@ -20,6 +20,7 @@ from ranks import Pool
 from test_fragments import Model
 from test_fragments import inputs as fragments_inputs
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.guards import CheckFunctionManager
 
@@ -108,21 +109,53 @@ def skipping(model, seed, dies_at=None):
     return x
 
 
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x):
+        return x + F.scaled_dot_product_attention(*self.project(x).chunk(3, -1))
+
+
+@torch.no_grad()
+def off_by_inductor(model, seed):
+    """How far an image of two steps is from the plain model's."""
+    x = y = torch.randn(1, 1, 12, 8, generator=torch.Generator().manual_seed(seed))
+    with piflux.generation(model):
+        for _ in range(2):
+            x, y = model(x), Layer()(y)
+    return float((x - y).abs().max())
+
+
 @captured_once()
 def left_alone(rank, group):
     """Two images after the one in which the other rank ended."""
+    compiled = piflux.parallelize(Layer(), group=group, policy="gather", inner="eager")
+    assert off_by_inductor(compiled, 0) < 1e-5
     options = {"compute": MASK, "inner": "eager"}
     model = piflux.parallelize(tiny_flux(), group=group, **options)
     got = [skipping(model, seed, 4 if rank == 1 and not seed else None) for seed in range(3)]
     plain = piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(1), **options)
-    return [float((x - skipping(plain, seed)).abs().max()) for seed, x in enumerate(got)][1:]
+    off = [float((x - skipping(plain, seed)).abs().max()) for seed, x in enumerate(got)][1:]
+    uncompiled = off_by_inductor(compiled, 1)
+    # Not before, for it to compile no program of two ranks, too.
+    inner = mock.Mock(wraps=lookup_backend("inductor"))
+    with mock.patch.object(compiled._piflux_compiler, "inner", inner):
+        off += [uncompiled, *(off_by_inductor(compiled, seed) for seed in (2, 3))]
+    return off, inner.call_count, len(compiled._piflux_compiler.programs)
 
 
 def test_one_rank_alone_draws_as_one_rank_does():
-    """From the next image on: by a program of its own, which skips the steps that it is to skip."""
+    """From the next image on: by a program of its own, which skips the steps that it is to skip.
+
+    So it is where inductor compiles it.
+    """
     with Pool(2) as pool:
-        apart, ended = pool.run(2, left_alone, timeout=LIMIT_S)
-    assert ended.died and max(apart) < 1e-5
+        (off, compiled, programs), ended = pool.run(2, left_alone, timeout=LIMIT_S)
+    assert ended.died and max(off) < 1e-5
+    assert compiled and programs == 1
 
 
 def in_fragments(model, seed, dies_at=None):
