@@ -43,7 +43,7 @@ TIMEOUT_S = 6
 AWAY_S = 6
 """A rank that is stopped comes back after so long: longer than others wait for it."""
 
-LIMIT_S = 60
+LIMIT_S = 240
 """What takes longer hangs."""
 
 LOST = ("killed", "ended", "stopped")

@@ -1,6 +1,5 @@
 """How a sync step comes by all keys and values: gathered, recomputed, or by what is faster."""
 
-import time
 from unittest import mock
 
 import pytest
@@ -12,7 +11,6 @@ from test_numerics import EXACT, sample
 import piflux
 from piflux.cost.cost import Layer, Rates, choose_sync
 from piflux.cost.rates import measure_rates
-from piflux.ranks.processes import ProcessRanks
 
 PART = 3 * (Layer(linear_flops=6 * 10**9, attention_flops=10**9, kv_bytes=10**6),)
 WHOLE = 3 * (Layer(linear_flops=12 * 10**9, attention_flops=2 * 10**9, kv_bytes=0),)
@@ -36,27 +34,18 @@ def test_the_faster_one_is_chosen(link_gbs, beside, sync):
     assert "computes all tokens 48 ms" in choice.reason
 
 
-class SlowLink:
-    """A gather that takes 0.1 s from its start to its end."""
+def taking(seconds):
+    """In place of a clock, which a busy machine would have its say in."""
 
-    def __init__(self, gathering):
-        self._gathering = gathering
+    def median_seconds(act, on_gpu, runs):
+        act()
+        return seconds
 
-    def __getattr__(self, name):
-        return getattr(self._gathering, name)
-
-    def start(self):
-        time.sleep(0.1)
-        self._gathering.start()
-        return self
-
-
-def slow_link(ranks, count, device, gather=ProcessRanks.persistent_gather):
-    return SlowLink(gather(ranks, count, device))
+    return median_seconds
 
 
 # At MEDIUM a part of tiny_flux takes 45 ms and the whole 84, so that recomputing is worth it from
-# 60 ms of waiting on: a gather on one host takes less, one over the slow link more.
+# 60 ms of waiting on: a gather takes less, one over the slow link more.
 FAST, MEDIUM, SLOW = (1e3, 1e3), (4e-5, 4e-5), (1e-9, 1e-9)
 
 
@@ -67,10 +56,10 @@ def called(rank, group, rates, slower, policy="rotate", sync="auto"):
         tiny_flux(single=0), group=group, policy=policy, sync=sync, inner="eager"
     )
     kernels = SLOW if rank == 1 and slower == "kernels" else rates
-    link = slow_link if rank == 1 and slower == "link" else ProcessRanks.persistent_gather
+    gather_s = 0.1 if rank == 1 and slower == "link" else 0.001
     with (
         mock.patch("piflux.cost.rates.measure_rates", return_value=kernels),
-        mock.patch.object(ProcessRanks, "persistent_gather", link),
+        mock.patch("piflux.cost.rates.median_seconds", taking(gather_s)),
     ):
         result = sample(model)(**flux_inputs())
     return str(piflux.explain(model)), result
