@@ -443,6 +443,11 @@ def test_options_become_arguments_of_the_pipeline(photo):
     kind, given = arguments(diffusers.FluxPipeline, asked(image=photo, mask=photo))
     assert kind is diffusers.FluxInpaintPipeline
     assert {"image", "mask_image"} <= given.keys()
+    # Of those that no mapping of diffusers has, by their names and parts.
+    for name in ("Flux2Klein", "Chroma"):
+        own = getattr(diffusers, f"{name}Pipeline")
+        kind, given = arguments(own, asked(image=photo, mask=photo))
+        assert kind is getattr(diffusers, f"{name}InpaintPipeline") and "mask_image" in given
     # What is drawn is as large as the pipeline makes it of the reference.
     kind, given = arguments(diffusers.FluxKontextPipeline, asked(image=photo))
     assert kind is diffusers.FluxKontextPipeline and "width" not in given

@@ -137,7 +137,11 @@ def _guidance(taken: Mapping[str, inspect.Parameter]) -> str:
 
 
 def _sister(kind: Any, mapping: str, option: str) -> Any:
-    """The pipeline of the same family in one of diffusers' mappings of tasks."""
+    """The pipeline of the same family in one of diffusers' mappings of tasks, or by its name.
+
+    Not all are in the mappings.
+    """
+    import diffusers
     from diffusers.pipelines import auto_pipeline
 
     tasks = ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
@@ -146,10 +150,19 @@ def _sister(kind: Any, mapping: str, option: str) -> Any:
         for name, found in family.items():
             if found is kind and name in getattr(auto_pipeline, mapping):
                 return getattr(auto_pipeline, mapping)[name]
+    task = {"mask": "Inpaint", "image": "Img2Img"}[option]
+    sister = getattr(diffusers, f"{kind.__name__.removesuffix('Pipeline')}{task}Pipeline", None)
+    if sister is not None and _parts(sister) <= _parts(kind):
+        return sister
     raise CannotLoad(
         f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that does: "
         f"leave --{option} out"
     )
+
+
+def _parts(kind: Any) -> set[str]:
+    """What a pipeline is made of."""
+    return set(inspect.signature(kind.__init__).parameters)
 
 
 def read_picture(path: Path) -> Image.Image:
