@@ -240,7 +240,7 @@ def test_more_parts_than_tokens(virtual):
     """Two parts then have the same token; but not of all tokens, which is refused by number."""
     want = tiny_flux(single=0)(**flux_inputs(**SHORT)).sample
     refused, images = zip(*virtual(3, short), strict=True)
-    assert_all(refused, piflux.CannotShard, "2 tokens", "3 parts")
+    assert_all(refused, piflux.CannotShard, "2 tokens", "3 ranks")
     for image in images:
         assert (image - want).abs().max() < 1e-5
 

@@ -198,7 +198,7 @@ class Choices:
             + _weights_instead(first, part, room, shareable=bool(shareable))
             + (OTHERS_ON_THE_HOST if device.type == "cuda" else "")
         )
-        error.on_all_ranks = together
+        error.on_all_ranks = together or not isinstance(ranks, ProcessRanks)
         raise error
 
     def _room(self, own: Own, ctx: Context, device: torch.device) -> Room:
