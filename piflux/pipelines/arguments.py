@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -53,9 +53,9 @@ def arguments(kind: Any, asked: Asked) -> tuple[Any, dict[str, Any]]:
     given: dict[str, Any] = {}
     images, mask = asked.images, asked.mask
     if mask is not None and not takes(kind, "mask_image"):
-        kind = _sister(kind, "AUTO_INPAINT_PIPELINES_MAPPING", "mask")
+        kind = _sister(kind, "mask_image")
     elif images and not takes(kind, "image", "control_image"):
-        kind = _sister(kind, "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING", "image")
+        kind = _sister(kind, "image")
     taken = inspect.signature(kind.__call__).parameters
     if len(images) > 1 and not takes_several(kind):
         raise CannotLoad(f"{kind.__name__} takes one picture, not {len(images)}")
@@ -136,28 +136,43 @@ def _guidance(taken: Mapping[str, inspect.Parameter]) -> str:
     return "true_cfg_scale" if other else "guidance_scale"
 
 
-def _sister(kind: Any, mapping: str, option: str) -> Any:
-    """The pipeline of the same family in one of diffusers' mappings of tasks, or by its name.
+Pictured = Literal["image", "mask_image"]
 
-    Not all are in the mappings.
+SISTERS: dict[Pictured, tuple[str, str]] = {
+    "image": ("IMAGE2IMAGE", "Img2Img"),
+    "mask_image": ("INPAINT", "Inpaint"),
+}
+"""By the argument that a class lacks: diffusers' task, and what names of classes say of it."""
+
+
+def sister_of(kind: Any, argument: Pictured) -> Any | None:
+    """The pipeline of the same parts that takes `argument`; None if diffusers has none.
+
+    It is in diffusers' mapping of tasks, or, since not all are, has the name that it would have.
     """
     import diffusers
     from diffusers.pipelines import auto_pipeline
 
-    tasks = ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT")
-    for task in tasks:
-        family = getattr(auto_pipeline, f"AUTO_{task}_PIPELINES_MAPPING")
+    task, word = SISTERS[argument]
+    sisters = getattr(auto_pipeline, f"AUTO_{task}_PIPELINES_MAPPING")
+    for each in ("TEXT2IMAGE", "IMAGE2IMAGE", "INPAINT"):
+        family = getattr(auto_pipeline, f"AUTO_{each}_PIPELINES_MAPPING")
         for name, found in family.items():
-            if found is kind and name in getattr(auto_pipeline, mapping):
-                return getattr(auto_pipeline, mapping)[name]
-    task = {"mask": "Inpaint", "image": "Img2Img"}[option]
-    sister = getattr(diffusers, f"{kind.__name__.removesuffix('Pipeline')}{task}Pipeline", None)
-    if sister is not None and _parts(sister) <= _parts(kind):
-        return sister
-    raise CannotLoad(
-        f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that does: "
-        f"leave --{option} out"
-    )
+            if found is kind and name in sisters:
+                return sisters[name]
+    named = getattr(diffusers, f"{kind.__name__.removesuffix('Pipeline')}{word}Pipeline", None)
+    return named if named is not None and _parts(named) <= _parts(kind) else None
+
+
+def _sister(kind: Any, argument: Pictured) -> Any:
+    found = sister_of(kind, argument)
+    if found is None:
+        option = OPTIONS[argument].removeprefix("--")
+        raise CannotLoad(
+            f"{kind.__name__} takes no {option}, and diffusers has no pipeline of its parts that "
+            f"does: leave --{option} out"
+        )
+    return found
 
 
 def _parts(kind: Any) -> set[str]:

@@ -20,7 +20,7 @@ import piflux
 from piflux.errors import CannotLoad, Stopped
 from piflux.integrations.diffusers import ranks_of, set_compute, sharing
 from piflux.launch import cores
-from piflux.pipelines.arguments import arguments, takes, takes_several
+from piflux.pipelines.arguments import SISTERS, arguments, sister_of, takes, takes_several
 from piflux.pipelines.folders import as_kind, load
 from piflux.ranks.board import bounded
 from piflux.ranks.groups import own_device
@@ -68,9 +68,7 @@ class Artist:
         kind = type(self._pipe)
         taken = inspect.signature(kind.__call__).parameters
         names = set(taken)
-        for option, mapping in SISTERS.items():
-            if option not in names and _has_sister(kind, mapping):
-                names.add(option)
+        names |= {x for x in SISTERS if sister_of(kind, x) is not None}
         factor = int(getattr(self._pipe, "vae_scale_factor", 8))
         side = getattr(self._pipe, "default_sample_size", None)
         side = side * factor if isinstance(side, int) else 1024
@@ -251,21 +249,6 @@ class _Watch:
         """Median seconds of a step that was computed: the longer ones, where some were left out."""
         times = sorted(b - a for a, b in zip(self._ends, self._ends[1:], strict=False))
         return statistics.median(times[len(times) // 2 :]) if len(times) > 1 else None
-
-
-SISTERS = {
-    "image": "AUTO_IMAGE2IMAGE_PIPELINES_MAPPING",
-    "mask_image": "AUTO_INPAINT_PIPELINES_MAPPING",
-}
-"""By an argument that a pipeline's class lacks, diffusers' classes of its parts that have it."""
-
-
-def _has_sister(kind: Any, mapping: str) -> bool:
-    from diffusers.pipelines import auto_pipeline
-
-    families = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
-    names = [name for name, each in families.items() if each is kind]
-    return any(name in getattr(auto_pipeline, mapping) for name in names)
 
 
 def _batched(draw: Draw) -> dict[str, Any]:
