@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from graphs import captured_flux, transformed
-from models import flux_inputs, tiny_flux
+from models import flux_inputs, quantized, tiny_flux
 from test_auto import Attention, X
 from test_virtual_ranks import image
 from torch import fx
@@ -142,6 +142,19 @@ def test_weights_that_do_not_fit_by_themselves():
     said = str(error.value)
     assert re.search(r"The weights alone are 0\.\d+ MiB more than a rank may hold\. ", said)
     assert "GPU" not in said and " 0.0 " not in said
+
+
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("in_8_bits", [False, True])
+def test_8_bits_are_told_where_they_are_not_taken(in_8_bits):
+    model = tiny_flux(double=2)
+    if in_8_bits:
+        quantized(model.transformer_blocks)
+        quantized(model.single_transformer_blocks)
+    parallel = piflux.parallelize(model, group=virtual_ranks(2), inner="eager", memory=1e-9)
+    with torch.no_grad(), pytest.raises(DoesNotFit) as error:
+        parallel(**flux_inputs())
+    assert ("weights in 8 bits" in str(error.value)) != in_8_bits
 
 
 def needed(here=2, **options):

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 DEVICE = "cuda"
 """Whose memory is counted: no allocator tells how much a host has left for one process."""
 
+LITTLE = 0.1
+"""A part of the weights that is not worth telling of: what is left of them in 16 bits, say, when
+the blocks' are in 8."""
+
 MemoryLimit = float | Literal["auto"] | None
 """GiB that a rank may hold on its device, with what is there before; 'auto' for what that has."""
 
@@ -306,7 +310,7 @@ def _weights_instead(first: Option, part: Counted, room: Room, *, shareable: boo
     if shareable and shared < whole:  # of few blocks the buffers take more than is shared
         found.append(f"shard_weights=True takes {_gib(shared)} for the weights")
     saved = saved_by_8_bits(*part)
-    if saved:
+    if saved > LITTLE * whole:
         each = "whole weights" if first.shares else "weights"
         found.append(f"{each} in 8 bits (quantized, --quantize) take about {_gib(whole - saved)}")
     return "".join(f"; {x}" for x in found)
