@@ -214,6 +214,32 @@ def test_what_follows_a_failed_image_is_not_of_it(ranks):
     assert ranks(2, after_a_failed_image) == [True, True]
 
 
+def images_apart(rank, group):
+    """Rank 1 has drawn three images by itself, as of another group's model."""
+    ranks = ProcessRanks.of(group)
+    for _ in range(3 * rank):
+        with ranks.image():
+            pass
+    if rank == 0:
+        with pytest.raises(RanksDisagree, match="image number"), ranks.image():
+            ranks.any(False)
+    with ranks.image():
+        assert ranks.any(rank == 0)
+    # Likewise where the beginning of an image is inferred.
+    for _ in range(3 * rank):
+        with ranks.image():
+            pass
+    model, x = piflux.parallelize(Attention(), group=group, inner="eager"), torch.ones(1, 1, 12, 8)
+    if rank == 0:
+        with pytest.raises(RanksDisagree, match="image number"):
+            model(x)
+    return model(x).equal(Attention()(x))
+
+
+def test_ranks_that_are_images_apart_are_told_once(ranks):
+    assert ranks(2, images_apart) == [True, True]
+
+
 def test_meetings_of_one_store_know_nothing_of_each_other():
     """As a server's groups, of which a dead process left its word and its address behind."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -304,8 +304,7 @@ class ProcessRanks:
             if len(set(images)) == 1:
                 break
             if not first or image < max(images):
-                if not self._depth:  # nobody counts on: their next call is of the same image
-                    self._image = max(images)
+                self._image = max(images) - 1  # the next one is that in which the others wait
                 self._refuse("image number", images)
             # The others are told that they are in an image which this rank has left.
             self._waiting.waited = False
