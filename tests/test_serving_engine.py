@@ -719,6 +719,37 @@ def test_previews_of_packed_and_normalised_latents():
     assert near[0, 1] > 0.5  # this autoencoder was never trained
 
 
+def test_previews_of_an_autoencoder_of_videos():
+    """Qwen-Image's, with a mean and a deviation of its own for each channel, on one frame."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=16,
+        dim_mult=[1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False],
+        latents_mean=[0.5, -1.0, 2.0, 0.0] * 4,
+        latents_std=[0.5, 2.0, 3.0, 1.0] * 4,
+    ).eval()
+    pipe = diffusers.QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None)
+    previews = Previews.fit(pipe)
+    height, width = 64, 96
+    shade = torch.linspace(0, 1, height)[:, None] * torch.linspace(1, 0.2, width)
+    picture = torch.stack([shade, shade.flip(0), shade.flip(1)])
+    with torch.no_grad():
+        encoded = vae.encode(2 * picture[None, :, None] - 1).latent_dist.mode()
+    told = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(x).view(-1, 1, 1, 1) for x in told)
+    normal = (encoded - mean) / std
+    rows, columns = normal.shape[-2:]
+    latents = pipe._pack_latents(normal, 1, 16, rows, columns)
+    (small,) = previews.pictures(latents, height, width)
+    assert small.size == (columns, rows)
+    wanted = F.interpolate(255 * picture[None], (rows, columns), mode="area")[0]
+    near = np.corrcoef(np.asarray(small).ravel(), wanted.movedim(0, -1).numpy().ravel())
+    assert near[0, 1] > 0.5  # this autoencoder was never trained
+
+
 def test_ranks_stop_together_and_draw_on(running, alone):
     """An image ends that would take for ever, and the group isn't made anew."""
     running.engine._turns.pace = Prefers(2)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLES = 8
 """Pictures that the map is fitted on."""
@@ -42,21 +43,27 @@ class Previews:
             not known.
         """
         vae: Any = getattr(pipe, "vae", None)
-        config = getattr(vae, "config", None)
+        config: Any = getattr(vae, "config", None)
         unpack = _unpacker(pipe)
-        shift: float = getattr(config, "shift_factor", None) or 0.0
-        scale: float | None = getattr(config, "scaling_factor", None)
+        shift: float | Tensor = getattr(config, "shift_factor", None) or 0.0
+        scale: float | Tensor | None = getattr(config, "scaling_factor", None)
         if hasattr(pipe, "_unpack_latents_with_ids") and hasattr(vae, "bn"):
             unpack, shift, scale = _of_flux_2(pipe), 0.0, 1.0
-        if unpack is None or not scale or not hasattr(vae, "encode"):
+        elif scale is None and hasattr(pipe, "_unpack_latents") and hasattr(config, "latents_std"):
+            # Of each channel: Qwen-Image. What is not packed are videos.
+            shift, spread = (
+                torch.tensor(x).view(-1, 1, 1) for x in (config.latents_mean, config.latents_std)
+            )
+            scale = 1 / spread
+        if unpack is None or scale is None or not hasattr(vae, "encode"):
             return None
         parameter = next(vae.parameters())
         pictures = _blobs().to(parameter.device)
         with torch.no_grad():
-            encoded = [
-                vae.encode(2 * picture[None].to(parameter.dtype) - 1).latent_dist.mode()
-                for picture in pictures
-            ]
+            encoded = [_encoded(vae, 2 * x[None].to(parameter.dtype) - 1) for x in pictures]
+        shift, scale = (
+            x.to(parameter.device) if isinstance(x, Tensor) else x for x in (shift, scale)
+        )
         latents = (torch.cat(encoded).float() - shift) * scale
         colours = F.interpolate(pictures, latents.shape[-2:], mode="area")
         x = _with_constant(latents).flatten(0, 2).double()
@@ -101,6 +108,13 @@ class Previews:
         return [Image.fromarray(x) for x in pixels]
 
 
+def _encoded(vae: Any, picture: Tensor) -> Tensor:
+    """(1, channels, rows, columns) of (1, 3, height, width); of videos' autoencoders, one frame."""
+    frames = any(isinstance(x, nn.Conv3d) for x in vae.modules())
+    found = vae.encode(picture.unsqueeze(2) if frames else picture).latent_dist.mode()
+    return found.squeeze(2) if frames else found
+
+
 Unpack = Callable[[Tensor, int, int], Tensor]
 
 
@@ -124,14 +138,16 @@ def _of_flux_2(pipe: Any) -> Unpack:
 def _unpacker(pipe: Any) -> Unpack | None:
     """Which shape the pipeline's latents have where callbacks get them."""
     factor = getattr(pipe, "vae_scale_factor", None)
-    if hasattr(pipe, "_unpack_latents") and factor is not None:
+    takes = inspect.signature(getattr(pipe, "_unpack_latents", lambda: None)).parameters
+    if len(takes) == len(("latents", "height", "width", "factor")) and factor is not None:
 
         def unpack(latents: Tensor, height: int, width: int) -> Tensor:
             unpacked: Tensor = pipe._unpack_latents(latents, height, width, factor)
             return unpacked.squeeze(2) if unpacked.dim() == 5 else unpacked
 
         return unpack
-    if hasattr(pipe, "prepare_latents") and not hasattr(pipe, "_unpack_latents_with_ids"):
+    packed = hasattr(pipe, "_unpack_latents") or hasattr(pipe, "_unpack_latents_with_ids")
+    if hasattr(pipe, "prepare_latents") and not packed:
         return lambda latents, height, width: latents
     return None
 
