@@ -49,7 +49,7 @@ class Collective:
         self.pieces: Sequence[Tensor] = [x.view(piece.dtype).view(piece.shape) for x in pieces]
         self._headers = None if header is None else self._to[:, -BYTES:].view(torch.float64)
         self._waiting = waiting
-        # Of other kinds of numbers, say: told at once, and not when the time is over.
+        # With its size, so that ranks that send different numbers of bytes are told so at once.
         self._what = f"{what} ({self._of.numel()} bytes)"
         self._works: Sequence[dist.Work] = ()
 
