@@ -689,6 +689,12 @@ def test_previews_are_told_by_one_rank_evenly_spaced(running, demo):
         assert near(pixels(each.images), preview)
 
 
+def shaded(height, width):
+    """(3, height, width): another slope in each colour, from 0 to 1."""
+    shade = torch.linspace(0, 1, height)[:, None] * torch.linspace(1, 0.2, width)
+    return torch.stack([shade, shade.flip(0), shade.flip(1)])
+
+
 def test_previews_of_packed_and_normalised_latents():
     """FLUX.2's, of a small autoencoder with numbers of its own in the batch norm."""
     torch.manual_seed(0)
@@ -705,8 +711,7 @@ def test_previews_of_packed_and_normalised_latents():
     pipe = diffusers.Flux2KleinPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None)
     previews = Previews.fit(pipe)
     height, width = 64, 96
-    shade = torch.linspace(0, 1, height)[:, None] * torch.linspace(1, 0.2, width)
-    picture = torch.stack([shade, shade.flip(0), shade.flip(1)])
+    picture = shaded(height, width)
     with torch.no_grad():
         latents = pipe._pack_latents(pipe._encode_vae_image(2 * picture[None] - 1, None))
         (small,) = previews.pictures(latents, height, width)
@@ -734,8 +739,7 @@ def test_previews_of_an_autoencoder_of_videos():
     pipe = diffusers.QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None)
     previews = Previews.fit(pipe)
     height, width = 64, 96
-    shade = torch.linspace(0, 1, height)[:, None] * torch.linspace(1, 0.2, width)
-    picture = torch.stack([shade, shade.flip(0), shade.flip(1)])
+    picture = shaded(height, width)
     with torch.no_grad():
         encoded = vae.encode(2 * picture[None, :, None] - 1).latent_dist.mode()
     told = vae.config.latents_mean, vae.config.latents_std
