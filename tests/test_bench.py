@@ -5,6 +5,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -54,6 +55,37 @@ def test_table():
     assert lines[3].endswith("| 3.00 s | 0.75 s | 0.25 s |  | 2.0 / 0.01 MB |")
     assert "ImportError: no module" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_other_numbers_of_steps_have_a_table():
+    rows = [
+        Result("gather", 2, [1.0], [1.0] * 4, further_s={4: [0.3], 8: [0.5, 0.7, 0.6]}),
+        Result("gather-18", 2, [1.0], [1.0] * 4),
+        Result("rotate", 2, error="ImportError: no module"),
+    ]
+    *_, empty, heads, rule, whole, none = markdown(rows, FLOOR).splitlines()
+    assert (empty, heads) == ("", "| row | ranks | 8 steps, s | 4 steps, s |")
+    assert (whole, none) == ("| gather | 2 | 0.600 | 0.300 |", "| gather-18 | 2 |  |  |")
+    assert rule.count("|") == heads.count("|")
+
+
+def test_rows_of_18_computed_steps_draw_no_fewer(monkeypatch, tmp_path):
+    """Of a run of 28 steps and 8 they leave the second out; of one of 8 they have no part."""
+    asked = {}
+
+    def run(settings, *_):
+        asked[settings.row] = settings.steps, settings.further
+        return Result(settings.row, settings.ranks, [1.0], [1.0] * 4)
+
+    monkeypatch.setattr(bench_module, "run_row", run)
+    monkeypatch.setattr(bench_module, "measure_floor", lambda *_: FLOOR)
+    run_bench = partial(CliRunner().invoke, cli.app)
+    done = run_bench(["bench", "--steps=28", "--steps=8", "--steps=8", f"--out={tmp_path}"])
+    assert done.exit_code == 0, done.output
+    assert asked["gather-18"] == (28, ()) and asked["gather"] == (28, (8,))
+    asked.clear()
+    assert run_bench(["bench", "--steps=8", f"--out={tmp_path}"]).exit_code == 0
+    assert asked["gather"] == (8, ()) and not any(row.endswith("-18") for row in asked)
 
 
 def test_chart(tmp_path):
@@ -111,7 +143,7 @@ def test_models_in_small(model):
     ("model", "row"), [("qwen-image", "piflux-1"), ("z-image", "eager"), ("wan", "eager")]
 )
 def test_rows_of_other_models(model, row):
-    result = measure(Settings(row, 1, 32, 48, 3, 1, model))
+    result = measure(Settings(row, 1, 32, 48, 3, 1, (), model))
     assert len(result.image_s) == EARLY + 1 and len(result.step_ms) == 3
     assert min(result.step_ms) > 0
 
@@ -122,7 +154,7 @@ def test_rows_on_cpu_ranks(ranks, monkeypatch, tmp_path):
         "piflux.tools.bench.bench.launch", lambda job, n, *args: ranks.launch(n, job, *args)[0]
     )
     arguments = ["--row=eager", "--row=rotate", "--height=128", "--width=128", "--steps=3"]
-    arguments += ["--images=1", f"--out={tmp_path}"]
+    arguments += ["--steps=2", "--images=1", f"--out={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["piflux", "bench", *arguments])
     done = CliRunner().invoke(cli.app, ["bench", *arguments])
     assert done.exit_code == 0, done.output
@@ -133,6 +165,10 @@ def test_rows_on_cpu_ranks(ranks, monkeypatch, tmp_path):
     eager, rotate = record["rows"]
     assert (eager["ranks"], rotate["ranks"]) == (1, 2)
     assert len(eager["step_ms"]) == len(rotate["step_ms"]) == 3
+    assert (record["steps"], record["further_steps"]) == (3, [2])
+    for row in eager, rotate:
+        assert [len(seconds) for seconds in row["further_s"].values()] == [1]
+    assert "| row | ranks | 2 steps, s |" in (tmp_path / "bench.md").read_text()
     assert rotate["steady_bytes"] == 32 * 64 * 4  # half of 64 latent tokens
     assert rotate["sync_bytes"] > rotate["steady_bytes"]
     assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "bench.md", "bench.png"}
@@ -177,7 +213,7 @@ def test_flags_are_of_the_row_that_is_run(monkeypatch):
         return model, nullcontext
 
     monkeypatch.setitem(ROWS, "rotate", Row(prepare))
-    measure(Settings("rotate", 1, 32, 48, 2, 1, "flux.1", "int8", True))
+    measure(Settings("rotate", 1, 32, 48, 2, 1, (), "flux.1", "int8", True))
     assert seen == ["int8", {"shard_weights": True}]
     seen.clear()
     measure(Settings("rotate", 1, 32, 48, 2, 1))
@@ -237,6 +273,7 @@ def test_without_torchao_no_row_begins(monkeypatch):
         ("--model=wan --row=para-attention", "choose from"),
         ("--shard-weights --row=eager", "--shard-weights choose from gather, gather-18, rotate"),
         ("--quantize=int8 --row=rotate-fp8", "--quantize int8 choose from eager, compiled"),
+        ("--row=gather-18 --steps=8", "--model flux.1 --steps 8 choose from eager"),
         ("--row=compiled", "needs a GPU"),
         ("--ranks=999", "there are"),
     ],

@@ -128,7 +128,27 @@ def markdown(results: list[Result], floor: Floor) -> str:
             f"| {r.median_ms / floor.ms(r.ranks):.2f}x | {' | '.join(_images(r))} "
             f"| {memory} | {sent} |"
         )
+    numbers = further_steps(results)
+    if numbers:
+        heads = " | ".join(f"{n} steps, s" for n in numbers)
+        lines += ["", f"| row | ranks | {heads} |", "|---" * (2 + len(numbers)) + "|"]
+        lines += [
+            f"| {r.row} | {r.ranks} | {' | '.join(further_images(r, numbers))} |"
+            for r in results
+            if r.error is None
+        ]
     return "\n".join(lines) + "\n"
+
+
+def further_steps(results: list[Result]) -> list[int]:
+    """The other numbers of steps that any row drew images of, most first."""
+    return sorted({n for r in results for n in r.further_s}, reverse=True)
+
+
+def further_images(result: Result, numbers: list[int]) -> list[str]:
+    """Of each number of steps the timed images' median seconds, of one that it didn't draw ''."""
+    timed = (result.further_s.get(n) for n in numbers)
+    return ["" if s is None else f"{statistics.median(s):.3f}" for s in timed]
 
 
 def _images(result: Result) -> list[str]:
@@ -165,7 +185,12 @@ def bench(
     ranks: Annotated[int | None, typer.Option(min=2, help="Default: the GPUs here, or 2.")] = None,
     height: Annotated[int | None, typer.Option(help="Default: the model's usual, 1024.")] = None,
     width: Annotated[int | None, typer.Option(help="Likewise.")] = None,
-    steps: Annotated[int, typer.Option(min=2)] = 28,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=2, help="Of an image. Default: 28. Repeatable: the first's are told in full."
+        ),
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Timed images a row.")] = 3,
     link: Annotated[Literal["nvlink", "no-p2p", "sockets"], typer.Option()] = "nvlink",
     quantize: options.QuantizeOption = "none",
@@ -177,6 +202,7 @@ def bench(
     """Time the denoise loop of an architecture with random weights, row by row."""
     if model not in MODELS:
         raise typer.BadParameter(f"--model {model}: choose from {', '.join(MODELS)}")
+    numbers = list(dict.fromkeys(steps or [28]))
     for side, pixels in (("--height", height), ("--width", width)):
         if pixels is not None:
             options.check_side(side, pixels)
@@ -184,6 +210,7 @@ def bench(
         name
         for name, way in WAYS.items()
         if model in way.models
+        and way.fewest_steps <= numbers[0]
         and (quantize == "none" or way.quantizes)
         and (not shard_weights or way.shares)
     ]
@@ -191,6 +218,7 @@ def bench(
         if name not in able:
             asked = f" --quantize {quantize}" if quantize != "none" else ""
             asked += " --shard-weights" if shard_weights else ""
+            asked += f" --steps {numbers[0]}" if numbers[0] != 28 else ""
             raise typer.BadParameter(
                 f"--row {name}: for --model {model}{asked} choose from {', '.join(able)}"
             )
@@ -226,7 +254,8 @@ def bench(
         "model": model,
         "height": height,
         "width": width,
-        "steps": steps,
+        "steps": numbers[0],
+        "further_steps": numbers[1:],
         "quantize": quantize,
         "shard_weights": shard_weights,
         "floor": asdict(floor),
@@ -236,9 +265,18 @@ def bench(
         task = progress.add_task("rows", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            one = 1 if WAYS[name].alone else ranks
+            way = WAYS[name]
             settings = Settings(
-                name, one, height, width, steps, images, model, quantize, shard_weights
+                name,
+                1 if way.alone else ranks,
+                height,
+                width,
+                numbers[0],
+                images,
+                tuple(n for n in numbers[1:] if n >= way.fewest_steps),
+                model,
+                quantize,
+                shard_weights,
             )
             results.append(run_row(settings, link, out / f"{name}.log"))
             # After each row, for one who loses patience with a later one.
@@ -255,14 +293,16 @@ def bench(
 
 
 def _print(results: list[Result], floor: Floor, title: str) -> None:
+    numbers = further_steps(results)
     columns = ("row", "ranks", "ms a step", "of the floor", "first image", "second", "warm")
-    table = Table(*columns, title=escape(title))
+    table = Table(*columns, *(f"{n} steps, s" for n in numbers), title=escape(title))
     for r in results:
         if r.error is not None:
             table.add_row(r.row, str(r.ranks), "failed")
         else:
             ratio = f"{r.median_ms / floor.ms(r.ranks):.2f}x"
-            table.add_row(r.row, str(r.ranks), f"{r.median_ms:.1f}", ratio, *_images(r))
+            cells = r.row, str(r.ranks), f"{r.median_ms:.1f}", ratio
+            table.add_row(*cells, *_images(r), *further_images(r, numbers))
     console.print(table)
     for r in results:  # what was in the way has no room in a column
         if r.error is not None:

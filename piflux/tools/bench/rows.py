@@ -240,18 +240,27 @@ def measure(settings: Settings) -> Result:
     more = {"shard_weights": True} if settings.shard_weights else {}
     call, generation = row.prepare(model, on_gpu, **more)
     result = Result(settings.row, settings.ranks)
+
+    def draw(steps: int) -> tuple[float, list[float]]:
+        """Seconds of an image, and milliseconds of its steps."""
+        synchronize(on_gpu)
+        start = time.perf_counter()
+        step_ms = row.image(call, generation, architecture, inputs, steps)
+        synchronize(on_gpu)
+        return time.perf_counter() - start, step_ms
+
     with torch.no_grad():
         for image in range(EARLY + settings.images):
             if on_gpu and image == EARLY:
                 torch.cuda.reset_peak_memory_stats()
-            synchronize(on_gpu)
-            start = time.perf_counter()
-            step_ms = row.image(call, generation, architecture, inputs, settings.steps)
-            synchronize(on_gpu)
-            result.image_s.append(time.perf_counter() - start)
+            image_s, step_ms = draw(settings.steps)
+            result.image_s.append(image_s)
             result.step_ms += step_ms if image >= EARLY else []
-    if on_gpu:
-        result.peak_memory_gib = peak_bytes() / 2**30
+        if on_gpu:
+            result.peak_memory_gib = peak_bytes() / 2**30
+        for steps in settings.further:
+            drawn = [draw(steps) for _ in range(EARLY + settings.images)]
+            result.further_s[steps] = [image_s for image_s, _ in drawn[EARLY:]]
     _explain(call, result)
     return result
 

@@ -26,6 +26,7 @@ class Way:
         models: those that it can run.
         quantizes: whether it can run with blocks' weights in 8 bits.
         shares: whether with weights that are shared over the ranks.
+        fewest_steps: of an image that it can draw.
     """
 
     alone: bool = False
@@ -33,6 +34,7 @@ class Way:
     models: tuple[str, ...] = MODELS
     quantizes: bool = False
     shares: bool = False
+    fewest_steps: int = 2
 
 
 ONE = Way(alone=True, quantizes=True)
@@ -45,16 +47,16 @@ WAYS = {
     "compiled": replace(ONE, needs_gpu=True),
     "compiled-blocks": replace(ONE, needs_gpu=True),
     "piflux-1": ONE,
-    "piflux-1-18": ONE,
+    "piflux-1-18": replace(ONE, fewest_steps=18),
     "piflux-1-fp8": Way(alone=True, needs_gpu=True, models=FLUX_1),
     "gather": SPLIT,
     "gather-shared": SHARED,
-    "gather-18": SPLIT,
+    "gather-18": replace(SPLIT, fewest_steps=18),
     "rotate": SPLIT,
     "rotate-shared": SHARED,
-    "rotate-18": SPLIT,
+    "rotate-18": replace(SPLIT, fewest_steps=18),
     "rotate-fp8": Way(needs_gpu=True, models=FLUX_1, shares=True),
-    "rotate-fp8-18": Way(needs_gpu=True, models=FLUX_1, shares=True),
+    "rotate-fp8-18": Way(needs_gpu=True, models=FLUX_1, shares=True, fewest_steps=18),
     "rotate-recompute": SPLIT,
     "rotate-int8": SPLIT,
     "rotate-int4": SPLIT,
@@ -79,6 +81,7 @@ class Settings:
         height: pixels, a multiple of 16; likewise `width`.
         steps: denoise steps an image.
         images: timed images, after some that are not.
+        further: other numbers of steps, for so many images of each.
         model: one of MODELS.
         quantize: what the blocks' weights are in, beside what the row's name says.
         shard_weights: whether ranks share the weights, likewise.
@@ -90,6 +93,7 @@ class Settings:
     width: int
     steps: int
     images: int
+    further: tuple[int, ...] = ()
     model: str = "flux.1"
     quantize: Literal["none", "fp8", "int8"] = "none"
     shard_weights: bool = False
@@ -107,6 +111,7 @@ class Result:
             included; None on CPUs.
         sync_bytes: what a rank sends in a sync step, where piflux runs.
         steady_bytes: and in any other step.
+        further_s: by each other number of steps, seconds of the timed images of so many.
         error: why there is nothing else.
     """
 
@@ -117,6 +122,7 @@ class Result:
     peak_memory_gib: float | None = None
     sync_bytes: int | None = None
     steady_bytes: int | None = None
+    further_s: dict[int, list[float]] = field(default_factory=dict)
     error: str | None = None
 
     @property
