@@ -7,7 +7,8 @@
     python benchmarks/models_table.py out/*/bench.json
 
 Times are medians of all timed steps, in milliseconds; a ratio is to compiled blocks on one GPU. The
-sync steps are the first timed image's. The first image is compiled in its course.
+sync steps are the first timed image's. The first image is compiled in its course. Rows of one model
+and size may be in several files.
 """
 
 from __future__ import annotations
@@ -33,14 +34,25 @@ def tables(records: Sequence[Mapping[str, Any]]) -> str:
         "|---" * (4 + len(ROWS)) + "|",
     ]
     memory = [f"| model, size | {' | '.join((ALONE, *ROWS))} |", "|---" * (2 + len(ROWS)) + "|"]
-    for record in records:
-        rows = {row["row"]: row for row in record["rows"] if row["error"] is None}
+    for record, rows in _by_model(records):
         name = f"{record['model']}, {record['width']} x {record['height']}"
         cells = [_time(rows, row) for row in (ALONE, *ROWS)]
         times.append(f"| {' | '.join([name, *cells, _syncs(record, rows), _first(rows)])} |")
         cells = [_peak(rows.get(row)) for row in (ALONE, *ROWS)]
         memory.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join([*times, "", *memory]) + "\n"
+
+
+def _by_model(
+    records: Sequence[Mapping[str, Any]],
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """The first record of each model and size, with the rows of all of its records by name."""
+    found: dict[Any, tuple[Mapping[str, Any], dict[str, Any]]] = {}
+    for record in records:
+        what = tuple(record[key] for key in ("model", "width", "height", "steps"))
+        _, rows = found.setdefault(what, (record, {}))
+        rows |= {row["row"]: row for row in record["rows"] if row["error"] is None}
+    return list(found.values())
 
 
 def _time(rows: Mapping[str, Any], name: str) -> str:

@@ -107,8 +107,10 @@ def test_models_table_is_of_what_bench_writes(monkeypatch):
         row("rotate", 2, 10.0, [90.0, 40.0, 80.0, 40.0] + [40.0] * 4),
         asdict(Result("diffusers-ulysses", 2, error="no plan")),
     ]
-    record = {"model": "wan", "width": 832, "height": 480, "steps": 4, "rows": found}
-    times, memory = (part.splitlines() for part in tables([record]).split("\n\n"))
+    record = {"model": "wan", "width": 832, "height": 480, "steps": 4}
+    files = [record | {"rows": rows} for rows in (found[:1], found[1:])]
+    times, memory = (part.splitlines() for part in tables(files).split("\n\n"))
+    assert (len(times), len(memory)) == (3, 3)
     name = "| wan, 832 x 480 "
     assert (
         times[2] == f"{name}| 100.0 | fails | 50.0 (2.00x) | 40.0 (2.50x) | 90, 80 | 20.0, 10.0 |"

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
+from piflux.policies.masks import NEEDED
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
 from piflux.tools.quality import charts
@@ -38,7 +39,7 @@ from piflux.tools.quality.drift import (
 )
 from piflux.tools.quality.lpips import LPIPS
 from piflux.tools.quality.quality import quality
-from piflux.tools.quality.tuning import Budget, masks_of, tune
+from piflux.tools.quality.tuning import Budget, masks_of, search_masks, tune
 from piflux.tools.quality.variants import CANDIDATES, SMALLER, Variant
 
 # ------------------------------------------------------------------------------------------ LPIPS
@@ -399,6 +400,25 @@ def test_masks_leave_out_what_is_missed_least():
     masks = masks_of(Pretended(12))
     assert masks == {n: "x" * n + "." * (12 - n) for n in range(4, 13)}
     assert masks_of(Pretended(9)) == {9: "x" * 9}
+
+
+def test_masks_are_those_that_trying_each_step_finds():
+    """With fewer trials, where a step left out beside another takes pictures farther than alone."""
+    tried = []
+
+    def distance(mask):
+        tried.append(mask)
+        alone = sum((7 * i % 11 + 1) ** 2 * 0.9**i for i, x in enumerate(mask) if x == ".")
+        return alone + sum(len(run) ** 2 for run in mask.split("x"))
+
+    found = search_masks(distance, 20, 7)
+    few = len(tried)
+    mask = "x" * 20
+    for computed in range(19, 6, -1):
+        fewer = [mask[:i] + "." + mask[i + 1 :] for i in range(NEEDED, 20) if mask[i] == "x"]
+        mask = min(fewer, key=distance)
+        assert found[computed] == mask
+    assert 13 < few < (len(tried) - few) / 2
 
 
 def test_tuning_keeps_to_its_budget():

@@ -218,11 +218,12 @@ def _tune(
                 for part in (slice(half), slice(half, None))
             )
             masks = masks_of(first)
+            # What took longest, for one who loses patience with the rest.
+            (out / "masks.json").write_text(json.dumps(masks, indent=1) + "\n")
             tuned = {n: tune(first, n, budget, masks, candidates) for n in rank_counts}
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         judged = {n: second.row(chosen, n)[0] for n, (chosen, _) in tuned.items()}
-    (out / "masks.json").write_text(json.dumps(masks, indent=1) + "\n")
     for n, (chosen, rows) in tuned.items():
         path = out / f"schedule-{n}.json"
         path.write_text(json.dumps(chosen.options) + "\n")
