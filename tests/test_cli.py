@@ -339,6 +339,7 @@ def test_one_rank_is_interrupted(monkeypatch, tmp_path):
         (["x", "--model="], "--model '': no such folder"),
         (["x", "--quantize=int9"], "'--quantize': 'int9' is not one of"),
         (["x", "--compute=yes"], "--compute='yes': choose 'all'"),
+        (["x", "--policy=few.json"], "--policy few.json: compute=xx.x: an image has 28 steps"),
         (["x", "--sync-steps=,"], "or several of them, got ','"),
         (["x", "--out=x.jpg"], "written as .png, videos as .mp4"),
         (["x", "--out=folder.png"], "--out folder.png: is a folder"),
@@ -349,6 +350,7 @@ def test_wrong_usage(arguments, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "tests").mkdir()
+    (tmp_path / "few.json").write_text('{"policy": "rotate", "compute": "xx.x", "sync_steps": 40}')
     Image.new("RGB", (20, 9)).save("small.png")
     Image.new("RGB", (64, 64)).save("cut.png")
     os.truncate("cut.png", 60)

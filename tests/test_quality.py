@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 import typer
 from models import small_demo
 from PIL import Image
+from pipelines import z
 from safetensors.torch import load_file
 from test_cost import timed
 from typer.testing import CliRunner
 
 import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
+from piflux.errors import CannotLoad
 from piflux.policies.masks import NEEDED
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
@@ -31,6 +34,7 @@ from piflux.tools.quality.drift import (
     Drawn,
     Pictures,
     Row,
+    check_pictures,
     compare,
     draw,
     encode,
@@ -231,7 +235,7 @@ def test_policies_from_exact_to_drifting():
         [0, 1],
         variants,
         [2],
-        on_batch=told.append,
+        on_step=told.append,
         height=64,
         width=64,
         num_inference_steps=5,
@@ -244,11 +248,42 @@ def test_policies_from_exact_to_drifting():
     assert all(len(row.drift) == 5 for row in rows)
     assert rotate.drift[0] < 1e-5 < rotate.drift[1]
     assert unpredicted.drift[-1] > rotate.drift[-1]
-    assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [1, 1]
+    assert [told.count(what) for what in ("1 rank", "rotate, 2 ranks")] == [5, 5]
     # Half the tokens each, and what travels: all of it in gather, almost nothing in rotate.
     assert 0.5 * one.step_s < rotate.cost.mean_s < gather.cost.mean_s
     assert skipping.drift[2] < 1e-5 < skipping.drift[3]
     assert skipping.cost.mean_s == pytest.approx(0.8 * gather.cost.mean_s)
+
+
+@pytest.mark.usefixtures("captured_once")
+def test_pipelines_of_other_kinds():
+    """Z-Image encodes its prompts in lists, and its latents are no tokens."""
+    variants = [Variant.parse(text) for text in ("gather", "rotate sync_steps=1")]
+    call = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 0.0}
+    one, (gather, rotate), _ = measure(z(), ["a rose", "a dog"], [0, 1], variants, [2], **call)
+    assert one.images.shape == (2, 3, 64, 64)
+    assert min(gather.psnr) > 80 > max(rotate.psnr)
+    assert len(rotate.drift) == 3
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        (diffusers.WanPipeline, "WanPipeline makes videos"),
+        (diffusers.PixArtSigmaPipeline, "takes no 'callback_on_step_end'"),
+        (diffusers.DiTPipeline, "takes no 'prompt'"),
+    ],
+)
+def test_pipelines_whose_drift_is_not_measured(kind, said):
+    with pytest.raises(CannotLoad, match=said):
+        check_pictures(kind)
+
+
+@pytest.mark.parametrize("count, palette", [(4, "tab10"), (11, "tab20")])
+def test_few_variants_are_told_apart_by_strong_colours(count, palette):
+    cost = Cost(1.0, 1.0, 1.0, 1.0)
+    rows = [Row(str(i), 2, [], [], [], [], cost) for i in range(count)]
+    assert charts._colours(rows)["1"] == charts._pyplot().get_cmap(palette).colors[1]
 
 
 LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_every=9"
@@ -266,8 +301,10 @@ def test_nothing_overlaps_in_the_contact_sheet(monkeypatch, tmp_path, prompt):
     sheet_of([prompt, "a dog"], drawn, rows, [drawn] * 3, tmp_path / "sheet.png")
     (figure,) = figures
     titles = [axes.get_title() for axes in figure.axes[:4]]
-    assert titles[0] == "one rank" and titles[2] == "rotate, 2 ranks"
+    ranks = "2\N{NO-BREAK SPACE}ranks"
+    assert titles[0] == "one rank" and titles[2] == f"rotate, {ranks}"
     assert titles[1].split() == titles[3].split() and "refresh_every=9," in titles[1].split()
+    assert titles[1].endswith(ranks)
     assert [axes.get_xlabel() for axes in figure.axes[4:6]] == ["a dog", "31.0 dB"]
     boxes = [
         (what.get_text() if what in (axes.title, axes.xaxis.label) else "picture", box.extents)
@@ -295,10 +332,10 @@ def invoke(*arguments):
 @pytest.mark.usefixtures("few_blocks")
 def test_measured_cost_in_the_command(tmp_path):
     bench = tmp_path / "bench.json"
-    arguments = ["--json", "--count=1", "--variant=gather", "--ranks=2", "--steps=2", "--size=64"]
+    arguments = ["--count=1", "--variant=gather", "--ranks=2", "--steps=2", "--size=64"]
     arguments += [f"--out={tmp_path}", f"--bench={bench}"]
     for content, said in (
-        ("{", "Expecting property name"),
+        ("{", "is no JSON: Expecting property name"),
         ("{}", "not what piflux bench writes"),
         (json.dumps(timed(("eager", 1, [20.0], None))), "did not measure 'gather' on 2 ranks"),
     ):
@@ -311,7 +348,10 @@ def test_measured_cost_in_the_command(tmp_path):
     bench.write_text(json.dumps(record))
     result = invoke(*arguments)
     assert result.exit_code == 0, result.output
-    written = json.loads(result.stdout)
+    saved = "".join(result.stdout.partition("Saved")[2].split())
+    named = {Path(path).name for path in saved.split(",")}
+    assert named == {x.name for x in tmp_path.iterdir()} - {"bench.json"}  # that was there before
+    written = json.loads((tmp_path / "quality.json").read_text())
     assert written["bench"] == {"date": "2026-11-23", "hardware": "here", "link": "nvlink"}
     assert written["link_gbs"] is None
     assert written["rows"][0]["cost"] == {
@@ -510,7 +550,14 @@ def test_tuning_needs_one_budget(both):
         (["--tune", "--max-ms=0"], "--max-ms"),
         (["--max-lpips=1"], "--tune"),
         (["--tune", "--max-lpips=1", "--count=1"], "needs two prompts"),
+        (["--tune", "--max-ms=inf"], "inf is not a finite number"),
+        (["--link=inf"], "inf is not a finite number"),
         (["--variant=warp"], "unknown policy 'warp'"),
+        (["--variant=rotate sync_steps=0,28"], "sync_steps=0,28: an image has 28 steps, 0 to 27"),
+        (["--variant=gather compute=29"], "compute=29: an image has 28 steps"),
+        (["--variant=gather compute=xx", "--steps=3"], "compute=xx: an image has 3 steps"),
+        ([f"--seed={2**64 - 1}"], "seeds is beyond 64 bits"),
+        (["--ranks=2", "--ranks=280"], "--ranks 280: a picture of 256 x 256"),
         (["--model=./no/such/folder"], "no such folder"),
         (["--prompts=./no/such/file"], "No such file"),
         (["--bench=./no/such/file"], "does not exist"),

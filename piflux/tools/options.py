@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -152,10 +152,12 @@ def settings(
         "refresh_every": refresh_every,
         **others,
     }
+    read: dict[str, Any] = {}
     try:
         given["compute"] = read_compute(setting(str(given.get("compute", "all"))))
         if policy.endswith(".json"):
-            given |= read_settings(policy)
+            read = read_settings(policy)
+            given |= read
         Schedule(**(given | ({"policy": "rotate"} if policy == "auto" else {})))
     except ValueError as error:
         also = ", 'auto', or a .json file of settings" if "unknown policy" in str(error) else ""
@@ -163,19 +165,34 @@ def settings(
         said = str(error).removeprefix(f"policy {policy!r}: ")
         told = f"--policy {policy}: {said}" if from_file else _as_options(said)
         raise typer.BadParameter(f"{told}{also}") from None
-    compute = given["compute"]
-    if steps is not None and compute not in ("all", "auto"):
+    # Sync steps of a file may be those of an image of more steps: what it has not is not computed.
+    named = given if "sync_steps" not in read else given | {"sync_steps": None}
+    wrong = None if steps is None else beyond(named, steps)
+    if wrong is not None:
+        name, value, said = wrong
+        option = name.replace("_", "-")
+        where = f"--policy {policy}: {name}={value}" if name in read else f"--{option} {value}"
+        raise typer.BadParameter(f"{where}: {said}")
+    return given
+
+
+def beyond(settings: Mapping[str, Any], steps: int) -> tuple[str, str, str] | None:
+    """Which setting names steps that an image of `steps` steps has not: name, value, and why.
+
+    Args:
+        settings: of a schedule, in range.
+        steps: of an image.
+    """
+    compute, syncs = settings.get("compute", "all"), settings.get("sync_steps")
+    if compute not in ("all", "auto"):
         count = len(compute) if isinstance(compute, str) else compute
         if count > steps or isinstance(compute, str) and count < steps:
-            raise typer.BadParameter(f"--compute {compute}: an image has {steps} steps")
-    if sync_steps is not None and steps is not None:
-        syncs = given["sync_steps"]
-        last = max(syncs, default=0) + 1 if isinstance(syncs, tuple) else syncs
-        if last > steps:
-            raise typer.BadParameter(
-                f"--sync-steps {sync_steps}: an image has {steps} steps, 0 to {steps - 1}"
-            )
-    return given
+            return "compute", str(compute), f"an image has {steps} steps"
+    last = max(syncs, default=-1) + 1 if isinstance(syncs, tuple) else syncs or 0
+    if last > steps:
+        value = ",".join(map(str, syncs)) if isinstance(syncs, tuple) else str(syncs)
+        return "sync_steps", value, f"an image has {steps} steps, 0 to {steps - 1}"
+    return None
 
 
 def _as_options(said: str) -> str:

@@ -69,7 +69,8 @@ def sheet_of(
     prompts: Sequence[str], one: Drawn, rows: Sequence[Row], drawn: Sequence[Drawn], path: Path
 ) -> None:
     """A row a prompt, a column a variant, the first one rank's; below each picture its PSNR."""
-    titles = ["one rank", *(f"{row.variant}, {row.ranks} ranks" for row in rows)]
+    # The space is one that no line ends at.
+    titles = ["one rank", *(f"{row.variant}, {row.ranks}\N{NO-BREAK SPACE}ranks" for row in rows)]
     below = [
         [prompt, *(f"{row.psnr[index]:.1f} dB" for row in rows)]
         for index, prompt in enumerate(prompts)
@@ -136,8 +137,9 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
 
 def _colours(rows: Sequence[Row]) -> dict[str, Any]:
     """One for each variant, the same on any number of ranks."""
-    palette = _pyplot().get_cmap("tab20").colors
     variants = dict.fromkeys(row.variant for row in rows)
+    # The 20 are pairs, a strong colour and a pale one: few variants are told apart by strong ones.
+    palette = _pyplot().get_cmap("tab10" if len(variants) <= 10 else "tab20").colors
     return {name: palette[i % len(palette)] for i, name in enumerate(variants)}
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 import piflux
 from piflux.cost.clock import between, mark
+from piflux.errors import CannotLoad
+from piflux.pipelines.arguments import takes
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost, measured_cost, modelled_cost
 from piflux.tools.quality.lpips import LPIPS
@@ -34,7 +36,7 @@ class Drawn:
 
     Attributes:
         images: (B, 3, H, W), values from 0 to 1, float32 on the CPU.
-        latents: after each step, (B, tokens, channels), likewise.
+        latents: after each step, (B, ...) as the pipeline has them, likewise.
         step_s: median seconds of a step for one picture.
     """
 
@@ -64,10 +66,29 @@ class Row:
     cost: Cost
 
 
+def check_pictures(kind: Any) -> None:
+    """Refuses a pipeline whose drift is not known to be measured here.
+
+    Args:
+        kind: its class.
+
+    Raises:
+        CannotLoad: it makes videos, takes no prompts, or doesn't tell of its steps.
+    """
+    if takes(kind, "num_frames"):
+        raise CannotLoad(f"{kind.__name__} makes videos, and quality compares pictures")
+    for name in ("prompt", "callback_on_step_end"):
+        if not takes(kind, name):
+            raise CannotLoad(
+                f"{kind.__name__} takes no {name!r}, which quality needs: to draw the same "
+                "pictures again, and to look at latents after each step"
+            )
+
+
 def encode(
     pipe: Any, prompts: Sequence[str], *, max_sequence_length: int = 512, batch: int = 8
 ) -> dict[str, Tensor]:
-    """What the pipeline's call takes in place of prompts: a row a prompt, on its device."""
+    """What the call of a FLUX.1 takes in place of prompts: a row a prompt, on its device."""
     encoded = []
     with torch.no_grad():
         for start in range(0, len(prompts), batch):
@@ -81,22 +102,29 @@ def encode(
 
 def draw(
     pipe: Any,
-    texts: Mapping[str, Tensor],
+    texts: Mapping[str, Any],
     seeds: Sequence[int],
     *,
     batch: int = 8,
     decodes: bool = True,
-    on_batch: Callable[[], None] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
     **call: Any,
 ) -> Drawn:
-    """One picture for each row of `texts` (`encode`) and seed; `call` goes to the pipeline.
+    """One picture for each row of `texts` and seed.
 
-    Without `decodes` there are no images, but of latents.
+    Args:
+        pipe: a diffusers pipeline of pictures.
+        texts: arguments of its call with a row a picture: a list of prompts, or what `encode` made.
+        seeds: of the starting noise, one a picture.
+        batch: pictures drawn at once.
+        decodes: whether there are images, and not latents alone.
+        on_step: called after each step of each batch.
+        call: further arguments of the pipeline's call.
     """
     images: list[Tensor] = []
     latents: list[list[Tensor]] = []
     times: list[float] = []
-    on_gpu = all(rows.is_cuda for rows in texts.values())
+    on_gpu = pipe.device.type == "cuda"
     for start in range(0, len(seeds), batch):
         some = seeds[start : start + batch]
         states: list[Tensor] = []
@@ -105,6 +133,7 @@ def draw(
         def keep(_: Any, step: int, at: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             states.append(tensors["latents"].float().cpu())  # noqa: B023 (called in this round)
             clock.append(mark(on_gpu))  # noqa: B023
+            on_step()
             return tensors
 
         drawn = pipe(
@@ -117,7 +146,6 @@ def draw(
         images.append(drawn.images.float().cpu().clamp(0, 1) if decodes else torch.empty(0))
         latents.append(states)
         times += [ms / 1000 / len(some) for ms in between(clock)]
-        on_batch()
     steps = [torch.cat(step) for step in zip(*latents, strict=True)]
     return Drawn(torch.cat(images), steps, statistics.median(times))
 
@@ -128,15 +156,15 @@ class Pictures:
     Variants that differ only in which steps are computed, or sync, share one compiled model.
 
     Args:
-        pipe: a diffusers pipeline that encodes prompts and takes embeddings as FLUX's does.
-        prompts: one a picture. Each is encoded once, whatever the variants.
+        pipe: a diffusers pipeline of pictures, which draws from prompts and tells of its steps
+            (`callback_on_step_end`).
+        prompts: one a picture.
         seeds: of the starting noise, one a picture.
         link_gbs: GB/s that a rank sends, for the modelled cost.
         bench: what `piflux bench` wrote, for measured cost instead.
         inner: the backend that compiles the graphs.
         batch: pictures drawn at once.
-        max_sequence_length: tokens of a prompt.
-        on_batch: told what was drawn, after each batch.
+        on_step: told what is being drawn, after each step of a batch.
         call: further arguments of the pipeline's call.
 
     Attributes:
@@ -154,15 +182,14 @@ class Pictures:
         bench: Mapping[str, Any] | None = None,
         inner: str = "eager",
         batch: int = 8,
-        max_sequence_length: int = 512,
-        on_batch: Callable[[str], None] = lambda what: None,
+        on_step: Callable[[str], None] = lambda what: None,
         **call: Any,
     ) -> None:
         self._pipe, self._seeds, self._call = pipe, seeds, call | {"batch": batch}
         self._link_gbs, self._bench, self._inner = link_gbs, bench, inner
-        self._on_batch = on_batch
+        self._on_step = on_step
         self._judge = LPIPS()
-        self._texts = encode(pipe, prompts, max_sequence_length=max_sequence_length, batch=batch)
+        self._texts = {"prompt": list(prompts)}
         self._parallel: dict[Any, Any] = {}
         self.one = self._draw(pipe, "1 rank")
         self.steps = len(self.one.latents)
@@ -198,8 +225,8 @@ class Pictures:
         return _distances(self.one.latents[-1:], drawn.latents[-1:])[0]
 
     def _draw(self, pipe: Any, what: str, *, decodes: bool = True) -> Drawn:
-        told = partial(self._on_batch, what)
-        return draw(pipe, self._texts, self._seeds, decodes=decodes, on_batch=told, **self._call)
+        told = partial(self._on_step, what)
+        return draw(pipe, self._texts, self._seeds, decodes=decodes, on_step=told, **self._call)
 
     def _under(self, variant: Variant, ranks: int) -> Any:
         """The pipeline whose next picture is drawn under the variant's schedule."""

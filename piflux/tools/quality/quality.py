@@ -20,14 +20,21 @@ from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import measured_cost
 from piflux.tools.interrupts import importing
 from piflux.tools.options import (
+    LARGEST_SEED,
+    GuidanceOption,
     ModelOption,
+    SeedOption,
+    beyond,
     check_model,
     check_side,
+    check_tokens,
+    config_of,
     default_side,
     finite,
     folder,
     folder_of,
     is_hub_id,
+    text_tokens,
 )
 from piflux.tools.options import prompts as prompts_of
 from piflux.tools.quality.variants import CANDIDATES, SMALLER, Variant
@@ -54,16 +61,15 @@ def quality(
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file, one a line.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Use the first so many.")] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**63, help="Of the first prompt; the next has the next.")
-    ] = 0,
+    seed: SeedOption = 0,
     steps: Annotated[int, typer.Option(min=1)] = 28,
     size: Annotated[
         int | None, typer.Option(help="Pixels a side. Default: 1024; demo: as trained.")
     ] = None,
-    guidance: Annotated[float, typer.Option(callback=finite)] = 3.5,
+    guidance: GuidanceOption = None,
     link: Annotated[
-        float, typer.Option(min=1e-6, help="GB/s a rank sends, for the modelled cost.")
+        float,
+        typer.Option(min=1e-6, callback=finite, help="GB/s a rank sends, for the modelled cost."),
     ] = 25.0,
     bench: Annotated[
         Path | None,
@@ -75,13 +81,19 @@ def quality(
     tune_: Annotated[
         bool, typer.Option("--tune", help="Choose a schedule within a budget and save it.")
     ] = False,
-    max_lpips: Annotated[float | None, typer.Option(min=0, help="--tune: LPIPS to reach.")] = None,
+    max_lpips: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="--tune: LPIPS to reach.")
+    ] = None,
     max_ms: Annotated[
-        float | None, typer.Option(min=1e-6, help="--tune: modelled ms a step.")
+        float | None, typer.Option(min=1e-6, callback=finite, help="--tune: modelled ms a step.")
     ] = None,
     memory: Annotated[
         float | None,
-        typer.Option(min=1e-6, help="--tune: GiB a rank, of the transformer; also tries int4."),
+        typer.Option(
+            min=1e-6,
+            callback=finite,
+            help="--tune: GiB a rank, of the transformer; also tries int4.",
+        ),
     ] = None,
 ) -> None:
     """Measure how far pictures drift from one rank's: PSNR, SSIM, LPIPS, step by step."""
@@ -96,6 +108,10 @@ def quality(
             variants.append(Variant.parse(text))
         except ValueError as error:
             raise typer.BadParameter(f"--variant {error}") from None
+        wrong = beyond(variants[-1].options, steps) if variant else None
+        if wrong is not None:
+            name, value, said = wrong
+            raise typer.BadParameter(f"--variant {text!r}: {name}={value}: {said}")
     rank_counts = ranks or [2, 4]
     smaller = () if memory is None else SMALLER
     candidates = variant or [*CANDIDATES, *smaller]
@@ -105,23 +121,30 @@ def quality(
     side = default_side(model) if size is None else size
     check_side("--size", side, least=64)  # LPIPS sees nothing smaller
     texts = (list(PROMPTS) if prompts is None else prompts_of(prompts))[:count]
+    if seed + len(texts) - 1 > LARGEST_SEED:
+        raise typer.BadParameter(f"--seed {seed}: the last of {len(texts)} seeds is beyond 64 bits")
     if tune_ and len(texts) < 2:
         raise typer.BadParameter("tuning needs two prompts: one to choose by, one to judge by")
     folder(out)
     with importing():
         import torch
 
-        from piflux.pipelines.folders import load
+        from piflux.pipelines.arguments import Asked, arguments
+        from piflux.pipelines.folders import load, pipeline_class
         from piflux.tools.quality.charts import markdown, plot_drift, plot_frontier, sheet_of
-        from piflux.tools.quality.drift import measure, summary
+        from piflux.tools.quality.drift import check_pictures, measure, summary
         from piflux.tools.records import header
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         torch.set_num_threads(1)  # as a rank has; on shared cores more can be ten times slower
-    pipe, call = load(str(folder_of(model)) if is_hub_id(model) else model, torch.device(device))
+    source = str(folder_of(model)) if is_hub_id(model) else model
+    kind, call = arguments(pipeline_class(source), Asked(steps, (side, side), guidance))
+    check_pictures(kind)
+    if config_of(source, "").get("_class_name") == "FluxPipeline":
+        check_tokens(max(rank_counts), side, side, text_tokens(model))
+    pipe, more = load(source, torch.device(device))
     pipe.set_progress_bar_config(disable=True)
-    call |= {"num_inference_steps": steps, "height": side, "width": side}
-    call["guidance_scale"] = guidance
+    call |= more
 
     console = Console(stderr=json_)
     seeds = list(range(seed, seed + len(texts)))
@@ -131,9 +154,9 @@ def quality(
         budget = (max_lpips, max_ms, memory)
         _tune(console, pipe, texts, seeds, rank_counts, budget, candidates, out, options)
         return
-    rounds = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
+    drawings = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
     with Progress(console=console) as progress:
-        task = progress.add_task("1 rank", total=rounds)
+        task = progress.add_task("1 rank", total=drawings * steps)
         one, rows, drawn = measure(
             pipe,
             texts,
@@ -144,7 +167,7 @@ def quality(
             bench=timed,
             inner=inner,
             batch=batch,
-            on_batch=lambda what: progress.update(task, advance=1, description=what),
+            on_step=lambda what: progress.update(task, advance=1, description=what),
             **call,
         )
     record = {
@@ -161,11 +184,13 @@ def quality(
         "summary": summary(rows),
         "rows": [asdict(row) for row in rows],
     }
-    (out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
-    (out / "quality.md").write_text(markdown(rows))
-    sheet_of(texts[:8], one, rows, drawn, out / "sheet.png")
-    plot_drift(rows, out / "drift.png")
-    plot_frontier(rows, out / "frontier.png")
+    names = ("quality.json", "quality.md", "sheet.png", "drift.png", "frontier.png")
+    paths = [out / name for name in names]
+    paths[0].write_text(json.dumps(record, indent=2) + "\n")
+    paths[1].write_text(markdown(rows))
+    sheet_of(texts[:8], one, rows, drawn, paths[2])
+    plot_drift(rows, paths[3])
+    plot_frontier(rows, paths[4])
     if json_:
         print(json.dumps(record))
         return
@@ -178,7 +203,7 @@ def quality(
             *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips", "cost")),
         )
     console.print(table)
-    console.print(escape(f"Saved {', '.join(str(path) for path in sorted(out.iterdir()))}"))
+    console.print(escape(f"Saved {', '.join(map(str, paths))}"))
 
 
 def _tune(
@@ -204,7 +229,7 @@ def _tune(
 
     with Progress(*Progress.get_default_columns()[:1], TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("1 rank", total=None)
-        options = options | {"on_batch": lambda what: bar.update(task, description=what)}
+        options = options | {"on_step": lambda what: bar.update(task, description=what)}
         half = len(prompts) // 2
         try:
             max_lpips, max_ms, memory = asked
@@ -243,6 +268,8 @@ def _timed(
         record = json.loads(bench.read_text())
         for n, variant in itertools.product(rank_counts, variants):
             measured_cost(record, Schedule(**variant.options, world_size=n), steps)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--bench {bench}: is no JSON: {error}") from None
     except ValueError as error:
         raise typer.BadParameter(f"--bench {bench}: {error}") from None
     except (KeyError, TypeError):
