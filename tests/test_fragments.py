@@ -2,7 +2,9 @@
 
 import gc
 import logging
+import re
 import weakref
+from functools import partial
 from itertools import count
 
 import pytest
@@ -12,7 +14,9 @@ from torch import nn
 
 import piflux
 from piflux.compile import compiler
-from piflux.errors import CannotShard, NoAttention
+from piflux.errors import CannotShard, NoAttention, RanksDisagree
+from piflux.ranks.agreement import Roughly
+from piflux.runtime.fragments import Fragment, Graphs, Ran
 
 DIM = 8
 STEPS = 4
@@ -326,3 +330,107 @@ def test_fragments_are_recorded_apart(monkeypatch):
     with torch.no_grad(), piflux.generation(split):
         split(*inputs())
     assert sites and split._piflux_compiler._site not in sites
+
+
+class Odd(Model):
+    """Whose rank 1 computes something else, in one of several places, once it is told so."""
+
+    where = ""
+
+    def forward(self, x, t, prompt):
+        x = super().forward(x, t, prompt)  # which Dynamo leaves out of all graphs
+        return x * 2 if self.where == "after" else x
+
+    def step(self, block, x):
+        torch._dynamo.graph_break()
+        q, k, v = block(self.between(x))[:, None].chunk(3, -1)
+        if self.where == "branch":
+            v = v * 2
+        return x + F.scaled_dot_product_attention(q, k, v)[:, 0]
+
+    @torch._dynamo.disable
+    def between(self, x):
+        return x * 2 if self.where == "between" else x
+
+
+def told_of_others(rank, group):
+    """What each rank is told where rank 1 computes something else, from some step of an image on.
+
+    And how far the images between these were off.
+    """
+    model, told, off_by = Odd().eval(), {}, []
+    split = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+
+    def image(where="", since=0):
+        with piflux.generation(split):
+            for step in range(2):
+                if rank == 1 and step == since:
+                    model.where = where
+                args = inputs(time=0.9 - step / 10)
+                got = split(*args)
+        return off(model, got, args)
+
+    def hooked():
+        with model.blocks[1].register_forward_hook(lambda _, args, out: out * 2):
+            image()
+
+    off_by.append(image())
+    for name, draw in {
+        "a hook": hooked if rank == 1 else image,
+        "a branch": partial(image, "branch"),
+        "a branch, later": partial(image, "branch", 1),
+        "between": partial(image, "between"),
+        "after": partial(image, "after"),
+        "after, later": partial(image, "after", 1),
+    }.items():
+        with pytest.raises(RanksDisagree) as raised:
+            draw()
+        told[name] = str(raised.value)
+        model.where = ""
+        off_by.append(image())
+    return told, max(off_by)
+
+
+def test_ranks_whose_fragments_differ_are_told(ranks):
+    """They exchange what fits: all ranks would have the same wrong image."""
+    for told, off_by in ranks(2, told_of_others):
+        assert off_by < EXACT
+        for name, text in told.items():
+            lines = text.splitlines()
+            assert "hooks and code" in lines[-1]
+            if "after" in name:
+                assert re.match(
+                    r"  output 1 of (call 1 of image \d|the last step, pass 1)", lines[1]
+                )
+                assert "rank 0: norm" in lines[2] and "rank 1: norm" in lines[3]
+                continue
+            assert re.match(r"  graph \d of call \d of image \d", lines[1])
+            assert ("other than in the first call" in lines[1]) == ("later" in name)
+            if "later" in name:
+                continue
+            assert "block(" in lines[2]
+            ops = [re.match(r"    rank \d: operations (\d+, \w+); ", x)[1] for x in lines[2:4]]
+            assert (ops[0] == ops[1]) == (name == "between")
+        assert len(told["a hook"].splitlines()) == 5  # the other two blocks' graphs are the same
+
+
+def test_later_calls_are_compared_where_they_are_not_as_the_first():
+    first, other = Fragment("9, a", "x.py:1"), Fragment("9, b", "x.py:2")
+    graphs = Graphs(measures=False)
+    for fragment in (first, other, other):
+        graphs.add(fragment, ())
+    assert graphs.others((first, other, other), "call 3") == {}
+    named = graphs.others((first, first), "call 3")
+    assert list(named) == [
+        "graph 2 of call 3, other than in the first call",
+        "graphs of call 3, other than in the first call",
+    ]
+    assert named["graphs of call 3, other than in the first call"] == "3"
+
+
+@pytest.mark.parametrize("mine, theirs, differ", [(1, 1.01, False), (1, 1.03, True)])
+def test_what_a_graph_was_called_with_may_differ_by_rounding(mine, theirs, differ):
+    here = Ran(Fragment("1, a", "/one/x.py:1"), (Roughly(mine),))
+    there = Ran(Fragment("1, a", "/another/x.py:1"), (Roughly(theirs),))
+    assert here.differs(there) == differ
+    assert here.differs(Ran(here.fragment, ()))

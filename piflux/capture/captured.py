@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from piflux.errors import describe_op
+from piflux.errors import describe_op, source_line
 from piflux.graph.modules import module_of
 from piflux.graph.values import tensors
 
@@ -39,6 +39,12 @@ class Captured:
         nodes = [node for node in self.module.graph.nodes if node.op.startswith("call")]
         ops = [describe_op(node) for node in nodes if tensors(node)]
         return f"{len(ops)}, {zlib.crc32(' '.join(ops).encode()):08x}"
+
+    @cached_property
+    def place(self) -> str:
+        """Where the model's code begins with it, as 'file:line, in f: code'; '' if not recorded."""
+        nodes = (node for node in self.module.graph.nodes if node.op.startswith("call"))
+        return next(filter(None, map(source_line, nodes)), "")
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be changed."""

@@ -37,6 +37,7 @@ from piflux.ranks.groups import resolve_group
 from piflux.ranks.processes import ProcessRanks
 from piflux.ranks.protocol import Ranks
 from piflux.recording.recorder import SharedSite
+from piflux.runtime.fragments import Fragment
 from piflux.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class Compiler:
         self._unkept: Program | None = None  # was made, and has not run
         self.met_in = -1
         self._site = SharedSite()
-        self._fragments: list[Callable[..., Any]] = []
+        self._fragments: list[tuple[Fragment, Callable[..., Any]]] = []
         self._whole: list[CompileError] = []  # why fragments run whole
         self.may_share: Callable[[], bool] = lambda: False
         may_share = (lambda: self.may_share()) if shard_weights == "auto" else None
@@ -226,19 +227,22 @@ class Compiler:
 
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
         """Install a fragment of a model; one with nothing to split runs whole on every rank."""
+        captured = Captured.of(gm, example_inputs)
+        fragment = Fragment(captured.ops, captured.place)
         try:
-            captured = Captured.of(gm, example_inputs)
             made: Callable[..., Any] = self.install(captured, apart=True)
         except (NoAttention, NothingToShare) as error:
             error.__traceback__ = None  # its frames hold what the model was called with
             self._whole.append(error)
             made = self.inner(gm, list(example_inputs))
-        self._fragments.append(made)
+        self._fragments.append((fragment, made))
         return len(self._fragments) - 1
 
     def run(self, number: int, args: Sequence[Any]) -> Any:
         """What a fragment gives."""
-        return self._fragments[number](*args)
+        fragment, made = self._fragments[number]
+        self.runtime.runs(fragment, args)
+        return made(*args)
 
     def check_fragments(self, why_broken: Exception) -> None:
         """Raises what stood in the way if no fragment could be split.

@@ -29,6 +29,9 @@ HUGE = 1e15
 ACCURACY = 1e-5
 """Of a norm in float32, as kernels of different machines sum it up."""
 
+MOST_TOLD = 8
+"""Things that differ are told with each rank's value; of more only how many."""
+
 FEW = 8
 """A tensor of so few elements says when, or how: a timestep, a guidance. Ranks have them alike."""
 
@@ -44,12 +47,23 @@ class Approximate(Protocol):
 class Norm(float):
     """A weight's norm, which may differ by rounding."""
 
+    accuracy = ACCURACY
+
     def differs(self, other: Norm) -> bool:
         """By more; also where one alone is infinite, or not a number."""
         if self == other or math.isnan(self) and math.isnan(other):
             return False
         finite = math.isfinite(self) and math.isfinite(other)
-        return not finite or abs(self - other) > ACCURACY * max(self, other)
+        return not finite or abs(self - other) > self.accuracy * max(self, other)
+
+
+class Roughly(Norm):
+    """The norm of what was computed, which rounding may have changed many times."""
+
+    accuracy = TOLERANCE
+
+    def __str__(self) -> str:
+        return f"norm {self:.6g}"
 
 
 def norm_of(x: Tensor) -> Tensor:
@@ -143,18 +157,20 @@ def check_agreement(everyones: Sequence[Mapping[str, Any]]) -> None:
     """Compare fingerprints, which all ranks have of all: every rank raises, or none.
 
     Raises:
-        RanksDisagree: naming each thing that differs and its value on every rank.
+        RanksDisagree: naming what differs, at most `MOST_TOLD` things, and its value on every rank.
     """
     names = list(dict.fromkeys(name for theirs in everyones for name in theirs))
     differing = [name for name in names if _differs([theirs.get(name) for theirs in everyones])]
     if differing:
         lines = ["the ranks were not called with the same thing:"]
-        for name in differing:
+        for name in differing[:MOST_TOLD]:
             lines.append(f"  {name}")
             lines += [f"    rank {r}: {theirs.get(name)}" for r, theirs in enumerate(everyones)]
+        if len(differing) > MOST_TOLD:
+            lines.append(f"  and {len(differing) - MOST_TOLD} more")
         lines.append(
             "Give every rank the same prompt, the same starting noise (one seed for all), the same "
-            "settings and the same torch version."
+            "settings, hooks and code, and the same torch version."
         )
         error = RanksDisagree("\n".join(lines))
         error.on_all_ranks = True

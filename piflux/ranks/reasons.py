@@ -73,7 +73,7 @@ def apart(waits: Mapping[int, Wait]) -> Reason:
     lines += [f"  rank {r}: {wait.doing}, {wait.what}" for r, wait in sorted(waits.items())]
     lines.append(
         "Every rank must make the same calls in the same order: the same steps, the same "
-        "callbacks, the same interrupts, the same settings of the autoencoder"
+        "callbacks, the same interrupts, hooks and code, the same settings of the autoencoder"
     )
     return Reason("disagree", "\n".join(lines))
 

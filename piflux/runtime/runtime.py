@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from piflux.policies.step import Foreseen, Step, StepContext
 from piflux.ranks.agreement import fingerprint
 from piflux.ranks.header import header_of
 from piflux.ranks.protocol import Ranks
+from piflux.runtime.fragments import Fragment, Graphs, outputs
 from piflux.runtime.streams import Roles, Stream, Streams
 
 Result = TypeVar("Result")
@@ -66,7 +66,8 @@ class Runtime:
         self.votes = False
         self.notes: list[str] = []
         self._roles: dict[Any, tuple[object, Roles]] = {}
-        self._fragments: tuple[Call, Counter[object]] | None = None
+        self._fragments: tuple[Call, Graphs] | None = None
+        self._others: dict[str, Any] = {}  # what later calls ran that a first one did not
         self._went_on = False  # whether a stream had a second step since the image began
         self._calling = threading.RLock() if ranks is None else ranks.calling
         self._epoch = -1  # of the ranks, in which the streams began
@@ -121,11 +122,13 @@ class Runtime:
         self.streams.begin()
         self.explicit, self.foreseen = True, foreseen
         self._went_on, begun = False, self.streams.calls
+        self._others = {}
         try:
             with self._image():
                 yield
             self._tell_of_no_steps(self.streams.calls - begun)
             if self.ranks is not None:
+                self._compare_last(self.ranks)
                 self.ranks.settle()
             tables = [x for stream in self.streams for x in stream.tables.values() if x is not None]
             self.streams.end()
@@ -178,10 +181,10 @@ class Runtime:
         ranks = self.ranks
         try:
             if self._fragments is not None:
-                leader, counts = self._fragments
+                leader, graphs = self._fragments
                 self._check_epoch()
-                counts[graph] += 1  # a graph of a block is called once for each block
-                stream = self.streams.following(leader.stream, (graph, counts[graph]), roles, args)
+                fragment = graph, graphs.calls(graph)
+                stream = self.streams.following(leader.stream, fragment, roles, args)
                 step = stream.follow(leader.stream, self.schedule)
                 yield Call(self, stream, step, leader.header)
                 return
@@ -200,6 +203,7 @@ class Runtime:
             yield Call(self, stream, self._step(stream), header)
         except BaseException as error:
             self.streams.abandon()
+            self._others = {}
             # A step in which a rank is lost is computed once more.
             if ranks is not None and not _is_resumable(error):
                 ranks.stop(error)
@@ -215,6 +219,10 @@ class Runtime:
 
         Args:
             inputs: all tensors that the model is called with, by names.
+
+        Raises:
+            RanksDisagree: other graphs ran on other ranks; of a call after a stream's first one
+                `generation` raises it.
         """
         if not self.follows or not inputs:
             yield None
@@ -222,13 +230,51 @@ class Runtime:
         names, args = tuple(inputs), list(inputs.values())
         key = names, _clocks(args)
         graph, roles = self._roles.setdefault(key, (object(), _roles(*key)))
-        with self.call(graph, roles, args) as call:
+        facts = {"operations of the model": "in fragments"}
+        with self.call(graph, roles, args, facts) as call:
             call.stream.computed += call.step.computed
-            self._fragments = call, Counter()
+            apart = self.ranks is not None and not self.ranks.in_one_process
+            graphs = Graphs(measures=apart and call.stream.index == 0)
+            self._fragments = call, graphs
             try:
                 yield call
             finally:
                 self._fragments = None
+            if apart and call.step.computed:
+                self._compare(call.stream, graphs)
+
+    def runs(self, fragment: Fragment, args: Sequence[object]) -> None:
+        """A fragment is called with `args`."""
+        if self._fragments is None:
+            return
+        call, graphs = self._fragments
+        graphs.add(fragment, args)
+        if self.ranks is not None:
+            step, number = call.stream.index, len(graphs.order)
+            self.ranks.doing = f"step {step}, graph {number} ({fragment.place})"
+
+    def _compare(self, stream: Stream, graphs: Graphs) -> None:
+        """A call of a model in fragments has run; see `piflux.runtime.fragments`."""
+        assert self.ranks is not None
+        image, number = self.ranks.at()
+        call = f"call {number} of image {image}"
+        self.ranks.doing = f"step {stream.index}"
+        if stream.index > 0:
+            self._others |= graphs.others(stream.graphs, call)
+            return
+        stream.graphs = graphs.order
+        self.ranks.agree(self._others | graphs.facts(call) | outputs(stream.given, call))
+        self._others = {}
+
+    def _compare_last(self, ranks: Ranks) -> None:
+        """Likewise of an image that ends, if its calls were in fragments."""
+        leaders = [stream for stream in self.streams if stream.graphs]
+        if leaders:
+            facts = dict(self._others)
+            for number, stream in enumerate(leaders, 1):
+                facts |= outputs(stream.given, f"the last step, pass {number}")
+            # Who is lost now takes nothing along that the image would need.
+            ranks.surviving(lambda: ranks.agree(facts), "graphs")
 
     def _header(self, stream: Stream, roles: Roles, args: Sequence[Any]) -> Tensor | None:
         if self.ranks is None or self.ranks.in_one_process:
@@ -391,8 +437,8 @@ class Call:
         """Likewise, of a model whose graphs run each by themselves, in any structure."""
 
         def leaves() -> tuple[Any, ...]:
-            found, self.stream.structure = tree_flatten(step())
-            return tuple(found)
+            self.stream.given, self.stream.structure = tree_flatten(step())
+            return tuple(self.stream.given)
 
         return tree_unflatten(self._continued(leaves), self.stream.structure)
 

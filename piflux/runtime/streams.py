@@ -21,6 +21,7 @@ from piflux.memory.memory import Memory
 from piflux.policies.schedule import Schedule, Unrolled
 from piflux.policies.step import Step
 from piflux.runtime.continued import Continued
+from piflux.runtime.fragments import Fragment
 from piflux.runtime.times import Times
 
 # Guidance methods make at most three passes a step; a stream that sat out more calls than this is
@@ -98,6 +99,8 @@ class Stream:
         leader: the stream of a model's calls, whose fragment's calls these are; else None.
         structure: of what such a model gives.
         computed: how many of the model's calls of a stream of fragments were not left out.
+        graphs: that such a model's first call ran.
+        given: by its latest call, as leaves of the structure.
     """
 
     graph: object
@@ -118,6 +121,8 @@ class Stream:
     leader: Stream | None = None
     computed: int = 0
     structure: Any = None
+    graphs: Sequence[Fragment] = ()
+    given: Sequence[Any] = ()
     _times: Times = field(default_factory=lambda: Times([]))
 
     def note(self, clocks: Sequence[Tensor], latents: Sequence[Tensor]) -> None:
