@@ -1,7 +1,8 @@
 """Shows values in the Python interface, in place of the names of piflux's own constants.
 
-A signature with `drain_s=DRAIN_S` and `policy: Policy` says less to its reader than one
-with `30.0` and `Literal['gather', 'rotate', 'displaced']`.
+A signature with `drain_s=DRAIN_S`, `policy: Policy` and `memory: MemoryLimit` says less to its
+reader than one with `30.0`, `Literal['gather', 'rotate', 'displaced']` and
+`float | Literal['auto'] | None`.
 """
 
 from typing import Any
@@ -32,7 +33,7 @@ def _spell_out(of: Object, pkg: Module) -> None:
 
 
 def _value(expression: str | Expr | None, pkg: Module) -> str | Expr | None:
-    """With each constant and each set of strings of `pkg` by its value."""
+    """With each constant, each set of strings and each union of `pkg` by its value."""
     if isinstance(expression, ExprBinOp):  # of types: `Policy | str`
         left, right = _value(expression.left, pkg), _value(expression.right, pkg)
         assert left is not None and right is not None
@@ -49,4 +50,5 @@ def _value(expression: str | Expr | None, pkg: Module) -> str | Expr | None:
     if not isinstance(found, Attribute):
         return expression
     strings = isinstance(found.value, ExprSubscript) and str(found.value.left) == "Literal"
-    return found.value if strings or found.name.isupper() else expression
+    union = isinstance(found.value, ExprBinOp) and found.value.operator == "|"
+    return found.value if strings or union or found.name.isupper() else expression

@@ -282,7 +282,10 @@ def parallelize(
         RuntimeError: CUDA asked for where there is none, or weights kept on another rank's GPU.
         RankFailed: there are fewer GPUs than ranks on this host.
         CannotCapture: one of diffusers' step caches is enabled; at the next call, if it is later.
-        DoesNotFit, CannotShard, NoAttention, RanksDisagree: at the first call; see `piflux.errors`.
+        CannotShard: at the first call, as all that follows; the model can't be split.
+        NoAttention: there is nothing to split.
+        DoesNotFit: a GPU has too little memory left.
+        RanksDisagree: ranks were called with different things.
     """
     settings: dict[str, Any] = {
         "group": group,

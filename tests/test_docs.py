@@ -201,7 +201,8 @@ def is_explained(block: Block) -> bool:
 
 @pytest.mark.parametrize("block", blocks("console"))
 def test_commands_exist(block: Block) -> None:
-    lines = [line for line in block.text.splitlines() if line.startswith("$ ")]
+    whole = block.text.replace("\\\n", " ")  # a command may go on in the next line
+    lines = [line for line in whole.splitlines() if line.startswith("$ ")]
     assert lines
     for line in lines:
         program, *words = shlex.split(line[2:], comments=True)
@@ -245,6 +246,8 @@ def test_signatures_show_values() -> None:
     parameters = package["api.parallelize"].parameters
     assert str(parameters["policy"].annotation).startswith("Literal['gather', 'rotate'")
     assert "Literal['gather', 'recompute'" in str(parameters["sync"].annotation)
+    assert str(parameters["memory"].annotation) == "float | Literal['auto'] | None"
+    assert str(parameters["shard_weights"].annotation) == "bool | Literal['auto']"
     assert str(parameters["target"].annotation) == "Target"  # a type variable stays
     assert str(package["serving.app.build_app"].parameters["drain_s"].default) == "30.0"
     assert str(package["tools.bench.ways.Way.models"].value).startswith("('flux.1', ")

@@ -513,6 +513,8 @@ def test_tuning_chooses_by_one_half_and_judges_by_the_other(monkeypatch, tmp_pat
     result = invoke(*arguments, "--max-lpips=1e-5")
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "schedule-2.json").read_text()) == {"policy": "gather"}
+    assert "│ 2     │ gather  │ 100 " in result.output
+    assert f"parallelize(pipe, policy='{tmp_path / 'schedule-2.json'}')\n" in result.output
     assert json.loads((tmp_path / "masks.json").read_text()) == {"4": "xxxx"}
     drawn = json.loads((tmp_path / "tuned-2.json").read_text())
     assert [row["variant"] for row in drawn] == ["rotate sync_steps=1", "gather", "gather"]

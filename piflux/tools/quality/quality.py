@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -194,16 +194,26 @@ def quality(
     if json_:
         print(json.dumps(record))
         return
+    console.print(_table(summary(rows), f"{model}, {steps} steps"))
+    console.print(escape(f"Saved {', '.join(map(str, paths))}"))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """For a terminal.
+
+    Args:
+        rows: by `summary`.
+        title: what was drawn.
+    """
     columns = ("ranks", "variant", "PSNR, dB", "SSIM", "LPIPS", "cost")
-    table = Table(*columns, title=escape(f"{model}, {steps} steps; cost: of one rank's step"))
-    for x in summary(rows):
+    table = Table(*columns, title=escape(f"{title}; cost: of one rank's step"))
+    for x in rows:
         table.add_row(
             str(x["ranks"]),
             escape(x["variant"]),
             *(f"{x[k]:.4g}" for k in ("psnr", "ssim", "lpips", "cost")),
         )
-    console.print(table)
-    console.print(escape(f"Saved {', '.join(map(str, paths))}"))
+    return table
 
 
 def _tune(
@@ -223,8 +233,7 @@ def _tune(
         asked: LPIPS, milliseconds a step and GiB a rank.
         candidates: to begin with.
     """
-    from piflux.tools.quality.charts import markdown
-    from piflux.tools.quality.drift import Pictures
+    from piflux.tools.quality.drift import Pictures, summary
     from piflux.tools.quality.tuning import Budget, masks_of, tune
 
     with Progress(*Progress.get_default_columns()[:1], TimeElapsedColumn(), console=console) as bar:
@@ -255,9 +264,9 @@ def _tune(
         (out / f"tuned-{n}.json").write_text(
             json.dumps([asdict(x) for x in (*rows, judged[n])]) + "\n"
         )
-        console.print(f"{n} ranks: {chosen.name}; on prompts that it was not chosen by:")
-        console.print(escape(markdown([judged[n]])), highlight=False)
-        console.print(escape(f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})"))
+        console.print(_table(summary([judged[n]]), "prompts that it was not chosen by"))
+        saved = f"Saved {path}: piflux.parallelize(pipe, policy={str(path)!r})"
+        console.print(saved, soft_wrap=True, markup=False, highlight=False)
 
 
 def _timed(
