@@ -239,36 +239,36 @@ def parallelize(
             first steps. None: (0, 2), which the policy 'auto' makes (0, 1) in images of nine steps
             or fewer; where `compute` leaves steps out (0, 2, 5), on more than two ranks (0, 2, 5,
             10, 16). What is asked for is what is done.
-        refresh_every: afterwards, gather everything once in so many steps.
-        sync: how a sync step comes by them: 'gather', or 'recompute', where each rank computes
-            the whole step without any traffic, for links slower than that, and a second graph is
-            compiled. 'auto' measures the link and two kernels at the first call, and chooses what
-            is faster, on all ranks alike; `explain` says why.
+        refresh_every: after those, every so many steps one is a sync step, too. None: none is.
+        sync: how a sync step comes by all keys and values: 'gather', or 'recompute', by which each
+            rank computes the whole step and nothing is sent. That is for links that take longer,
+            and a second graph is compiled for it. 'auto' measures the link and two kernels at the
+            first call, and chooses what is faster, on all ranks alike; `explain` says why.
         order: 1: attention reads remembered keys and values moved on to this step's noise level,
             by the change between their last two versions, which takes a second cache. 0: it reads
             them as they were.
         compression: 'int8': that change is remembered in 8 bits a number in place of the second
             version, and is what 'displaced' sends in steady steps. 'int4': in 4 bits, and the last
             version in 8. 'none': as the model computes.
-        memory: GiB that a rank may hold on its GPU, with what is there before, or 'auto' for as
-            much as that has. Where the settings take more, those are taken in their place that fit
-            and are nearest to them: a stronger compression, and in the end 'gather', which
-            remembers nothing; shared weights, where `shard_weights='auto'` lets it. It is counted
-            at the first call, which says what it took and why, as `explain` does. None: settings
-            that don't fit are refused, but for what 'auto' chose.
+        memory: GiB that a rank may hold on its GPU, what is there already included, or 'auto' for
+            as much as the GPU has. If the settings take more, the nearest ones that fit take their
+            place: a stronger compression, and in the end 'gather', which remembers nothing; also
+            shared weights, if `shard_weights` is 'auto'. It is counted at the first call, which
+            says what it took and why, as `explain` does. None: settings that don't fit are
+            refused, but for what 'auto' chose.
         compute: which denoise steps are computed, on one rank, too; in the others no block is
             run, and the prediction is continued along the last two that were computed. 'all'; a
             number of the steps that the pipeline, or `generation`, announces; a mask such as
             'xxxxx.x.xx', or a sequence of bools, for images of just as many steps; 'auto': about
-            two of three steps, all of less than ten.
+            two of three steps, and all of an image of fewer than ten.
         shard_weights: whether each rank holds a share of the weights of repeated blocks, which are
             gathered block by block while the block before computes. Exact. From the first call on
             the module's own weights can't be read, written or moved. A module on the host is not
             moved to this rank's GPU as a whole, but each rank takes its share at the first call.
             A lost rank takes its share along: `WeightsLost`. Where one process has all ranks, it
-            has each weight once, and this changes nothing. 'auto': if they don't fit into `memory`
-            otherwise: before anything that changes the image where steps hardly wait for weights,
-            and after all of that on slower links.
+            has each weight once, and this changes nothing. 'auto' shares them if they don't fit
+            into `memory` otherwise: before it tries what changes the image if steps hardly wait for
+            weights, and after that on slower links.
         inner: the Dynamo backend that compiles the final graph: 'inductor', or 'eager' to debug.
 
     Returns:

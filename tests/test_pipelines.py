@@ -32,22 +32,22 @@ HEAD = """\
 Each row is a pipeline of diffusers, built tiny with random weights and run through its own
 `__call__` by `tests/test_pipelines.py`, which fails if a row says anything else than what it found.
 Its ranks share one process, or are processes where the row says so; only those decode in bands.
-`python tests/test_pipelines.py --write` writes this file.
+`python tests/test_pipelines.py --write` writes this first table.
 
 - `gather`: how far any pixel or latent is from the untouched pipeline's on one rank, in fp32, with
   pixels between 0 and 1 and latents of unit size.
-- `rotate`: `runs` says that its schedule ran, sync steps and others, that its first step was exact,
-  that all ranks drew the same, and that no step but an image's first compiled a graph, or how many
+- `rotate`: `runs` says four things: its schedule ran, sync steps and others; its first step was
+  exact; all ranks drew the same; and no step but an image's first compiled a graph, or how many
   did.
 - `refused`: it raised one of piflux's own errors. `fails`: it raised another. The remark has its
   message.
 
 Around the transformer:
 
-- The autoencoder's decoder works in bands of rows, one a rank, where it is made of convolutions,
-  group norms and attention over two dimensions, as FLUX's is: 10.5 TFLOP at 1024 x 1024 and 48.5 at
-  2048 x 2048, where a step of FLUX.1-dev's transformer at 1024 x 1024 takes 74. Videos, tiles, and
-  latents that only some ranks decode are decoded whole on every rank that wants them.
+- The autoencoder's decoder works in bands of rows, one a rank, if it is made of convolutions, group
+  norms and attention over two dimensions, as FLUX's is. That decoder takes 10.5 TFLOP at 1024 x
+  1024 and 48.5 at 2048 x 2048; a step of FLUX.1-dev's transformer at 1024 x 1024 takes 74. Videos,
+  tiles, and latents that only some ranks decode are decoded whole on every rank that wants them.
 - Text encoders run on every rank. Running them once would save no time: the other ranks would wait
   as long as the first takes, and then for its embeddings.
 """
