@@ -137,6 +137,20 @@ def in_fragments(call: Callable[..., Any], fragments: Fragments) -> Callable[...
     return torch.compile(call, backend=piflux)
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """The model and all modules within it, once each, in an order that stays.
+
+    `nn.Module.modules` takes seven times as long, and what begins an image waits for it.
+    """
+    found, known = [model], {id(model)}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and id(child) not in known:
+                known.add(id(child))
+                found.append(child)
+    return found
+
+
 Hooks = tuple[Hashable, ...]
 
 
@@ -148,7 +162,8 @@ def hooks_within(model: nn.Module) -> Hooks:
     """
     return tuple(
         (place, _held_weakly(hook), number in with_kwargs, number in always)
-        for place, module in enumerate(model.modules())
+        for place, module in enumerate(modules_of(model))
+        if module._forward_pre_hooks or module._forward_hooks
         for hooks, with_kwargs, always in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, ()),
             (

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from piflux.capture.dynamo import modules_of
 from piflux.errors import CannotCapture
 from piflux.memory.shares import Shares
 from piflux.ranks.agreement import Norm, Sketch, norm_of
@@ -116,8 +117,8 @@ def _tensors(values: Any) -> dict[str, Tensor]:
     return found
 
 
-Facts = tuple[str, int, int]
-"""A weight's name, the id of its tensor, and how often that was written into."""
+Facts = tuple[int, int]
+"""The id of a weight's tensor, and how often that was written into."""
 
 
 class SameWeights:
@@ -125,6 +126,7 @@ class SameWeights:
 
     def __init__(self) -> None:
         self._known: Any = None
+        self._named: dict[str, Facts] = {}
 
     def check(self, model: nn.Module, ranks: ProcessRanks, shares: Shares | None = None) -> None:
         """All ranks call this together. Synchronises host and device.
@@ -138,30 +140,40 @@ class SameWeights:
             CannotCapture: somebody wrote into a weight that is shared.
             RanksDisagree: on every rank, if a weight differs; it names each that does.
         """
-        weights = dict(model.named_parameters())
-        known = [(name, id(x), _version(x)) for name, x in weights.items()], _scales(model)
+        known = _unnamed(model)
         if ranks.any(known != self._known):
+            weights = dict(model.named_parameters())
+            named = {name: _facts(x) for name, x in weights.items()}
             if shares is not None:
-                held = {name for name, x in weights.items() if shares.holds(x)}
-                before = [] if self._known is None else self._known[0]
-                self._refuse_written(held, before, known[0])
+                held = dict.fromkeys(name for name, x in weights.items() if shares.holds(x))
+                self._refuse_written(held, self._named, named)
                 weights = {name: x for name, x in weights.items() if name not in held}
             norms = {f"weight {name}": norm for name, norm in _norms(weights).items()}
-            ranks.agree(norms | known[1])
-            self._known = known
+            ranks.agree(norms | _scales(model))
+            self._known, self._named = known, named
 
     @staticmethod
     def _refuse_written(
-        held: Collection[str], before: Sequence[Facts], now: Sequence[Facts]
+        held: Collection[str], before: Mapping[str, Facts], now: Mapping[str, Facts]
     ) -> None:
-        versions = {name: (number, version) for name, number, version in before}
-        for name, number, version in now:
-            if name in held and versions.get(name, (number, version)) != (number, version):
+        for name in held:
+            if before.get(name, now[name]) != now[name]:
                 raise CannotCapture(
                     f"the weight {name} is shared over the ranks, and was written into, as fusing "
                     "an adapter does: what was written is lost. Load the model anew, and change "
                     "its weights before piflux.parallelize"
                 )
+
+
+def _unnamed(model: nn.Module) -> tuple[list[Facts], list[Any]]:
+    """What is another one where a weight or a scale is; to find names takes three times as long."""
+    weights, scales = [], []
+    with torch._C.DisableTorchFunctionSubclass():  # quantized weights are asked as fast as others
+        for module in modules_of(model):
+            weights += [_facts(x) for x in module._parameters.values() if x is not None]
+            if isinstance(scaling := module.__dict__.get("scaling"), dict):
+                scales.append(dict(scaling))
+    return weights, scales
 
 
 def _scales(model: nn.Module) -> dict[str, str]:
@@ -190,14 +202,14 @@ class Decoder:
         }
         weights = dict(vae.named_parameters()) if isinstance(vae, nn.Module) else {}
         weights = {name: x for name, x in weights.items() if not x.is_meta}  # offloaded
-        known = [(name, id(x), _version(x)) for name, x in weights.items()]
+        known = {name: _facts(x) for name, x in weights.items()}
         if known != self._known:
             self._known, self._norms = known, _norms(weights)
         return facts | {f"the autoencoder's {name}": norm for name, norm in self._norms.items()}
 
 
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
+def _facts(x: Tensor) -> Facts:
+    return id(x), 0 if x.is_inference() else x._version
 
 
 def _norms(weights: Mapping[str, Tensor]) -> dict[str, Norm]:
