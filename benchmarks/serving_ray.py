@@ -46,7 +46,8 @@ ROUNDING = 2
 
 LEADER = "ray::ServeReplica:piflux:Leader"
 
-RANK = "ray::_Rank"
+RANKS = ("ray::_Rank", "piflux-rank")
+"""A rank's actor, and its own process."""
 
 ENDS_S = 240.0
 """How long a replica may take to be there again."""
@@ -67,7 +68,8 @@ class Answered:
 class Killed:
     """Seconds from a leader's death until Serve knew of it, and until all replicas were there.
 
-    `cpu_s` are those of one core that the new replica's leader and ranks took for it.
+    `cpu_s` are those of one core that the new replica's leader and ranks took for it, actors and
+    their processes.
     """
 
     noticed_s: float
@@ -121,7 +123,8 @@ def processes(*names: str) -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(names):
+            called = [*process.cmdline()[:1], process.name()]
+            if any(each.startswith(names) for each in called):
                 found[process.pid] = process
     return found
 
@@ -133,7 +136,7 @@ def running() -> int:
 
 async def kill(replicas: int) -> Killed:
     """Kill one leader, and wait until all replicas are there again."""
-    before = processes(LEADER, RANK)
+    before = processes(LEADER, *RANKS)
     next(iter(processes(LEADER).values())).kill()
     began, noticed = time.monotonic(), 0.0
     while time.monotonic() < began + ENDS_S:
@@ -143,7 +146,7 @@ async def kill(replicas: int) -> Killed:
             noticed = time.monotonic() - began
         if noticed and count == replicas:
             whole_s = time.monotonic() - began
-            times = [x.cpu_times() for n, x in processes(LEADER, RANK).items() if n not in before]
+            times = [x.cpu_times() for n, x in processes(LEADER, *RANKS).items() if n not in before]
             return Killed(noticed, whole_s, sum(x.user + x.system for x in times))
     raise SystemExit(f"a replica wasn't there again after {ENDS_S:.0f} s")
 

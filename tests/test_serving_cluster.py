@@ -10,6 +10,8 @@ import io
 import pickle
 import queue
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +43,7 @@ from piflux.serving.jobs import (
     State,
     Stepped,
 )
-from piflux.serving.messages import Finished, Step
+from piflux.serving.messages import Finished, Gone, Step
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
@@ -261,9 +263,20 @@ def test_a_refusal_travels_whole() -> None:
 def test_of_steps_that_wait_to_be_told_the_last_is_told() -> None:
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
     finished = Finished(1, None, False, 2, 0.1, None, 0)
-    for each in (Step(1, 1, 3), Step(1, 2, 3), finished, Step(2, 1, 3), None):
+    gone = Gone("rank 0 has ended")
+    for each in (Step(1, 1, 3), Step(1, 2, 3), finished, Step(2, 1, 3), gone):
         told.put(each)
-    assert _latest(told) == [Step(1, 2, 3), finished, Step(2, 1, 3), None]
+    assert _latest(told) == [Step(1, 2, 3), finished, Step(2, 1, 3), gone]
+
+
+def test_a_rank_s_actor_imports_neither_torch_nor_ray_serve() -> None:
+    """It has to be there soon: another process draws."""
+    code = (
+        "import sys, piflux.serving.cluster.workers;"
+        "print({'torch', 'ray.serve', 'fastapi', 'diffusers'} & set(sys.modules))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 def test_why_nothing_is_served_is_one_line() -> None:
@@ -363,9 +376,10 @@ def until(holds: Callable[[], bool], within_s: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def ranks() -> list[psutil.Process]:
-    children = psutil.Process().children(recursive=True)
-    return [each for each in children if each.cmdline()[:1] == ["ray::_Rank"]]
+def children(name: str) -> list[psutil.Process]:
+    """Of this process and of its children."""
+    found = psutil.Process().children(recursive=True)
+    return [each for each in found if name in (each.name(), *each.cmdline()[:1])]
 
 
 def drawn(answer: httpx2.Response) -> tuple[Any, dict[str, Any]]:
@@ -399,9 +413,14 @@ def test_a_replica_draws_what_the_pipeline_draws_and_outlives_a_rank(url: str) -
         asking = pool.submit(ask, 3, 60)
         until(lambda: "piflux_drawing 1.0" in get(f"{url}/metrics").text)
         time.sleep(0.2)
-        ranks()[0].kill()
+        (nursery,), before = children("piflux-nursery"), set(children("piflux-rank"))
+        children("ray::_Rank")[0].kill()
         pixels, told = drawn(asking.result())
     assert told["recovered"] == 1
     assert abs(pixels - alone(3, 60)).max() <= 2
+    # The process that drew has ended with its actor, and the next one is of the same nursery.
+    until(lambda: len(set(children("piflux-rank")) - before) == 1)
+    assert len(children("piflux-rank")) == 2 and children("piflux-nursery") == [nursery]
+    assert {each.ppid() for each in children("piflux-rank")} == {nursery.pid}
     # The other name is not the server's, which says so through Serve, too.
     assert get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 403

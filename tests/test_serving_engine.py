@@ -802,7 +802,7 @@ def test_a_spare_process_that_has_died_becomes_no_rank():
     spare.kill()
     spare.end()
     worker = workers.start(0, gone.put)
-    assert worker.pid != spare.pid
+    assert worker.process.pid != spare.pid
     worker.kill()
     assert gone.get(timeout=60) == Gone("rank 0 was killed by SIGKILL")
     workers.prepare()
@@ -860,6 +860,6 @@ def test_a_killed_rank_costs_no_picture_and_comes_back(running, alone):
     assert near(pixels(done.images), alone(2)) and done.report.recovered == 1
     running(until(lambda: running.engine.state().groups == (2,), START_S))
     assert running.engine.state().replaced == replaced + 1
-    assert seat.worker.pid == spare
+    assert seat.worker.process.pid == spare
     images, report, _ = running.draw(2, ranks=2)
     assert near(images, alone(2)) and report.ranks == 2

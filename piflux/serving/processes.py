@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from piflux.launch import cores
 from piflux.serving.messages import Command, Gone, Load, Told
@@ -77,7 +77,7 @@ class LocalWorkers:
         spare, self._spare = self._spare, None
         if spare is None or not spare.is_alive:
             spare = _Process(self._environment(), self._load)
-        return LocalWorker(number, spare, hear)
+        return LocalWorker(number, number, spare, hear)
 
     def prepare(self) -> None:
         if self._spare is None or not self._spare.is_alive:
@@ -134,14 +134,36 @@ class _Process:
         return self._process.wait()
 
 
-class LocalWorker:
-    """A process that has become a rank. Two threads read what it tells, and write commands."""
+class Process(Protocol):
+    """Where `piflux.serving.worker.attend` runs."""
 
-    def __init__(self, number: int, process: _Process, hear: Callable[[Told], None]) -> None:
-        self._number, self._process, self._hear = number, process, hear
-        self.pid = process.pid
-        self._commands: queue.SimpleQueue[Command | int | None] = queue.SimpleQueue()
-        self._commands.put(number)
+    @property
+    def connection(self) -> Connection:
+        """To it. What it is to load has been sent."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def end(self) -> int | None:
+        """Waits for its end, not for long, and gives the exit code; None if nobody knows it."""
+
+
+class LocalWorker:
+    """A process that becomes a rank. Two threads read what it tells, and write commands.
+
+    Args:
+        number: the rank's.
+        gpu: its place among those of this machine.
+        process: that waits to be told.
+        hear: see `Workers.start`.
+    """
+
+    def __init__(
+        self, number: int, gpu: int, process: Process, hear: Callable[[Told], None]
+    ) -> None:
+        self._number, self.process, self._hear = number, process, hear
+        self._commands: queue.SimpleQueue[Command | tuple[int, int] | None] = queue.SimpleQueue()
+        self._commands.put((number, gpu))
         for work in (self._read, self._write):
             threading.Thread(target=work, daemon=True, name=f"piflux-worker-{number}").start()
 
@@ -149,27 +171,35 @@ class LocalWorker:
         self._commands.put(command)
 
     def kill(self) -> None:
-        self._process.kill()
+        self.process.kill()
 
     def _read(self) -> None:
+        gone: Gone | None = None
         try:
             while True:
-                self._hear(self._process.connection.recv())
+                told = self.process.connection.recv()
+                if isinstance(told, Gone):  # it says why, and is about to end
+                    gone = told
+                else:
+                    self._hear(told)
         except (EOFError, OSError):  # it has ended, or is about to
             pass
         finally:
             self._commands.put(None)
-            self._hear(Gone(_ended(self._number, self._process.end())))
+            code = self.process.end()
+            self._hear(gone or Gone(_ended(self._number, code)))
 
     def _write(self) -> None:
         while (command := self._commands.get()) is not None:
             try:
-                self._process.connection.send(command)
+                self.process.connection.send(command)
             except OSError:  # it has ended, of which the other thread tells
                 return
 
 
-def _ended(number: int, code: int) -> str:
+def _ended(number: int, code: int | None) -> str:
+    if code is None:
+        return f"rank {number} has ended"
     if code < 0:
         return f"rank {number} was killed by {signal.Signals(-code).name}"
     return f"rank {number} ended with exit code {code}"

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from piflux.errors import CannotLoad, Excluded, RankFailed
-from piflux.serving.messages import Command, Draw, End, Failed, Load, Stop, Told
+from piflux.serving.messages import Command, Draw, End, Failed, Gone, Load, Stop, Told
 
 log = logging.getLogger(__name__)
 
@@ -79,18 +79,28 @@ def _failed(draw: Draw, error: Exception) -> Failed:
 
 
 def main() -> None:
-    """As a process of its own, on the socket whose descriptor is the first argument.
-
-    It is told what will be loaded, for which it imports what it can; then, at once or in a while,
-    which rank it is; and then commands.
-    """
+    """As a process of its own, on the socket whose descriptor is the first argument."""
     from piflux.launch import end_with
 
     end_with(os.getppid())
+    attend(Connection(int(sys.argv[1])))
+    # What torch and its threads hold is the system's to free: nothing here has to be kept.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def attend(connection: Connection) -> None:
+    """A rank's life in a process of its own, which is to end with it.
+
+    It is told what will be loaded, for which it imports what it can; then, at once or in a while,
+    which rank it is and its GPU's place; and then commands.
+
+    Args:
+        connection: to the engine. Where that breaks the process ends.
+    """
     # A terminal's Ctrl-C is the engine's to act on.
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach whole groups; the server says when
         signal.signal(number, lambda *_: None)
-    connection = Connection(int(sys.argv[1]))
     inbox, sending = Inbox(), threading.Lock()
     first: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -111,26 +121,35 @@ def main() -> None:
             connection.send(told)
 
     threading.Thread(target=read, daemon=True, name="piflux-commands").start()
-    _import_for(first.get())
-    os.environ["LOCAL_RANK"] = rank = str(first.get())
-    logging.basicConfig(format="%(levelname)s rank " + rank + ": %(message)s")
+    import_for(first.get())
+    rank, gpu = first.get()
+    os.environ["LOCAL_RANK"] = str(gpu)
+    logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s", force=True)
     with contextlib.suppress(BrokenPipeError):
-        work(inbox, tell)
-    # What torch and its threads hold is the system's to free: nothing here has to be kept.
-    sys.stderr.flush()
-    os._exit(0)
+        try:
+            work(inbox, tell)
+        except Exception as error:
+            tell(Gone(f"rank {rank} failed: {error}"))
+            raise
 
 
-def _import_for(load: Load) -> None:
-    """What is imported before a rank is needed, which is most of its start's work."""
+def import_for(load: Load) -> None:
+    """What can be imported before a rank is needed, which is most of its start's work."""
+    from torch._dynamo.backends.registry import lookup_backend
 
+    import piflux.api
+    import piflux.serving.artist  # noqa: F401
+    from piflux.pipelines.arguments import SISTERS, sister_of
     from piflux.pipelines.folders import pipeline_class
 
+    lookup_backend(load.inner)
     if load.inner == "inductor":
         import torch._inductor.compile_fx  # noqa: F401
     if isinstance(load.source, str):
         with contextlib.suppress(CannotLoad):  # of which the command tells
-            pipeline_class(load.source)
+            kind = pipeline_class(load.source)
+            for argument in SISTERS:
+                sister_of(kind, argument)
 
 
 if __name__ == "__main__":

@@ -5,5 +5,17 @@ deployment of its own before all replicas: where one of them is lost, it has ano
 that had taken.
 """
 
-from piflux.serving.cluster.app import app as app
-from piflux.serving.cluster.settings import Settings as Settings
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from piflux.serving.cluster.application import app as app
+    from piflux.serving.cluster.settings import Settings as Settings
+else:
+    _HOMES = {"app": "application", "Settings": "settings"}
+
+    def __getattr__(name: str) -> Any:
+        # At the first use: a rank's actor needs neither Ray Serve nor HTTP.
+        if name in _HOMES:
+            return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,6 +18,7 @@ from piflux.serving.cluster.settings import Settings
 from piflux.serving.cluster.workers import RayWorkers
 from piflux.serving.engine import RankEngine
 from piflux.serving.jobs import Event, Job, Model, Refused, State
+from piflux.serving.messages import Load
 
 READY_LOOK_S = 0.2
 """How often the engine is looked at until it is ready."""
@@ -62,6 +63,7 @@ class Leader:
     async def __init__(self, settings: Settings, gpus: int) -> None:  # type: ignore[misc]
         place = ray.util.get_current_placement_group()
         assert place is not None, "the deployment has bundles"
+        inner = settings.inner or ("inductor" if gpus else "eager")
         self._engine = RankEngine(
             settings.model,
             settings.ranks,
@@ -75,8 +77,9 @@ class Leader:
             schedules=settings.schedules,
             deadline_s=settings.deadline_s,
             stuck_s=settings.stuck_s,
-            inner=settings.inner or ("inductor" if gpus else "eager"),
+            inner=inner,
             workers=RayWorkers(
+                Load(settings.model, inner),
                 place,
                 settings.ranks_a_host,
                 settings.hosts,

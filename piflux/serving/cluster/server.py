@@ -15,7 +15,7 @@ import ray
 from ray import serve as ray_serve
 from ray.serve.exceptions import RayServeException
 
-from piflux.serving.cluster.app import app
+from piflux.serving.cluster.application import app
 from piflux.serving.cluster.settings import Settings
 from piflux.serving.server import LAST_ANSWERS_S, CannotServe
 

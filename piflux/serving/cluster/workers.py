@@ -6,32 +6,44 @@ send each other goes over piflux's own links.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
+import pickle
 import queue
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from piflux.serving.messages import Command, Gone, Step, Told
-from piflux.serving.processes import LOOPBACK, among_themselves, open_store
-from piflux.serving.worker import Inbox, work
-
-log = logging.getLogger(__name__)
+from piflux import __version__
+from piflux.serving.messages import Command, Gone, Load, Step, Told
+from piflux.serving.nursery import Forked, Nursery
+from piflux.serving.processes import LOOPBACK, LocalWorker, among_themselves, open_store
 
 ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Ranks of one host share memory, for which each has to see the others' GPUs."""
 
+FOUND_S = 60.0
+"""How long a rank's actor looks for its node's nursery, if one after the other has just ended."""
+
+FOUND_PAUSE_S = 0.2
+"""Before it looks again."""
+
 
 class RayWorkers:
-    """Starts an actor a rank.
+    """Starts an actor a rank, whose process is forked from the nursery of its node.
 
     Args:
+        load: what ranks will be told to load.
         place: the replica's placement group, with a bundle for each host.
         ranks_a_host: the first so many are on the first bundle's host, and so on.
         hosts: how many bundles there are.
@@ -42,6 +54,7 @@ class RayWorkers:
 
     def __init__(
         self,
+        load: Load,
         place: PlacementGroup,
         ranks_a_host: int,
         hosts: int,
@@ -51,7 +64,7 @@ class RayWorkers:
         cache: Path | None = None,
     ) -> None:
         self._place, self._ranks_a_host, self._hosts = place, ranks_a_host, hosts
-        self._gpus, self._cpus = gpus, cpus
+        self._load, self._gpus, self._cpus = load, gpus, cpus
         self._environment = {
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, int(cpus)))),
@@ -77,8 +90,9 @@ class RayWorkers:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 self._place, placement_group_bundle_index=number // self._ranks_a_host
             ),
-            runtime_env={"env_vars": self._environment},
-        ).remote(number)
+            # Where it needs none of its own, Ray has a process at hand.
+            runtime_env={"env_vars": ALL_GPUS} if self._gpus else None,
+        ).remote(number, self._load, self._environment)
         return RayWorker(number, actor, hear)
 
     def prepare(self) -> None:
@@ -102,70 +116,96 @@ class RayWorker:
         ray.kill(self._actor)
 
     def _listen(self) -> None:
-        reason = f"rank {self._number} has ended"
+        gone = Gone(f"rank {self._number} has ended")
         try:
-            for told in self._actor.life.remote():
-                for each in ray.get(told):
-                    self._hear(each)
+            for batch in self._actor.life.remote():
+                for told in ray.get(batch):
+                    if isinstance(told, Gone):
+                        gone = told
+                    else:
+                        self._hear(told)
         except ray.exceptions.RayActorError as error:
-            reason = f"rank {self._number} was lost: {_first_line(error)}"
-        except ray.exceptions.RayTaskError as error:
-            reason = f"rank {self._number} failed: {error.cause}"
+            gone = Gone(f"rank {self._number} was lost: {_first_line(error)}")
         finally:
             ray.kill(self._actor)  # what it holds is its successor's
-            self._hear(Gone(reason))
+            self._hear(gone)
 
 
 @ray.remote(max_restarts=0, concurrency_groups={"commands": 1, "life": 1})
 class _Rank:
-    """A rank's process. Three threads: commands come, the rank draws, and what it tells goes.
+    """Ray's side of a rank, whose own process ends with this one.
 
-    The rank waits for none of the others: a step costs it a word in a queue.
+    The rank waits for none of the others: a step costs it a word on a socket.
     """
 
-    def __init__(self, number: int) -> None:
-        os.environ["LOCAL_RANK"] = str(_own_gpu())
-        logging.basicConfig(format=f"%(levelname)s rank {number}: %(message)s")
-        self._inbox = Inbox()
-        self._told: queue.SimpleQueue[Told | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
+    def __init__(self, number: int, load: Load, environment: dict[str, str]) -> None:
+        self._told: queue.SimpleQueue[Told] = queue.SimpleQueue()
+        process = _born(load, environment)
+        self._rank = LocalWorker(number, _own_gpu(), process, self._told.put)
 
     @ray.method(concurrency_group="commands")
     def put(self, command: Command) -> None:
-        self._inbox.put(command)
+        self._rank.send(command)
 
     @ray.method(concurrency_group="life", num_returns="streaming")
     def life(self) -> Iterator[list[Told]]:
-        """What it tells, from its first command to its end; raises what ended it."""
-        threading.Thread(target=self._work, daemon=True, name="piflux-rank").start()
-        while True:
+        """What it tells, from its first command to its end."""
+        alive = True
+        while alive:
             told = _latest(self._told)
-            alive = told[-1] is not None
-            yield [each for each in told if each is not None]
-            if not alive:
-                break
-        if self._error is not None:
-            raise self._error
-
-    def _work(self) -> None:
-        try:
-            work(self._inbox, self._told.put)
-        except BaseException as error:
-            log.exception("it ended")
-            self._error = error
-        finally:
-            self._told.put(None)
+            alive = not isinstance(told[-1], Gone)
+            yield told
 
 
-def _latest(told: queue.SimpleQueue[Told | None]) -> list[Told | None]:
+def _latest(told: queue.SimpleQueue[Told]) -> list[Told]:
     """What is there, once there is something; of steps in a row the last one."""
-    found: list[Told | None] = [told.get()]
+    found: list[Told] = [told.get()]
     while not told.empty():
         following = told.get()
         if isinstance(found[-1], Step) and isinstance(following, Step):
             found.pop()
         found.append(following)
     return found
+
+
+@ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)
+class _Nursery:
+    """A node's nursery, which outlives replicas, and ends a while after the last of their ranks."""
+
+    def __init__(self, load: Load) -> None:
+        self._nursery = Nursery(load)
+        self._me = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._end, daemon=True, name="piflux-nursery").start()
+
+    def place(self) -> str:
+        return self._nursery.place
+
+    def _end(self) -> None:
+        self._nursery.wait()
+        ray.kill(self._me)
+
+
+def _born(load: Load, environment: dict[str, str]) -> Forked:
+    """A rank's process, of the nursery that all ranks on this node have that are alike."""
+    node = ray.get_runtime_context().get_node_id()
+    alike = pickle.dumps((load, sorted(environment.items()), sys.path, os.getcwd(), __version__))
+    kind: Any = _Nursery  # which the decorator made Ray's
+    options = kind.options(
+        name=f"piflux nursery {node} {hashlib.sha256(alike).hexdigest()[:16]}",
+        namespace="piflux",
+        get_if_exists=True,
+        lifetime="detached",
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+        runtime_env={"env_vars": environment},
+    )
+    until = time.monotonic() + FOUND_S
+    while True:
+        try:
+            return Forked(ray.get(options.remote(load).place.remote()), load)
+        except (ray.exceptions.RayActorError, OSError):  # the one that was found has ended
+            if time.monotonic() > until:
+                raise
+            time.sleep(FOUND_PAUSE_S)
 
 
 def _own_gpu() -> int:

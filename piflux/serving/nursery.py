@@ -1,0 +1,260 @@
+"""A process that has imported what ranks need, and forks itself for each of them.
+
+To import takes longer than most of what else a rank does before it can draw, and all ranks of a
+host import the same. A fork has it at once, and shares the memory. The nursery holds no model and
+has touched no GPU: what CUDA does to a process doesn't outlive a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import NoReturn
+
+from piflux.launch import end_with, name_process
+from piflux.serving.messages import Load
+from piflux.serving.processes import PROCESS_END_S
+from piflux.serving.worker import attend, import_for
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 120.0
+"""How long a nursery is kept without a rank. A replica that was lost is followed sooner."""
+
+ASKED_S = 5.0
+"""How long one that has connected may take to ask for a rank."""
+
+MAPS = Path("/proc/self/maps")
+"""What this process has loaded. To reach for a GPU is to load CUDA's driver."""
+
+WAITING = 128
+"""That may ask for a rank while the nursery still imports."""
+
+
+class Nursery:
+    """The nursery, as the process has it that started it and with which it ends.
+
+    Args:
+        load: what ranks will be told to load.
+
+    Attributes:
+        place: where to ask for ranks: a socket that no other user reaches.
+    """
+
+    def __init__(self, load: Load) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="piflux-")  # of mode 0700
+        self.place = str(Path(self._folder.name) / "ranks")
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(self.place)
+            listening.listen(WAITING)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(listening.fileno())],
+                pass_fds=[listening.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.PIPE,
+            )
+        assert self._process.stdin is not None, "it is a pipe"
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:  # it has ended
+            pickle.dump(load, told)
+        self.pid = self._process.pid
+
+    def wait(self) -> int:
+        """Until it has ended, which it does when it has had no rank for long; the exit code."""
+        code = self._process.wait()
+        self._folder.cleanup()
+        return code
+
+    def kill(self) -> None:
+        """End it at once. Its ranks go on."""
+        self._process.kill()
+
+
+class Forked:
+    """A rank's process, as that one has it which asked for it and with which it ends.
+
+    Its connection is `piflux.serving.worker.attend`'s.
+
+    Args:
+        place: of the nursery.
+        load: what the rank will be told to load.
+
+    Raises:
+        OSError: nobody listens there any more.
+    """
+
+    def __init__(self, place: str, load: Load) -> None:
+        ours, theirs = socket.socketpair()
+        self._control = socket.socket(socket.AF_UNIX)
+        try:
+            self._control.connect(place)
+            # What the rank prints is to be found where its own process's is.
+            socket.send_fds(self._control, [b"rank"], [theirs.fileno(), 1, 2])
+        except BaseException:
+            ours.close()
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
+        self.connection = Connection(ours.detach())
+        self.connection.send(load)
+
+    def kill(self) -> None:
+        with contextlib.suppress(OSError):  # it has ended
+            self._control.shutdown(socket.SHUT_WR)
+
+    def end(self) -> int | None:
+        """Waits for its end, not for long, and gives the exit code; None if nobody knows it."""
+        self._control.settimeout(PROCESS_END_S)
+        try:
+            told = self._told()
+        except TimeoutError:  # one whose connection broke can't be told anything
+            self.kill()
+            self._control.settimeout(None)
+            told = self._told()
+        self._control.close()
+        return int(told) if told else None
+
+    def _told(self) -> bytes:
+        try:
+            return self._control.recv(16)
+        except ConnectionError:
+            return b""
+
+
+def main() -> None:
+    """As a process of its own, with its socket's descriptor as the first argument.
+
+    What to import for is told by its standard input. A second argument has it import nothing.
+    """
+    end_with(os.getppid())
+    name_process("piflux-nursery")
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach whole groups
+        signal.signal(number, lambda *_: None)
+    logging.basicConfig(format="%(levelname)s nursery: %(message)s")
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    if len(sys.argv) == 2 and (reason := _import(pickle.load(sys.stdin.buffer))):
+        log.warning("each rank imports for itself what it needs: %s", reason)
+        # From the beginning: of what has been imported nothing is left.
+        again = ["-m", "piflux.serving.nursery", sys.argv[1], "imports nothing"]
+        os.execv(sys.executable, [sys.executable, *again])
+    # Nothing of it is garbage: ranks need not look through it, and so leave it shared.
+    gc.collect()
+    gc.freeze()
+    nurse(listening, attend, IDLE_S)
+
+
+def _import(load: Load) -> str:
+    """Import what ranks need; why it can't be forked, if so."""
+    if sys.platform != "linux":
+        return "libraries of this system can't be forked"
+    # By this torch looks whether there is a GPU without reaching for it.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    try:
+        import_for(load)
+    except Exception:  # which each rank will meet, and tell of
+        return f"it can't be imported\n{traceback.format_exc()}"
+    if "libcuda.so" in MAPS.read_text():
+        return "a library reaches for the GPU when it is imported"
+    return ""
+
+
+def nurse(listening: socket.socket, live: Callable[[Connection], None], idle_s: float) -> None:
+    """Fork a rank for everyone who asks; end those whose asker has ended, and tell how they ended.
+
+    Args:
+        listening: where they ask.
+        live: what a rank does.
+        idle_s: without a rank for so long this returns.
+    """
+    ranks: dict[int, socket.socket] = {}  # by process
+    killed: set[int] = set()
+    woken, waking = socket.socketpair()
+    waking.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # so that a byte is written
+    signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
+    while True:
+        askers = [control for pid, control in ranks.items() if pid not in killed]
+        ready = wait([listening, woken, *askers], None if ranks else idle_s)
+        if not ready and not ranks:
+            return
+        for pid, control in ranks.items():
+            if control in ready:  # nobody has anything to say there: who asked has ended
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        if woken in ready:
+            woken.recv(4096)
+        if listening in ready:
+            control = listening.accept()[0]
+            born = _fork(control, live, [listening, woken, waking, *ranks.values()])
+            if born is not None:
+                ranks[born] = control
+        for pid in list(ranks):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                killed.discard(pid)
+                with ranks.pop(pid) as control, contextlib.suppress(OSError):
+                    control.send(str(os.waitstatus_to_exitcode(status)).encode())
+
+
+def _fork(
+    control: socket.socket, live: Callable[[Connection], None], others: list[socket.socket]
+) -> int | None:
+    """A rank's process; None if who asked has ended meanwhile."""
+    control.settimeout(ASKED_S)
+    try:
+        told, given, *_ = socket.recv_fds(control, 16, 3)
+    except OSError:
+        told, given = b"", []
+    if not told:
+        control.close()
+        return None
+    pid = os.fork()
+    if not pid:
+        _live(control, live, others, given)
+    for each in given:
+        os.close(each)
+    return pid
+
+
+def _live(
+    control: socket.socket,
+    live: Callable[[Connection], None],
+    others: list[socket.socket],
+    given: list[int],
+) -> NoReturn:
+    """In a rank's process."""
+    code = 1
+    try:
+        name_process("piflux-rank")
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for each in (control, *others):
+            each.close()
+        connection, *prints = given
+        for ours, theirs in zip((1, 2), prints, strict=True):
+            os.dup2(theirs, ours)
+            os.close(theirs)
+        live(Connection(connection))
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The nursery: ranks' processes that are forked from one that has imported what they need."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from servers import until
+
+from piflux.serving import nursery
+from piflux.serving.messages import Gone, Load, Step
+from piflux.serving.nursery import Forked
+from piflux.serving.processes import LocalWorker
+
+LOAD = Load("demo", "eager")
+
+SCRIPT = """
+import os, socket, sys, time
+from piflux.serving.nursery import nurse
+
+def live(connection):
+    while (word := connection.recv()) != "end":
+        if word == "print":
+            print("printed by a rank", flush=True)
+        if word == "hang":
+            time.sleep(600)
+        if word == "fail":
+            raise ValueError("as it was told")
+        connection.send((word, os.getpid()))
+
+nurse(socket.socket(fileno=int(sys.argv[1])), live, float(sys.argv[2]))
+"""
+"""A nursery whose ranks say what they are told, and which process they are."""
+
+
+class Nursed:
+    """It, where to ask, and ranks that are ended with the test."""
+
+    def __init__(self, place: str, idle_s: float = 600.0) -> None:
+        self.place = place
+        self.ranks: list[Forked] = []
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(place)
+            listening.listen()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", SCRIPT, str(listening.fileno()), str(idle_s)],
+                pass_fds=[listening.fileno()],
+            )
+
+    def rank(self) -> tuple[Forked, int]:
+        """A new rank, and its process."""
+        rank = Forked(self.place, LOAD)
+        self.ranks.append(rank)
+        told, pid = rank.connection.recv()
+        assert told == LOAD
+        return rank, pid
+
+    def end(self) -> None:
+        for rank in self.ranks:
+            rank.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def nursed(tmp_path_factory) -> Iterator[Nursed]:
+    found = Nursed(str(tmp_path_factory.mktemp("nursery") / "ranks"))
+    yield found
+    found.end()
+
+
+def test_a_rank_is_forked_and_its_end_is_told(nursed: Nursed, capfd) -> None:
+    (one, first), (two, second) = nursed.rank(), nursed.rank()
+    assert len({first, second, nursed.process.pid}) == 3
+    one.connection.send("print")
+    assert one.connection.recv() == ("print", first)
+    assert capfd.readouterr().out == "printed by a rank\n"  # here, where it was asked for
+    one.connection.send("end")
+    two.connection.send("fail")
+    assert (one.end(), two.end()) == (0, 1)
+    assert "as it was told" in capfd.readouterr().err
+    assert not psutil.pid_exists(first)
+
+
+def test_a_rank_that_hangs_can_be_killed(nursed: Nursed) -> None:
+    rank, _ = nursed.rank()
+    rank.connection.send("hang")
+    rank.kill()
+    rank.kill()
+    with pytest.raises((EOFError, ConnectionResetError)):
+        rank.connection.recv()
+    assert rank.end() == -signal.SIGKILL
+
+
+def test_a_rank_ends_with_who_asked_for_it(nursed: Nursed) -> None:
+    """It hangs, so it doesn't see that its connection broke."""
+    rank, pid = nursed.rank()
+    other, living = nursed.rank()
+    rank.connection.send("hang")
+    rank.connection.close()
+    rank._control.close()
+    until(lambda: not psutil.pid_exists(pid))
+    other.connection.send("x")
+    assert other.connection.recv() == ("x", living)
+
+
+def test_who_connects_and_asks_for_nothing_is_let_go(nursed: Nursed) -> None:
+    with socket.socket(socket.AF_UNIX) as nobody:
+        nobody.connect(nursed.place)
+    nursed.rank()
+
+
+def test_ranks_outlive_their_nursery(tmp_path: Path) -> None:
+    killed = Nursed(str(tmp_path / "killed"))
+    rank, pid = killed.rank()
+    killed.process.kill()
+    killed.process.wait()
+    rank.connection.send("x")
+    assert rank.connection.recv() == ("x", pid)
+    rank.connection.send("end")
+    assert rank.end() is None  # nobody knows how
+    with pytest.raises(ConnectionRefusedError):
+        Forked(killed.place, LOAD)
+    killed.end()
+
+
+def test_a_nursery_without_ranks_ends(tmp_path: Path) -> None:
+    idle = Nursed(str(tmp_path / "idle"), 0.01)
+    assert idle.process.wait(60) == 0
+    idle.end()
+
+
+def test_what_cannot_be_forked_each_rank_imports(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(nursery, "MAPS", tmp_path / "maps")
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")  # and as it was after the test
+    monkeypatch.setattr(nursery, "import_for", lambda load: None)
+    nursery.MAPS.write_text("7f00 r-xp /usr/lib/libc.so.6\n")
+    assert nursery._import(LOAD) == ""
+    assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
+    nursery.MAPS.write_text("7f00 r-xp /usr/lib/libcuda.so.1\n")
+    assert "GPU" in nursery._import(LOAD)
+
+    def broken(load: Load) -> None:
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(nursery, "import_for", broken)
+    assert "no such library" in nursery._import(LOAD)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "can't be forked" in nursery._import(LOAD)
+
+
+class Process:
+    """One that has told so much, and ended."""
+
+    def __init__(self, code: int | None, *told: Any) -> None:
+        self.connection: Any = self
+        self._code, self._told = code, list(told)
+
+    def recv(self) -> Any:
+        if not self._told:
+            raise EOFError
+        return self._told.pop(0)
+
+    def send(self, command: Any) -> None:
+        pass
+
+    def kill(self) -> None:
+        pass
+
+    def end(self) -> int | None:
+        return self._code
+
+
+@pytest.mark.parametrize(
+    "told, code, reason",
+    [
+        ([Gone("rank 3 failed: x")], 1, "rank 3 failed: x"),
+        ([], 1, "rank 3 ended with exit code 1"),
+        ([], -9, "rank 3 was killed by SIGKILL"),
+        ([], None, "rank 3 has ended"),
+    ],
+)
+def test_why_a_rank_is_gone_is_told_once(told: list[Any], code: int | None, reason: str) -> None:
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    LocalWorker(3, 0, Process(code, Step(1, 1, 3), *told), heard.put)
+    assert [heard.get(timeout=60), heard.get(timeout=60)] == [Step(1, 1, 3), Gone(reason)]
+    assert heard.empty()
