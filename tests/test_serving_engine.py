@@ -6,15 +6,18 @@ import functools
 import gc
 import io
 import queue
+import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
 import openai
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from models import small_demo, small_demo_on
@@ -43,7 +46,7 @@ from piflux.serving.messages import (
     Stop,
 )
 from piflux.serving.previews import Previews
-from piflux.serving.processes import LocalWorkers
+from piflux.serving.processes import LOOPBACK, LocalWorkers, Store
 
 # --- the engine, on workers that only pretend --------------------------------------------------
 
@@ -809,6 +812,42 @@ def test_a_spare_process_that_has_died_becomes_no_rank():
     spare = workers._spare
     workers.close()
     assert not spare.is_alive
+
+
+def test_a_store_is_there_at_once_and_ends_with_its_object(monkeypatch):
+    imported = threading.Event()
+    real = dist.TCPStore
+
+    def late(*args, **options):
+        assert imported.wait(60)
+        return real(*args, **options)
+
+    monkeypatch.setattr(dist, "TCPStore", late)
+    store = Store(LOOPBACK)
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(real, LOOPBACK, store.port, is_master=False, wait_for_workers=False)
+        time.sleep(0.05)
+        assert not joining.done()
+        imported.set()
+        joining.result().set("name", "value")
+        assert joining.result().get("name") == b"value"
+    port = store.port
+    store._keeping.join()
+    del store
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((LOOPBACK, port))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_store_that_cannot_be_kept(monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no store")
+
+    monkeypatch.setattr(dist, "TCPStore", broken)
+    store = Store(LOOPBACK)
+    store._keeping.join()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((LOOPBACK, store.port))
 
 
 class Lent:

@@ -207,7 +207,7 @@ class Workers(Protocol):
     """How ranks' processes are started: on this machine, or by a cluster."""
 
     def open(self) -> tuple[str, int]:
-        """Host and port of a store that all ranks reach. Called once, may take seconds."""
+        """Host and port of a store that all ranks reach; it may answer later. Called once."""
 
     def start(self, number: int, hear: Callable[[Told], None]) -> Worker:
         """Start rank `number`'s process.

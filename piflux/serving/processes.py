@@ -24,25 +24,41 @@ PROCESS_END_S = 1.0
 """How long a process may take to end once its connection is closed."""
 
 
-def open_store(address: str) -> tuple[Any, int]:
-    """A store where ranks meet, and its port. It ends with the object.
+class Store:
+    """A store where ranks meet, which ends with the object.
+
+    It is answered for in a while: torch has to be imported, which ranks need not wait for. Until
+    then who connects waits.
 
     Args:
         address: of this host, at which alone it listens.
-    """
-    import torch.distributed as dist
 
-    # The store's own socket would be open to every network.
-    listening = socket.create_server((address, 0), backlog=128)
-    port = int(listening.getsockname()[1])
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        master_listen_fd=listening.detach(),
-    )
-    return store, port
+    Attributes:
+        port: there.
+    """
+
+    def __init__(self, address: str) -> None:
+        # The store's own socket would be open to every network.
+        listening = socket.create_server((address, 0), backlog=128)
+        self.port = int(listening.getsockname()[1])
+        self._kept: Any = None
+        self._keeping = threading.Thread(
+            target=self._keep, args=(address, listening), daemon=True, name="piflux-store"
+        )
+        self._keeping.start()
+
+    def _keep(self, address: str, listening: socket.socket) -> None:
+        with listening:  # where it can't be kept nobody waits for it
+            import torch.distributed as dist
+
+            self._kept = dist.TCPStore(
+                address,
+                self.port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=listening.fileno(),
+            )
+            listening.detach()
 
 
 def among_themselves() -> dict[str, str]:
@@ -66,12 +82,12 @@ class LocalWorkers:
 
     def __init__(self, ranks: int, load: Load, cache: Path | None = None) -> None:
         self._ranks, self._load, self._cache = ranks, load, cache
-        self._store: Any = None
+        self._store: Store | None = None
         self._spare: _Process | None = None
 
     def open(self) -> tuple[str, int]:
-        self._store, port = open_store(LOOPBACK)
-        return LOOPBACK, port
+        self._store = Store(LOOPBACK)
+        return LOOPBACK, self._store.port
 
     def start(self, number: int, hear: Callable[[Told], None]) -> LocalWorker:
         spare, self._spare = self._spare, None

@@ -110,7 +110,7 @@ class Seats:
 
     async def open(self) -> None:
         """Start them all."""
-        self.store = await asyncio.to_thread(self._workers.open)
+        self.store = self._workers.open()
         for seat in self._seats:
             self._start(seat)
 

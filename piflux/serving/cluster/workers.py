@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import (
 from piflux import __version__
 from piflux.serving.messages import Command, Gone, Load, Step, Told
 from piflux.serving.nursery import Forked, Nursery
-from piflux.serving.processes import LOOPBACK, LocalWorker, among_themselves, open_store
+from piflux.serving.processes import LOOPBACK, LocalWorker, Store, among_themselves
 
 ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Ranks of one host share memory, for which each has to see the others' GPUs."""
@@ -74,13 +74,13 @@ class RayWorkers:
             self._environment |= among_themselves()
         if cache is not None:
             self._environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-        self._store: Any = None
+        self._store: Store | None = None
 
     def open(self) -> tuple[str, int]:
         # On one host nobody else reaches it. On several it is open to the cluster's network.
         address = LOOPBACK if self._hosts == 1 else ray.util.get_node_ip_address()
-        self._store, port = open_store(address)
-        return address, port
+        self._store = Store(address)
+        return address, self._store.port
 
     def start(self, number: int, hear: Callable[[Told], None]) -> RayWorker:
         kind: Any = _Rank  # which the decorator made Ray's
