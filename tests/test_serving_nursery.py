@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ SCRIPT = """
 import os, socket, sys, time
 from piflux.serving.nursery import nurse
 
+def told(connection):
+    try:
+        return connection.recv()
+    except EOFError:
+        return "end"
+
 def live(connection):
-    while (word := connection.recv()) != "end":
+    while (word := told(connection)) != "end":
         if word == "print":
             print("printed by a rank", flush=True)
         if word == "hang":
@@ -157,6 +164,34 @@ def test_what_cannot_be_forked_each_rank_imports(monkeypatch, tmp_path: Path) ->
     assert "no such library" in nursery._import(LOAD)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "can't be forked" in nursery._import(LOAD)
+
+
+BROKEN = """
+import sys
+from multiprocessing.connection import Connection
+from piflux.serving import worker
+
+def broken(load):
+    raise ImportError("no such library\\nand more")
+
+worker.import_for = broken
+worker.attend(Connection(int(sys.argv[1])))
+"""
+
+
+def test_a_rank_that_cannot_begin_says_why() -> None:
+    ours, theirs = socket.socketpair()
+    with Connection(ours.detach()) as connection, theirs:
+        rank = subprocess.Popen(
+            [sys.executable, "-c", BROKEN, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection.send(LOAD)
+        assert connection.recv() == Gone("a rank failed: ImportError: no such library")
+        _, printed = rank.communicate(timeout=60)
+    assert rank.returncode == 1 and "Traceback" in printed
 
 
 class Process:

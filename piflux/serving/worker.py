@@ -13,7 +13,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from piflux.errors import CannotLoad, Excluded, RankFailed
+from piflux.errors import CannotLoad, Excluded, PifluxError, RankFailed
 from piflux.serving.messages import Command, Draw, End, Failed, Gone, Load, Stop, Told
 
 log = logging.getLogger(__name__)
@@ -74,8 +74,15 @@ def _failed(draw: Draw, error: Exception) -> Failed:
         log.warning("call %d was lost: %s", draw.number, error)
         return Failed(draw.number, "lost", str(error))
     log.exception("call %d failed", draw.number)
+    return Failed(draw.number, "error", _said(error))
+
+
+def _said(error: Exception) -> str:
+    """The message if it is piflux's own, else one line."""
+    if isinstance(error, PifluxError):
+        return str(error)
     said = next((line for line in str(error).splitlines() if line.strip()), "")
-    return Failed(draw.number, "error", f"{type(error).__name__}: {said}")
+    return f"{type(error).__name__}: {said}"
 
 
 def main() -> None:
@@ -121,15 +128,17 @@ def attend(connection: Connection) -> None:
             connection.send(told)
 
     threading.Thread(target=read, daemon=True, name="piflux-commands").start()
-    import_for(first.get())
-    rank, gpu = first.get()
-    os.environ["LOCAL_RANK"] = str(gpu)
-    logging.basicConfig(format=f"%(levelname)s rank {rank}: %(message)s", force=True)
+    name = "a rank"
     with contextlib.suppress(BrokenPipeError):
         try:
+            import_for(first.get())
+            rank, gpu = first.get()
+            name = f"rank {rank}"
+            os.environ["LOCAL_RANK"] = str(gpu)
+            logging.basicConfig(format=f"%(levelname)s {name}: %(message)s", force=True)
             work(inbox, tell)
         except Exception as error:
-            tell(Gone(f"rank {rank} failed: {error}"))
+            tell(Gone(f"{name} failed: {_said(error)}"))
             raise
 
 
