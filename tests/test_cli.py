@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from ranks import Pool, free_port, launched
 from rich.console import Console
+from safetensors.torch import save_file
 from test_cost import CONFIG
 from typer.testing import CliRunner
 
@@ -559,9 +560,26 @@ def test_loras_are_added_with_their_scales(tmp_path, recwarn):
     assert not [x for x in recwarn if "peft_config" in str(x.message)]
     layer = pipe.transformer.transformer_blocks[0].attn.to_q
     assert layer.scaling["lora_0"] == 0.5 * layer.scaling["lora_1"]
-    (tmp_path / "bad.safetensors").write_text("no weights")
-    with pytest.raises(CannotLoad, match=r"the LoRA .*bad.safetensors can't be loaded into Flux"):
-        add_loras(pipe, ((str(tmp_path / "bad.safetensors"), 1.0),))
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [
+        (None, "can't be loaded into FluxPipeline: "),
+        ("unet.up", "its weights are of parts that this pipeline doesn't have"),
+        ("transformer.nowhere", "NoMatchingPeftModuleError: Target modules {'nowhere'}"),
+    ],
+)
+def test_loras_of_other_models_are_refused(layer, said, tmp_path, caplog):
+    file = tmp_path / "bad.safetensors"
+    if layer is None:
+        file.write_text("no weights")
+    else:
+        save_file({f"{layer}.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, file)
+    with pytest.raises(CannotLoad, match=r"the LoRA .*bad\.safetensors") as raised:
+        add_loras(tiny_pipeline(), ((str(file), 1.0),))
+    assert said in str(raised.value)
+    assert "unsuccessful" not in caplog.text  # told once
 
 
 @pytest.mark.usefixtures("few_blocks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,8 @@ def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
     for (text, _), name in zip(loras, names, strict=True):
         path = Path(text)
         folder, file = (path.parent, path.name) if path.is_file() else (path, None)
+        told = logging.getLogger("diffusers.loaders.peft")
+        before, told.disabled = told.disabled, True  # it prints what it raises
         try:
             with warnings.catch_warnings():  # peft: that there are several is what was asked for
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")
@@ -162,6 +165,13 @@ def add_loras(pipe: Any, loras: tuple[tuple[str, float], ...]) -> None:
                 f"the LoRA {text} can't be loaded into {type(pipe).__name__}: "
                 f"{type(error).__name__}: {_line(error)}"
             ) from error
+        finally:
+            told.disabled = before
+        if not any(name in adapters for adapters in pipe.get_list_adapters().values()):
+            raise CannotLoad(
+                f"the LoRA {text} can't be loaded into {type(pipe).__name__}: its weights are of "
+                "parts that this pipeline doesn't have. Was it made for another model?"
+            )
     pipe.set_adapters(names, [scale for _, scale in loras])
 
 
