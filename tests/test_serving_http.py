@@ -339,6 +339,7 @@ def test_a_pipeline_without_pictures_takes_none():
         ({"extra_body": {"lora": ["ink"] * 5}}, "lora", "invalid_value"),
         ({"extra_body": {"deadline_s": 0}}, "deadline_s", "invalid_value"),
         ({"extra_body": {"speed": 9}}, "speed", "unknown_parameter"),
+        ({"extra_body": {"steps": 9}}, "num_inference_steps", "unknown_parameter"),
     ],
 )
 def test_what_is_wrong_is_named(client, engine, asked, param, code):

@@ -159,7 +159,9 @@ def read(kind: type[Drawing], data: bytes | dict[str, Any]) -> Drawing:
 def _said(where: str | None, kind: str, message: str) -> tuple[str, str]:
     """A code and a sentence for what pydantic found."""
     if kind == "extra_forbidden":
-        return "unknown_parameter", f"{where}: there is no such field, see /openapi.json"
+        meant = PARAMETERS.get(str(where))
+        instead = "see /openapi.json" if meant is None else f"it is called {meant}"
+        return "unknown_parameter", f"{where}: there is no such field, {instead}"
     if kind == "missing":
         return "missing_required_parameter", f"{where}: it is missing"
     if kind == "json_invalid":
