@@ -44,7 +44,7 @@ def live(connection):
             raise ValueError("as it was told")
         connection.send((word, os.getpid()))
 
-nurse(socket.socket(fileno=int(sys.argv[1])), live, float(sys.argv[2]))
+nurse(socket.socket(fileno=int(sys.argv[1])), 0, live, float(sys.argv[2]))
 """
 """A nursery whose ranks say what they are told, and which process they are."""
 
@@ -61,6 +61,7 @@ class Nursed:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", SCRIPT, str(listening.fileno()), str(idle_s)],
                 pass_fds=[listening.fileno()],
+                stdin=subprocess.PIPE,
             )
 
     def rank(self) -> tuple[Forked, int]:
@@ -76,6 +77,7 @@ class Nursed:
             rank.connection.close()
         self.process.kill()
         self.process.wait()
+        self.process.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +142,19 @@ def test_ranks_outlive_their_nursery(tmp_path: Path) -> None:
     killed.end()
 
 
-def test_a_nursery_without_ranks_ends(tmp_path: Path) -> None:
-    idle = Nursed(str(tmp_path / "idle"), 0.01)
-    assert idle.process.wait(60) == 0
+def test_a_nursery_ends_without_ranks_or_with_who_started_it(tmp_path: Path) -> None:
+    (tmp_path / "idle").mkdir()
+    (tmp_path / "left").mkdir()
+    idle = Nursed(str(tmp_path / "idle" / "ranks"), 0.01)
+    left = Nursed(str(tmp_path / "left" / "ranks"))
+    rank, pid = left.rank()
+    left.process.stdin.close()
+    assert (idle.process.wait(60), left.process.wait(60)) == (0, 0)
+    assert not list(tmp_path.iterdir())  # nothing is left of where they were
+    rank.connection.send("x")
+    assert rank.connection.recv() == ("x", pid)
     idle.end()
+    left.end()
 
 
 def test_what_cannot_be_forked_each_rank_imports(monkeypatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import NoReturn
 
-from piflux.launch import end_with, name_process
+from piflux.launch import name_process
 from piflux.serving.messages import Load
 from piflux.serving.processes import PROCESS_END_S
 from piflux.serving.worker import attend, import_for
@@ -54,8 +54,7 @@ class Nursery:
     """
 
     def __init__(self, load: Load) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="piflux-")  # of mode 0700
-        self.place = str(Path(self._folder.name) / "ranks")
+        self.place = str(Path(tempfile.mkdtemp(prefix="piflux-")) / "ranks")  # of mode 0700
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(self.place)
             listening.listen(WAITING)
@@ -65,16 +64,15 @@ class Nursery:
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 stdin=subprocess.PIPE,
             )
-        assert self._process.stdin is not None, "it is a pipe"
-        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:  # it has ended
-            pickle.dump(load, told)
+        assert self._process.stdin is not None, "it is a pipe, which is left open as long as we are"
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            pickle.dump(load, self._process.stdin)
+            self._process.stdin.flush()
         self.pid = self._process.pid
 
     def wait(self) -> int:
         """Until it has ended, which it does when it has had no rank for long; the exit code."""
-        code = self._process.wait()
-        self._folder.cleanup()
-        return code
+        return self._process.wait()
 
     def kill(self) -> None:
         """End it at once. Its ranks go on."""
@@ -136,9 +134,9 @@ class Forked:
 def main() -> None:
     """As a process of its own, with its socket's descriptor as the first argument.
 
-    What to import for is told by its standard input. A second argument has it import nothing.
+    What to import for is told by its standard input, with which it ends. A second argument has it
+    import nothing.
     """
-    end_with(os.getppid())
     name_process("piflux-nursery")
     for number in (signal.SIGINT, signal.SIGTERM):  # which reach whole groups
         signal.signal(number, lambda *_: None)
@@ -152,7 +150,7 @@ def main() -> None:
     # Nothing of it is garbage: ranks need not look through it, and so leave it shared.
     gc.collect()
     gc.freeze()
-    nurse(listening, attend, IDLE_S)
+    nurse(listening, sys.stdin.fileno(), attend, IDLE_S)
 
 
 def _import(load: Load) -> str:
@@ -170,11 +168,16 @@ def _import(load: Load) -> str:
     return ""
 
 
-def nurse(listening: socket.socket, live: Callable[[Connection], None], idle_s: float) -> None:
+def nurse(
+    listening: socket.socket, ends: int, live: Callable[[Connection], None], idle_s: float
+) -> None:
     """Fork a rank for everyone who asks; end those whose asker has ended, and tell how they ended.
+
+    The socket's file and folder go with it.
 
     Args:
         listening: where they ask.
+        ends: a pipe. Where nobody holds its other end any more this returns, and ranks go on.
         live: what a rank does.
         idle_s: without a rank for so long this returns.
     """
@@ -186,9 +189,9 @@ def nurse(listening: socket.socket, live: Callable[[Connection], None], idle_s: 
     signal.set_wakeup_fd(waking.fileno(), warn_on_full_buffer=False)
     while True:
         askers = [control for pid, control in ranks.items() if pid not in killed]
-        ready = wait([listening, woken, *askers], None if ranks else idle_s)
-        if not ready and not ranks:
-            return
+        ready = wait([listening, ends, woken, *askers], None if ranks else idle_s)
+        if ends in ready or not ready and not ranks:
+            break
         for pid, control in ranks.items():
             if control in ready:  # nobody has anything to say there: who asked has ended
                 os.kill(pid, signal.SIGKILL)
@@ -206,6 +209,9 @@ def nurse(listening: socket.socket, live: Callable[[Connection], None], idle_s: 
                 killed.discard(pid)
                 with ranks.pop(pid) as control, contextlib.suppress(OSError):
                     control.send(str(os.waitstatus_to_exitcode(status)).encode())
+    place = Path(listening.getsockname())
+    place.unlink()
+    place.parent.rmdir()
 
 
 def _fork(
@@ -243,7 +249,8 @@ def _live(
         for each in (control, *others):
             each.close()
         connection, *prints = given
-        for ours, theirs in zip((1, 2), prints, strict=True):
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for ours, theirs in zip((0, 1, 2), (nothing, *prints), strict=True):
             os.dup2(theirs, ours)
             os.close(theirs)
         live(Connection(connection))
