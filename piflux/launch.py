@@ -83,6 +83,22 @@ def launch(function: Callable[..., Any], ranks: int, *args: Any, outlives: bool 
                 rank.end()
 
 
+def alone(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `function` in this process, and tell what it raises as `launch` does.
+
+    Raises:
+        RankFailed: `function` raised what is no PifluxError; under torchrun that goes on as it is.
+    """
+    try:
+        return function(*args, **kwargs)
+    except PifluxError:
+        raise
+    except Exception as error:
+        if is_joined():
+            raise
+        raise RankFailed(_raised(0, error)) from error
+
+
 def _watch(ranks: Sequence[_Rank], interrupted: _Interrupts, outlives: bool) -> Any:
     """Until there is a result, or none to come."""
     first: _Rank | None = None  # that failed

@@ -35,7 +35,7 @@ from piflux.cost.clock import StepClock
 from piflux.cost.cost import Choice, Rates
 from piflux.demo import demo_file
 from piflux.errors import CannotLoad, CannotSave, DoesNotFit, RankFailed
-from piflux.launch import _raised, _watch, launch
+from piflux.launch import _raised, _watch, alone, launch
 from piflux.pipelines import folders
 from piflux.pipelines.arguments import Asked, arguments
 from piflux.pipelines.folders import add_loras, as_kind
@@ -272,6 +272,19 @@ def test_a_rank_whose_model_refuses_its_inputs_is_quoted():
 def test_a_rank_that_says_what_to_do_is_quoted_alone():
     with pytest.raises(RankFailed, match=r"^the folder is full: empty it$"):
         launch(failing.says, 1)
+
+
+def test_what_one_rank_meets_is_told_alike(monkeypatch, tmp_path):
+    """In the command, too; under torchrun with its whole traceback."""
+    monkeypatch.setattr(work, "generate", lambda _: failing.fails())
+    result = invoke("generate", "a cat", "--ranks=1", f"--out={tmp_path / 'p.png'}")
+    assert result.exit_code == 1
+    assert "Error: rank 0 failed: ValueError: on purpose (failing.py:" in words(result)
+    with pytest.raises(CannotSave, match="empty it"):
+        alone(failing.says)
+    monkeypatch.setattr("piflux.launch.is_joined", lambda: True)
+    with pytest.raises(ValueError, match="on purpose"):
+        alone(failing.fails)
 
 
 def test_ranks_outlive_the_first():

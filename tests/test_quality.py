@@ -23,11 +23,11 @@ from typer.testing import CliRunner
 
 import piflux
 from piflux.demo import IMAGE_SIZE, PROMPTS, TEXT_TOKENS, demo_file, demo_pipeline
-from piflux.errors import CannotLoad
+from piflux.errors import CannotLoad, RankFailed
 from piflux.policies.masks import NEEDED
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import Cost
-from piflux.tools.quality import charts
+from piflux.tools.quality import charts, drift
 from piflux.tools.quality.charts import markdown, sheet_of
 from piflux.tools.quality.drift import (
     BEST_DB,
@@ -277,6 +277,17 @@ def test_pipelines_of_other_kinds():
 def test_pipelines_whose_drift_is_not_measured(kind, said):
     with pytest.raises(CannotLoad, match=said):
         check_pictures(kind)
+
+
+@pytest.mark.usefixtures("few_blocks")
+def test_what_a_pipeline_refuses_is_told_in_one_line(monkeypatch, tmp_path):
+    def refuses(*_, **__):
+        raise TypeError("this pipeline wants a picture")
+
+    monkeypatch.setattr(drift, "draw", refuses)
+    result = invoke("--count=1", "--variant=gather", "--ranks=2", "--size=64", f"--out={tmp_path}")
+    assert isinstance(result.exception, RankFailed)
+    assert "TypeError: this pipeline wants a picture (test_quality.py:" in str(result.exception)
 
 
 @pytest.mark.parametrize("count, palette", [(4, "tab10"), (11, "tab20")])

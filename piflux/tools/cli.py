@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import piflux
 from piflux.errors import INTERRUPTED, PackageMissing, PifluxError, RankFailed, plain
-from piflux.launch import cores, is_first, is_joined, launch
+from piflux.launch import alone, cores, is_first, is_joined, launch
 from piflux.policies.schedule import Schedule, sync_steps_of
 from piflux.tools import options
 from piflux.tools.bench.bench import bench
@@ -211,7 +211,7 @@ def generate(
     if not on_gpu and is_first():
         console.print(f"No CUDA device: {total} rank(s) on the CPU.")
     if is_joined() or total == 1:
-        made = work.generate(request)
+        made = alone(work.generate, request)
     else:
         made = launch(work.generate, total, request, outlives=True)
     if made is None:  # another rank's to tell

@@ -16,6 +16,7 @@ from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 from piflux.demo import PROMPTS
+from piflux.launch import alone
 from piflux.policies.schedule import Schedule
 from piflux.tools.image_cost import measured_cost
 from piflux.tools.interrupts import importing
@@ -157,7 +158,8 @@ def quality(
     drawings = -(-len(texts) // batch) * (1 + len(variants) * len(rank_counts))
     with Progress(console=console) as progress:
         task = progress.add_task("1 rank", total=drawings * steps)
-        one, rows, drawn = measure(
+        one, rows, drawn = alone(
+            measure,
             pipe,
             texts,
             seeds,
