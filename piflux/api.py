@@ -107,15 +107,13 @@ class ParallelModule(View, nn.Module):
         shares = self._piflux_compiler.shares
         if parameter is not None:
             check_device(ranks, parameter.device)
-        if ranks is not None:
-            meet = partial(self._piflux_compiler.meet, begins=cls._piflux_unchecked)
-            ranks.surviving(meet, "programs")
-        unchecked = cls._piflux_unchecked and parameter is not None
-        if unchecked and isinstance(ranks, ProcessRanks):
-            ranks.surviving(
-                partial(self._piflux_same_weights.check, self._piflux_target, ranks, shares),
-                "weights",
-            )
+        if isinstance(ranks, ProcessRanks):
+            target, weights = self._piflux_target, self._piflux_same_weights
+            begins = cls._piflux_unchecked
+            changed = begins and weights.may_have_changed(target)
+            meet = partial(self._piflux_compiler.meet, begins=begins, changed=changed)
+            if ranks.surviving(meet, "programs"):
+                ranks.surviving(partial(weights.compare, target, ranks, shares), "weights")
         looks = cls._piflux_unchecked or not self._piflux_compiler.runtime.explicit
         if looks and self._piflux_captures.choose(self):
             self._piflux_compiler.drop_forgotten()

@@ -345,7 +345,7 @@ def marked(rank, group, policy):
             model.proj_out.bias += 1
     parallel = piflux.parallelize(model, group=group, policy=policy, inner="eager")
     # Weights that differ are refused, as they should be.
-    with piflux.generation(parallel), mock.patch.object(SameWeights, "check"):
+    with piflux.generation(parallel), mock.patch.object(SameWeights, "compare"):
         return [sample(parallel)(**flux_inputs()) for _ in range(5)]
 
 

@@ -198,19 +198,32 @@ class Compiler:
         called = {id(call.program) for call in self._calls}
         self.programs[:] = [program for program in self.programs if id(program) in called]
 
-    def meet(self, *, begins: bool) -> None:
+    def meet(self, *, begins: bool, changed: bool) -> bool:
         """Choose what the other ranks have kept, or all of it anew if this can't be known.
 
         A rank may have raised between the ranks' agreement on the first program and its run, since
         Dynamo has yet to make its guards: the others have kept it then. Or a rank has parallelized
         its model once more. All ranks call this together at each call, and compare in the first one
         of an image, if it `begins` as such, or of an epoch, and after one that failed.
+
+        Args:
+            begins: whether an image does.
+            changed: whether this rank's weights may have since they were compared.
+
+        Returns:
+            Whether any rank's weights may have changed; False where ranks did not compare.
         """
         ranks = self.runtime.ranks
         if not isinstance(ranks, ProcessRanks) or not (begins or ranks.epoch != self.met_in):
-            return
-        told = ranks.exchange((self.has_made, self._unkept is not None), "programs")
+            return False
+        mine = (self.has_made, self._unkept is not None), changed
+        everyones = ranks.exchange(mine, "programs")
         self.met_in = ranks.epoch
+        self._choose_alike([kept for kept, _ in everyones])
+        return any(changed for _, changed in everyones)
+
+    def _choose_alike(self, told: Sequence[tuple[bool, bool]]) -> None:
+        """`told`: by rank, whether a program was made, and whether one was that did not run."""
         if len({has_made for has_made, _ in told}) == 1:
             return
         if (False, False) not in told:

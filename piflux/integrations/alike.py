@@ -128,7 +128,11 @@ class SameWeights:
         self._known: Any = None
         self._named: dict[str, Facts] = {}
 
-    def check(self, model: nn.Module, ranks: ProcessRanks, shares: Shares | None = None) -> None:
+    def may_have_changed(self, model: nn.Module) -> bool:
+        """Since they were last compared, on this rank."""
+        return bool(self._known != _unnamed(model))
+
+    def compare(self, model: nn.Module, ranks: ProcessRanks, shares: Shares | None = None) -> None:
         """All ranks call this together. Synchronises host and device.
 
         Args:
@@ -138,19 +142,17 @@ class SameWeights:
 
         Raises:
             CannotCapture: somebody wrote into a weight that is shared.
-            RanksDisagree: on every rank, if a weight differs; it names each that does.
+            RanksDisagree: on every rank, if a weight differs; it names some that do.
         """
-        known = _unnamed(model)
-        if ranks.any(known != self._known):
-            weights = dict(model.named_parameters())
-            named = {name: _facts(x) for name, x in weights.items()}
-            if shares is not None:
-                held = dict.fromkeys(name for name, x in weights.items() if shares.holds(x))
-                self._refuse_written(held, self._named, named)
-                weights = {name: x for name, x in weights.items() if name not in held}
-            norms = {f"weight {name}": norm for name, norm in _norms(weights).items()}
-            ranks.agree(norms | _scales(model))
-            self._known, self._named = known, named
+        known, weights = _unnamed(model), dict(model.named_parameters())
+        named = {name: _facts(x) for name, x in weights.items()}
+        if shares is not None:
+            held = dict.fromkeys(name for name, x in weights.items() if shares.holds(x))
+            self._refuse_written(held, self._named, named)
+            weights = {name: x for name, x in weights.items() if name not in held}
+        norms = {f"weight {name}": norm for name, norm in _norms(weights).items()}
+        ranks.agree(norms | _scales(model))
+        self._known, self._named = known, named
 
     @staticmethod
     def _refuse_written(
