@@ -26,6 +26,7 @@ from piflux.errors import (
 )
 from piflux.memory.aside import Aside, plain
 from piflux.memory.shares import Shares, _layouts
+from piflux.memory.slots import at_once
 from piflux.ranks import processes as runtime_ranks
 from piflux.ranks.links import Link
 
@@ -193,6 +194,12 @@ def test_weights_are_one_rank_s_where_that_is_even(kind, size, is_cut):
         assert taken.max() == 1
         assert taken.sum() == 256 * sum(BLOCKS[kind])
     assert held.max() <= 1.03 * held.mean(), "over all blocks ranks hold the same"
+
+
+@pytest.mark.parametrize("count", [512, 513, 1024])
+def test_places_hold_a_weight_that_is_cut(count):
+    (layout,) = _layouts([[[torch.empty(count, dtype=torch.uint8)]]], 2)
+    assert layout.is_cut and 2 * layout.length >= count
 
 
 @captured_once()
@@ -415,6 +422,96 @@ def test_who_lost_a_share_is_told_at_every_call():
         with pytest.raises(WeightsLost, match="rank 1 held a share") as raised:
             shares.check_members()
         assert raised.value.ranks == (1,) and not raised.value.resumable
+
+
+class First:
+    """The first of two ranks, to whom nothing comes; `filled` notes what is sent."""
+
+    size, rank, members, epoch = 2, 0, (0, 1), 0
+
+    def __init__(self):
+        self.sent = []
+
+    def filled(self, count, device):
+        def fill(piece, length, *, own):
+            self.sent.append((piece, length, own))
+
+        memory = torch.zeros(2 * count, dtype=torch.uint8)
+        return SimpleNamespace(memory=memory, fill=fill, wait=lambda: None, recordable=True)
+
+    def agree(self, facts):
+        pass
+
+
+def gathered(buffer, *runs):
+    return SimpleNamespace(runs=runs, buffer=buffer)
+
+
+GROUPS = gathered(0, [0], [1]), gathered(1, [2]), gathered(0, [3])
+"""Two weights that a rank each has, and two that are cut."""
+
+
+def shared_by_first():
+    ranks, weights = First(), [nn.Parameter(torch.full((64,), float(i))) for i in range(4)]
+    shares = Shares(ranks)
+    return shares, weights, shares.ready(weights, GROUPS)
+
+
+def test_buffers_are_made_anew_where_ranks_have_met_anew():
+    shares, weights, _ = shared_by_first()
+    before = [x.memory.data_ptr() for x in shares._buffers]
+    held = shares._buffers
+    shares.ready(weights, GROUPS)
+    assert shares._buffers is held
+    shares.ranks.epoch = 1
+    shares.ready(weights, GROUPS)
+    after = [x.memory.data_ptr() for x in shares._buffers]
+    assert not {*before} & {*after}
+    assert weights[0].equal(torch.zeros(64)), "its own, where it was"
+    assert [weights[1].data_ptr() - 256, weights[2].data_ptr()] == after
+
+
+def test_what_is_waited_for_is_what_comes():
+    shares, _, fetching = shared_by_first()
+    whole, cut, _ = shares._groups
+    fetching.expect(0)
+    fetching.start(at_once)
+    fetching.wait(1, at_once)  # a branch that reads it earlier
+    assert shares.ranks.sent == [(whole.share, 256, False), (cut.share, 256, True)]
+    assert (whole.layout.is_cut, cut.layout.is_cut) == (False, True)
+    fetching.wait(1, at_once)
+    assert len(shares.ranks.sent) == 3, "another group may have come there since"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [[gathered(0, [0], [3])], [gathered(1, [0], [1])]],
+    ids=["together", "in another buffer"],
+)
+def test_graphs_that_share_weights_in_other_ways_are_refused(other):
+    shares, weights, _ = shared_by_first()
+    with pytest.raises(CompileError, match="reads together what another one reads apart"):
+        shares.ready(weights, other)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["in the share", "in a buffer"])
+def test_another_parameter_of_shared_memory_is_refused(number):
+    """As a module that is moved where it is has."""
+    shares, weights, _ = shared_by_first()
+    weights[number] = nn.Parameter(weights[number].data)
+    with pytest.raises(CannotCapture, match="were moved or replaced since"):
+        shares.ready(weights, GROUPS)
+
+
+def test_weights_that_could_not_all_be_shared_are_refused_for_good():
+    shares = Shares(First())
+    weights = [nn.Parameter(torch.ones(64)) for _ in range(4)]
+    weights[2].untyped_storage().resize_(0)
+    with pytest.raises(CannotCapture, match="were moved or replaced since"):
+        shares.ready(weights, GROUPS)
+    for _ in range(2):
+        with pytest.raises(CannotCapture, match="when something went wrong"):
+            shares.ready(weights, GROUPS)
 
 
 @captured_once()
