@@ -255,15 +255,15 @@ def test_policies_from_exact_to_drifting():
     assert skipping.cost.mean_s == pytest.approx(0.8 * gather.cost.mean_s)
 
 
-@pytest.mark.usefixtures("captured_once")
 def test_pipelines_of_other_kinds():
     """Z-Image encodes its prompts in lists, and its latents are no tokens."""
-    variants = [Variant.parse(text) for text in ("gather", "rotate sync_steps=1")]
-    call = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 0.0}
-    one, (gather, rotate), _ = measure(z(), ["a rose", "a dog"], [0, 1], variants, [2], **call)
+    call = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 0.0}
+    told = []
+    one = Pictures(z(), ["a rose", "a dog"], [0, 1], on_step=told.append, **call).one
     assert one.images.shape == (2, 3, 64, 64)
-    assert min(gather.psnr) > 80 > max(rotate.psnr)
-    assert len(rotate.drift) == 3
+    assert not torch.equal(*one.images)
+    assert [len(latents) for latents in one.latents] == [2, 2]
+    assert told == ["1 rank"] * 2
 
 
 @pytest.mark.parametrize(
