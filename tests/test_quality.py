@@ -297,6 +297,19 @@ def test_few_variants_are_told_apart_by_strong_colours(count, palette):
     assert charts._colours(rows)["1"] == charts._pyplot().get_cmap(palette).colors[1]
 
 
+def test_costs_that_are_alike_stand_together(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(charts._pyplot(), "close", figures.append)
+    costs = {"gather": 0.50001, "rotate": 0.5}
+    rows = [
+        Row(name, 2, [30.0], [0.9], [0.1], [0.1], Cost(1.0, cost, cost, cost))
+        for name, cost in costs.items()
+    ]
+    charts.plot_frontier(rows, tmp_path / "frontier.png")
+    left, right = figures[0].axes[0].get_xlim()
+    assert left == 0 and right > 0.5
+
+
 LONG = "displaced sync_steps=0,2,5,8,12,16,20,24,26 compression=int8 refresh_every=9"
 
 

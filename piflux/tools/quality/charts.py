@@ -130,6 +130,7 @@ def plot_frontier(rows: Sequence[Row], path: Path) -> None:
         )
     axes.set(xlabel="a step's time over one rank's", ylabel="LPIPS to one rank", yscale="log")
     axes.margins(x=0.1)
+    axes.set_xlim(left=0)  # else costs that are alike stand far apart
     figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=150)
     plt.close(figure)
