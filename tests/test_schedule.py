@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import piflux
 from piflux.parts import join, part_index, part_length, windows
 from piflux.policies.named import POLICIES
-from piflux.policies.schedule import PolicyName, Schedule
+from piflux.policies.schedule import PolicyName, Schedule, sync_steps_of
 
 
 def syncs(schedule, steps=12):
@@ -47,6 +47,7 @@ def test_displaced_stays():
         (2, 4, [0, 1, 5, 9]),
         (1, 1, list(range(12))),
         (20, None, list(range(12))),
+        ((0, 6), 4, [0, 6, 10]),  # none is counted back from the last named one
     ],
 )
 def test_sync_steps_come_first_and_then_every_so_often(sync_steps, refresh_every, want):
@@ -119,6 +120,12 @@ def test_sync_steps_by_name():
     assert [t for t in range(12) if schedule.step(t).sync] == [0, 3, 7, 11]
     assert schedule.first_syncs == (0, 3)
     assert Schedule(sync_steps=()).first_syncs == (0,)
+
+
+def test_few_steps_have_sync_steps_of_their_own():
+    for steps, want in ((None, (0, 2)), (9, (0, 1)), (10, (0, 2))):
+        assert sync_steps_of(Schedule(world_size=2), steps) == want
+        assert sync_steps_of(Schedule(sync_steps=3, world_size=2), steps) == 3
 
 
 def test_what_is_predicted():

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -679,6 +680,30 @@ def test_previews_look_like_the_picture():
     for preview in shown[1::2]:
         assert preview.shape == (1, 12, 12, 3)
         assert np.corrcoef(preview.ravel(), small.ravel())[0, 1] > 0.9
+
+
+class FlowMatchScheduler(SimpleNamespace):
+    """Noise and picture mixed in proportion, as diffusers names such schedulers."""
+
+
+def test_a_preview_follows_the_last_step_to_the_end():
+    noise, picture = torch.full((1, 2), 4.0), torch.full((1, 2), 1.0)
+    sigmas = [1.0, 0.75, 0.75, 0.25, 0.0]
+    mixed = [sigma * noise + (1 - sigma) * picture for sigma in sigmas]
+    previews = Previews(torch.zeros(1, 3), lambda latents, height, width: latents)
+
+    def after(step, kind=FlowMatchScheduler, wanted=True):
+        return previews.after(kind(sigmas=sigmas, step_index=step), mixed[step], wanted=wanted)
+
+    assert after(1) is mixed[1], "no step before it"
+    assert after(2) is mixed[2], "from a noise level to the same one leads nowhere"
+    torch.testing.assert_close(after(3), picture)
+    previews.begin()
+    assert after(3) is mixed[3], "what was before is another picture"
+    assert after(4, kind=SimpleNamespace) is mixed[4], "a scheduler whose steps are not straight"
+    previews.begin()
+    assert after(2, wanted=False) is None
+    torch.testing.assert_close(after(3), picture)
 
 
 def test_previews_are_told_by_one_rank_evenly_spaced(running, demo):

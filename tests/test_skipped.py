@@ -72,6 +72,7 @@ def test_masks():
     assert mask_of("xx.x", 4) == "xx.x"
     assert mask_of("xx.x", 5) is None
     assert mask_of("auto", 9) == "x" * 9
+    assert mask_of("auto", 10).count("x") == 6
     assert mask_of("auto", 28).count("x") == 18
     assert default_mask(18, 28) == "xxxxxxxxx.x.x.x.x..x.x.x.x.x"
     assert default_mask(10, 28) == "xxx.x..x...x....x......x.x.x"

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import piflux
 from piflux.kernels.changes import (
     advance,
     compress,
@@ -36,6 +37,7 @@ from piflux.kernels.versions import (
 )
 from piflux.memory.ages import BELIEF, FARTHEST, Ages
 from piflux.memory.changes import ChangeSlot
+from piflux.memory.memory import Memory
 from piflux.memory.places import Places
 from piflux.memory.rounded import RoundedSlot
 from piflux.memory.slots import Slot
@@ -124,7 +126,7 @@ def test_ages_begin_anew_where_they_are():
     ages.look(at(1))
     line, newer, ahead = ages.line, ages.newer, ages.ahead
     assert ahead.tolist() == [2 * BELIEF] * 2 + [BELIEF] * 3
-    ages.begin(at(9))
+    ages.advance(at(9), first=True, sync=True, own=None)
     assert ages.line is line and ages.newer is newer
     assert ages.ahead is ahead and ahead.tolist() == [0] * 5
     assert newer.all() and read_line(ages, at(8)) == [1] * 5
@@ -241,6 +243,42 @@ class Arrived:
 
     def read(self):
         return self.pieces
+
+
+def test_a_packet_carries_one_thing_at_a_time():
+    """And comes again once it was given back, or its step begins once more."""
+    memory, ranks = Memory(), piflux.virtual_ranks(2)
+    first, second = (memory.packet(ranks, kv(0)) for _ in range(2))
+    assert first is not second
+    memory.give_back(first)
+    assert memory.packet(ranks, kv(0)) is first
+    memory.give_all_back(1)
+    assert memory.packet(ranks, kv(0)) not in (first, second), "they are another rank's"
+    memory.give_all_back(0)
+    assert [memory.packet(ranks, kv(0)) for _ in range(2)] == [first, second]
+
+
+def test_a_slot_that_does_not_fit_is_another_one():
+    memory, double = Memory(), [x.double() for x in kv(0)]
+    slot = memory.slot(0, 3, kv(0), 5, Slot, None)
+    assert memory.slot(0, 3, kv(0), 5, Slot, None) is slot and memory.made[0] == 1
+    for fresh, tokens in ((kv(0), 6), (double, 6)):
+        another = memory.slot(0, 3, fresh, tokens, Slot, None)
+        assert another.fits(fresh, tokens) and another is not slot
+        slot = another
+    assert memory.made == {0: 3} and memory.slots == {(0, 3): slot}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_where_ranks_keep_their_own_part_versions_stay_where_they_are(own):
+    """Each token's newer version is another's older one, so that none can change places."""
+    memory, ages = Memory(), Ages((5,), at(4))
+    slot = memory.slot(0, 0, kv(0), 5, Slot, ages)
+    first = slot.first[0]
+    memory.advance(0, 2, 0, at(3), first=False, sync=True, own=own)
+    assert (slot.first[0] is first) == own
+    memory.advance(0, 2, 0, at(2), first=True, sync=True, own=own)
+    assert slot.first[0].data_ptr() == first.data_ptr()
 
 
 def slot_of_changes(value, ages=None):
