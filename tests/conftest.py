@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 # wait for each other. Read when torch is loaded.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-# What is forked of a process that asked CUDA for its GPUs can't use them.
-os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 # Dynamo looks for garbage after each capture, of which there are hundreds.
 os.environ["TORCH_DYNAMO_RUN_GC_AFTER_COMPILE"] = "0"
 

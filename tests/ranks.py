@@ -2,7 +2,8 @@
 
 Importing torch and diffusers costs seconds, so a fork server imports them once, worker processes
 are forked from it, joined in one gloo group, and reused by one test after the other. Under pytest
-the server is itself forked, from a process that has imported all tests and run none.
+the server is itself forked, from a process that has imported all tests and run none. Where there
+are GPUs, ranks import for themselves.
 """
 
 import faulthandler
@@ -123,7 +124,8 @@ class Pool:
                 args=(rank, size, Path(self._folder.name), joined and port, group_timeout, theirs),
                 daemon=True,
             )
-            worker.start()
+            with mock.patch.dict(os.environ, ONE_THREAD):
+                worker.start()
             theirs.close()
             self._workers.append(worker)
             self._connections.append(ours)
@@ -267,6 +269,8 @@ def fork_server() -> None:
 
     For a process that has imported what ranks import, and done nothing that they should not know.
     """
+    if torch.cuda.device_count():
+        return
     resource_tracker.ensure_running()  # which is a process, too
     with mock.patch.object(util, "spawnv_passfds", _forked):
         _start_server()
@@ -298,6 +302,9 @@ def _forked(path: str, args: list[str], passed: Sequence[int]) -> int:
 
 
 def _context():
+    if torch.cuda.device_count():
+        # What is forked of a process in which a library asked for its GPUs can't use them.
+        return multiprocessing.get_context("spawn")
     context = _start_server()
     if _waiting:
         os.write(_waiting.pop(), b"!")
@@ -308,11 +315,7 @@ def _start_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # The server imports the preload list from a bare interpreter, so it needs our path spelled out.
-    environment = ONE_THREAD | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # What is forked of a process that asked CUDA for its GPUs can't use them.
-        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    }
+    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with mock.patch.dict(os.environ, environment):
         multiprocessing.forkserver.ensure_running()
     return context
