@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from piflux.errors import RankFailed
 from piflux.launch import launch
@@ -294,8 +294,13 @@ def bench(
 
 def _print(results: list[Result], floor: Floor, title: str) -> None:
     numbers = further_steps(results)
-    columns = ("row", "ranks", "ms a step", "of the floor", "first image", "second", "warm")
-    table = Table(*columns, *(f"{n} steps, s" for n in numbers), title=escape(title))
+    columns = ("ranks", "ms a step", "of the floor", "first image", "second", "warm")
+    table = Table(
+        Column("row", no_wrap=True, overflow="fold"),
+        *columns,
+        *(f"{n} steps, s" for n in numbers),
+        title=escape(title),
+    )
     for r in results:
         if r.error is not None:
             table.add_row(r.row, str(r.ranks), "failed")
