@@ -46,7 +46,7 @@ def assert_exact(function, *args, n=3):
     with piflux.generation(parallel):
         for step in range(n + 1):
             got = parallel(*(x.clone() for x in args))
-            # Of numbers beyond 1 so much of the largest: processors round sums in orders of their own.
+            # Of numbers beyond 1 so much of the largest: processors sum in orders of their own.
             assert (got - want).abs().max() <= EXACT * max(1, want.abs().max()), step
 
 
