@@ -140,7 +140,7 @@ def in_fragments(call: Callable[..., Any], fragments: Fragments) -> Callable[...
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """The model and all modules within it, once each, in an order that stays.
 
-    `nn.Module.modules` takes seven times as long, and what begins an image waits for it.
+    `nn.Module.modules` takes several times as long, and each image's first step waits for this.
     """
     found, known = [model], {id(model)}
     for module in found:

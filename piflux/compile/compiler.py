@@ -207,8 +207,8 @@ class Compiler:
         of an image, if it `begins` as such, or of an epoch, and after one that failed.
 
         Args:
-            begins: whether an image does.
-            changed: whether this rank's weights may have since they were compared.
+            begins: whether an image begins.
+            changed: whether this rank's weights may have changed since they were last compared.
 
         Returns:
             Whether any rank's weights may have changed; False where ranks did not compare.
@@ -223,7 +223,7 @@ class Compiler:
         return any(changed for _, changed in everyones)
 
     def _choose_alike(self, told: Sequence[tuple[bool, bool]]) -> None:
-        """`told`: by rank, whether a program was made, and whether one was that did not run."""
+        """`told`: by rank, whether it has made a program, and whether one of its has not run."""
         if len({has_made for has_made, _ in told}) == 1:
             return
         if (False, False) not in told:

@@ -168,7 +168,7 @@ class SameWeights:
 
 
 def _unnamed(model: nn.Module) -> tuple[list[Facts], list[Any]]:
-    """What is another one where a weight or a scale is; to find names takes three times as long."""
+    """Changes if a weight or a scale does. There are no names, which take longer to find."""
     weights, scales = [], []
     with torch._C.DisableTorchFunctionSubclass():  # quantized weights are asked as fast as others
         for module in modules_of(model):

@@ -44,7 +44,7 @@ WAITING = 128
 
 
 class Nursery:
-    """The nursery, as the process has it that started it and with which it ends.
+    """A handle on the nursery's process, which ends with the process that started it.
 
     Args:
         load: what ranks will be told to load.
@@ -71,7 +71,7 @@ class Nursery:
         self.pid = self._process.pid
 
     def wait(self) -> int:
-        """Until it has ended, which it does when it has had no rank for long; the exit code."""
+        """Wait for its end, which comes when it has had no rank for long; returns the exit code."""
         return self._process.wait()
 
     def kill(self) -> None:
@@ -80,7 +80,7 @@ class Nursery:
 
 
 class Forked:
-    """A rank's process, as that one has it which asked for it and with which it ends.
+    """A handle on a rank's process, which ends with the process that asked for it.
 
     Its connection is `piflux.serving.worker.attend`'s.
 

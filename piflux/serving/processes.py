@@ -27,8 +27,8 @@ PROCESS_END_S = 1.0
 class Store:
     """A store where ranks meet, which ends with the object.
 
-    It is answered for in a while: torch has to be imported, which ranks need not wait for. Until
-    then who connects waits.
+    It answers once torch is imported, for which ranks need not wait to start. Who connects before
+    waits until then.
 
     Args:
         address: of this host, at which alone it listens.

@@ -146,7 +146,7 @@ def further_steps(results: list[Result]) -> list[int]:
 
 
 def further_images(result: Result, numbers: list[int]) -> list[str]:
-    """Of each number of steps the timed images' median seconds, of one that it didn't draw ''."""
+    """Median seconds of the timed images, by number of steps; '' where it drew none."""
     timed = (result.further_s.get(n) for n in numbers)
     return ["" if s is None else f"{statistics.median(s):.3f}" for s in timed]
 

@@ -26,7 +26,7 @@ class Way:
         models: those that it can run.
         quantizes: whether it can run with blocks' weights in 8 bits.
         shares: whether with weights that are shared over the ranks.
-        fewest_steps: of an image that it can draw.
+        fewest_steps: an image of fewer it can't draw.
     """
 
     alone: bool = False
@@ -81,7 +81,7 @@ class Settings:
         height: pixels, a multiple of 16; likewise `width`.
         steps: denoise steps an image.
         images: timed images, after some that are not.
-        further: other numbers of steps, for so many images of each.
+        further: other numbers of steps. Of each, as many images are timed.
         model: one of MODELS.
         quantize: what the blocks' weights are in, beside what the row's name says.
         shard_weights: whether ranks share the weights, likewise.
@@ -111,7 +111,7 @@ class Result:
             included; None on CPUs.
         sync_bytes: what a rank sends in a sync step, where piflux runs.
         steady_bytes: and in any other step.
-        further_s: by each other number of steps, seconds of the timed images of so many.
+        further_s: seconds of the timed images, by each other number of steps.
         error: why there is nothing else.
     """
 

@@ -55,10 +55,10 @@ class Budget:
 def search_masks(distance: Callable[[str], float], steps: int, fewest: int) -> dict[int, str]:
     """A mask for each number of computed steps, from all of them down to `fewest`.
 
-    One after the other that step is left out without which pictures stay nearest. Few are tried for
-    it: with more steps left out, leaving out one more hardly takes pictures less far, so that those
-    that took them farther in an earlier round are not tried as long as a nearer one is known
-    ("Accelerated greedy algorithms", Minoux 1978).
+    In each round one more step is left out: the one without which pictures stay nearest. Few steps
+    are tried for it. The more steps are left out, the farther pictures are, so that a distance of
+    an earlier round is a bound from below. A step whose bound is above the nearest distance found
+    is not tried ("Accelerated greedy algorithms", Minoux 1978).
 
     Args:
         distance: of the pictures under a mask from those of all steps.
