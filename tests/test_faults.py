@@ -28,7 +28,7 @@ import piflux
 from piflux.compile import compiler
 from piflux.compile.choices import Choices
 from piflux.errors import RankFailed, RankLost, RanksDisagree
-from piflux.integrations.alike import _scales
+from piflux.integrations.alike import SameWeights, _scales
 from piflux.ranks import environment
 from piflux.ranks.agreement import Norm
 from piflux.ranks.board import Answer, Board, Silent, bounded
@@ -541,6 +541,26 @@ def test_how_much_adapters_count_is_compared():
     layer.scaling = {"style": 0.5}
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), layer)
     assert _scales(model) == {"scale of adapter style in 1": "0.5"}
+
+
+def test_what_may_have_changed_is_compared_again():
+    model, same = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), SameWeights()
+    ranks = SimpleNamespace(agree=lambda facts: None)
+    layer = model[1]
+    changes = {
+        "never compared": lambda: None,
+        "written into": lambda: layer.weight.mul_(2),
+        "another weight": lambda: setattr(layer, "bias", nn.Parameter(torch.ones(2))),
+        "another module": lambda: model.append(nn.Linear(2, 2)),
+        "a scale": lambda: setattr(layer, "scaling", {"style": 1.0}),
+        "another scale": lambda: layer.scaling.update(style=0.5),
+    }
+    for name, change in changes.items():
+        with torch.no_grad():
+            change()
+        assert same.may_have_changed(model), name
+        same.compare(model, ranks)
+        assert not same.may_have_changed(model), name
 
 
 @pytest.mark.parametrize("value", [1.0, math.nan, math.inf])
