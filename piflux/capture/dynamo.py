@@ -140,7 +140,7 @@ def in_fragments(call: Callable[..., Any], fragments: Fragments) -> Callable[...
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """The model and all modules within it, once each, in an order that stays.
 
-    `nn.Module.modules` takes several times as long, and each image's first step waits for this.
+    `nn.Module.modules` takes nearly three times as long, and each image's first step waits.
     """
     found, known = [model], {id(model)}
     for module in found:
