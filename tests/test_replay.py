@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from captures import captured_once
-from models import flux_inputs, sd3_inputs, tiny_flux, tiny_sd3
+from models import Int8Weight, flux_inputs, quantized, sd3_inputs, tiny_flux, tiny_sd3
 from test_virtual_ranks import STEPS, image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -290,6 +290,31 @@ def test_parameters_may_change_in_place_and_may_move(recorder):
     # In the first image after it only what comes twice: the steady steps.
     assert recorder.recorded == 2 * 3 + 2
     assert (images[2] - image(plain, inputs)).abs().max() <= SAME
+
+
+def test_what_quantized_parameters_wrap_may_move(recorder):
+    model, inputs = quantized(tiny_flux()), flux_inputs()
+    plain, taped = parallel(model, 2, "eager"), parallel(model, 2, as_captured)
+    first = image(taped, inputs)
+    assert recorder.recorded == 2 * 3
+    for name in ("scales", "values"):
+        wrapped = weight(model).weight
+        setattr(wrapped, name, -getattr(wrapped, name))
+        recorded, then = recorder.recorded, image(taped, inputs)
+        assert recorder.recorded == recorded + 2
+        assert (then - image(plain, inputs)).abs().max() <= SAME
+    assert (then - first).abs().max() <= SAME  # minus times minus
+
+
+def test_names_of_what_parameters_wrap_are_asked_for_once(monkeypatch):
+    """By a class in Python, which takes longer than all else that a step's key is made of."""
+    monkeypatch.setattr(replay, "DEVICE", "cpu")
+    inner, plain = Int8Weight.of(torch.randn(4, 4)), torch.randn(4)
+    nested = Int8Weight(inner, torch.randn(4, 1), 3.0)
+    fixed = replay._Fixed([plain, nested, 2.5], moving=())
+    monkeypatch.delattr(Int8Weight, "__tensor_flatten__")
+    memories = plain, inner.values, inner.scales, nested.scales
+    assert fixed.key([plain, nested, 2.5]) == (*[x.data_ptr() for x in memories], 2.5)
 
 
 def test_an_image_that_failed_leaves_nothing_to_the_next(recorder):
