@@ -9,8 +9,8 @@ from piflux.memory.memory import Memory
 from piflux.parts import wide
 from piflux.policies.schedule import Schedule
 from piflux.policies.step import apart, current, is_under_way
-from piflux.ranks import header
-from piflux.ranks.agreement import Sketch
+from piflux.ranks import agreement, header
+from piflux.ranks.agreement import PROJECTIONS, Sketch, sketches
 from piflux.ranks.packet import Packet
 from piflux.ranks.virtual import virtual_ranks
 from piflux.runtime.runtime import Runtime
@@ -168,6 +168,77 @@ def test_the_same_extreme_on_all_ranks_is_agreement(value, count):
     if count > 1:
         assert Sketch.of(extreme).differs(Sketch.of(extreme.roll(1)))
         assert Sketch.of(extreme).differs(Sketch.of(torch.where(extreme == x, 1.2 * x, extreme)))
+
+
+def step_inputs():
+    """As a step has them, and what numbers can be beside: by name, of any dtype and size."""
+    torch.manual_seed(0)
+    return {
+        "latents": torch.randn(1, 256, 16),
+        "prompt": torch.randn(1, 77, 32, dtype=torch.bfloat16),
+        "ids": torch.arange(768).view(256, 3),
+        "mask": torch.zeros(9, 9).masked_fill(torch.ones(9, 9).triu(1) > 0, -math.inf),
+        "padding": torch.arange(77) < 50,
+        "broken": torch.randn(9).index_fill(0, torch.tensor([3]), math.nan),
+        "timestep": torch.tensor([0.1], dtype=torch.float64),
+        "guidance": torch.tensor(math.nan),
+        "nothing": torch.zeros(0, 4),
+    }
+
+
+def test_sketches_are_of_each_by_itself():
+    """So that of ranks with different inputs the message names no others."""
+    inputs = step_inputs()
+    together = sketches(inputs)
+    for name, x in inputs.items():
+        alone = Sketch.of(x)
+        assert list(together) == list(inputs) and str(together[name]) == str(alone)
+        assert not together[name].differs(alone)
+    for name in ("timestep", "guidance", "nothing"):
+        assert together[name].numbers == pytest.approx(inputs[name].flatten().tolist(), nan_ok=True)
+    for name in ("latents", "prompt", "ids", "padding"):
+        x = inputs[name].flatten().double()
+        index = torch.arange(len(x), dtype=torch.float32)
+        waves = [torch.cos(index * math.sqrt(2 + k) + k).double() for k in range(PROJECTIONS)]
+        want = [x.norm().item(), *[(x @ wave).item() for wave in waves]]
+        assert together[name].usual == pytest.approx(want, rel=1e-4, abs=1e-4 * want[0])
+        assert not any(together[name].huge + together[name].nan)
+    assert together["mask"].usual == (0,) * (1 + PROJECTIONS)
+    assert together["mask"].huge[0] == pytest.approx(129 * math.sqrt(36))
+    assert together["broken"].nan[0] == 1
+
+
+def test_tensors_of_many_elements_are_projected_piece_by_piece(monkeypatch):
+    inputs = step_inputs()
+    whole = sketches(inputs)
+    monkeypatch.setattr(agreement, "AT_ONCE", 100)
+    for name, found in sketches(inputs).items():
+        for mine, theirs in ((found.usual, whole[name].usual), (found.huge, whole[name].huge)):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4 * (mine or (0,))[0])
+
+
+def test_sketches_wait_for_the_device_once(monkeypatch):
+    waits = []
+    for name in ("cpu", "item", "__bool__", "__float__", "__int__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+        spy = lambda x, name=name, plain=plain: waits.append(name) or plain(x)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    sketches(step_inputs())
+    assert waits == ["cpu"]
+
+
+def test_devices_are_asked_one_by_one(monkeypatch):
+    """Where some inputs are on the host and others on a GPU."""
+    asked = []
+
+    def numbers(flat):
+        asked.append([(x.device.type, len(x)) for x in flat])
+        return [torch.full((len(x),), len(x)) for x in flat]
+
+    monkeypatch.setattr(agreement, "_numbers", numbers)
+    inputs = {"a": torch.zeros(1), "b": torch.zeros(2, device="meta"), "c": torch.zeros(3)}
+    assert [x.numbers for x in sketches(inputs).values()] == [(1,), (2, 2), (3, 3, 3)]
+    assert sorted(asked) == [[("cpu", 1), ("cpu", 3)], [("meta", 2)]]
 
 
 @pytest.mark.parametrize("a, b", [(3.5, math.inf), (3.5, 3.565), (1.0, 0.985), (1e20, 2e20)])

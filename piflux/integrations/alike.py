@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from piflux.capture.dynamo import modules_of
 from piflux.errors import CannotCapture
 from piflux.memory.shares import Shares
-from piflux.ranks.agreement import Norm, Sketch, norm_of
+from piflux.ranks.agreement import Norm, norm_of, sketches
 from piflux.ranks.processes import ProcessRanks
 from piflux.runtime.streams import Seen
 
@@ -26,12 +26,12 @@ def facts_of(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if name not in EACH_FOR_ITSELF and not name.startswith("callback_on_step"):
             _state(f"argument {name}", value, facts)
-    return facts
+    return facts | sketches({name: x for name, x in facts.items() if isinstance(x, Tensor)})
 
 
 def _state(name: str, value: Any, facts: dict[str, Any]) -> None:
     if isinstance(value, Tensor):
-        facts[name] = Sketch.of(value)
+        facts[name] = value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             _state(f"{name}[{key!r}]", item, facts)
@@ -84,7 +84,7 @@ class Edits:
     def facts(self) -> dict[str, Any]:
         """How many edits there were, and what the last ones left."""
         facts: dict[str, Any] = {"edits by callbacks": str(self._count)}
-        return facts | {f"{name} after them": Sketch.of(x) for name, x in self._last.items()}
+        return facts | sketches({f"{name} after them": x for name, x in self._last.items()})
 
 
 def telling_of_edits(callback: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:

@@ -26,6 +26,9 @@ TOLERANCE = 0.02
 # of what is smaller than this have a sum in float32.
 HUGE = 1e15
 
+AT_ONCE = 1 << 21
+"""Elements that are projected at once: their cosines take 64 MB."""
+
 ACCURACY = 1e-5
 """Of a norm in float32, as kernels of different machines sum it up."""
 
@@ -92,28 +95,8 @@ class Sketch:
 
     @classmethod
     def of(cls, x: Tensor) -> Sketch:
-        """The projections are onto cosines of incommensurate frequencies: the same on every
-        device without a shared random generator. Synchronises host and device."""
-        flat = x.detach().reshape(-1)
-        shape, dtype = tuple(x.shape), str(x.dtype)
-        if flat.numel() <= FEW:
-            numbers = tuple(map(float, flat.double().tolist()))
-            return cls(shape, dtype, numbers, (), (), ())
-        flat = flat.float()
-        index = torch.arange(flat.numel(), device=x.device, dtype=torch.float32)
-        is_nan, is_huge = flat.isnan(), flat.abs() > HUGE
-        # An infinity counts as twice the largest number.
-        size = flat.abs().log2().clamp(max=129)
-        three = torch.stack(
-            [
-                flat.masked_fill(is_huge | is_nan, 0),
-                (flat.sign() * size).masked_fill(~is_huge, 0),
-                is_nan.float(),
-            ]
-        )
-        found = [three.norm(dim=1)]
-        found += [three @ torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)]
-        return cls(shape, dtype, (), *map(tuple, torch.stack(found, 1).tolist()))
+        """See `sketches`."""
+        return sketches({"": x})[""]
 
     def differs(self, other: Sketch) -> bool:
         if (self.shape, self.dtype) != (other.shape, other.dtype):
@@ -135,6 +118,71 @@ class Sketch:
         return f"{told}, norm {self.usual[0]:.6g}{huge}{nan}"
 
 
+def sketches(tensors: Mapping[str, Tensor]) -> dict[str, Sketch]:
+    """Of each by itself, whatever the others are. Waits once for each device that they are on."""
+    flat = {name: x.detach().reshape(-1) for name, x in tensors.items()}
+    numbers: dict[str, Tensor] = {}
+    for device in {x.device for x in flat.values()}:
+        here = {name: x for name, x in flat.items() if x.device == device}
+        numbers |= zip(here, _numbers(list(here.values())), strict=True)
+    return {name: _sketch(x, numbers[name]) for name, x in tensors.items()}
+
+
+def _sketch(x: Tensor, numbers: Tensor) -> Sketch:
+    shape, dtype = tuple(x.shape), str(x.dtype)
+    if x.numel() <= FEW:
+        return Sketch(shape, dtype, tuple(numbers.tolist()), (), (), ())
+    return Sketch(shape, dtype, (), *map(tuple, numbers.view(3, -1).tolist()))
+
+
+def _numbers(flat: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What sketches of (elements,) each, on one device, are made of: float64, on the host."""
+    longest = min(max(map(len, flat)), AT_ONCE)
+    waves = cosines(PROJECTIONS, longest, flat[0].device)
+    found = [x.double() if len(x) <= FEW else _projected(_kinds(x), waves) for x in flat]
+    return torch.cat(found).cpu().split([len(x) for x in found])
+
+
+def _kinds(x: Tensor) -> Tensor:
+    """(3, elements): what is neither huge nor not a number, signs and sizes of what is huge, and
+    ones for what is not a number; zeros elsewhere."""
+    x, zero = x.float(), torch.zeros((), device=x.device)
+    size = x.abs()
+    # An infinity counts as twice the largest number.
+    signed = size.log2().clamp(max=129).copysign(x)
+    usual, huge = torch.where(size <= HUGE, x, zero), torch.where(size > HUGE, signed, zero)
+    return torch.stack([usual, huge, x.isnan()])
+
+
+def _projected(rows: Tensor, waves: Tensor) -> Tensor:
+    """Each row's norm and projections: (rows * (1 + PROJECTIONS),) in float64.
+
+    Args:
+        rows: (rows, elements).
+        waves: the first `AT_ONCE` of the cosines, or as many as there are elements, or more.
+    """
+
+    def sums(waves: Tensor, start: int) -> Tensor:
+        return torch.stack([waves @ x for x in rows[:, start : start + waves.shape[1]]])
+
+    count = rows.shape[1]
+    found = sums(waves[:, :count], 0)
+    for start in range(AT_ONCE, count, AT_ONCE):
+        more = min(count - start, AT_ONCE)
+        found += sums(cosines(PROJECTIONS, more, rows.device, start), start)
+    return torch.cat([rows.norm(dim=1, keepdim=True), found], 1).reshape(-1).double()
+
+
+def cosines(projections: int, count: int, device: torch.device, start: int = 0) -> Tensor:
+    """(projections, count), of incommensurate frequencies, at the integers from `start`.
+
+    The same on every device, without a shared random generator. Doesn't wait for the device.
+    """
+    index = torch.arange(start, start + count, device=device, dtype=torch.float32)
+    k = torch.arange(projections, device=device, dtype=torch.float32)[:, None]
+    return (index * (k + 2).sqrt()).add_(k).cos_()
+
+
 def _same(a: float, b: float) -> bool:
     return a == b or math.isnan(a) and math.isnan(b)
 
@@ -149,7 +197,7 @@ def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> di
     """What all ranks must have in common; values are strings or `Approximate`."""
     common: dict[str, Any] = {"torch version": torch.__version__}
     common |= {name: str(value) for name, value in settings.items()}
-    common |= {f"input {name}": Sketch.of(x) for name, x in inputs.items()}
+    common |= sketches({f"input {name}": x for name, x in inputs.items()})
     return common
 
 

@@ -8,14 +8,13 @@ arrive: at once on CPUs, on a GPU into a flag that is read at the image's end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from piflux.ranks.agreement import TOLERANCE
+from piflux.ranks.agreement import TOLERANCE, cosines
 
 PROJECTIONS = 4
 CLOCKS = 4
@@ -54,17 +53,13 @@ def header_of(
     time = torch.cat([*times, torch.zeros(CLOCKS, dtype=torch.float64, device=device)])
     first, rest = time[:CLOCKS], time[CLOCKS:].sum().reshape(1)
     found = [
-        torch.cat([x.norm().reshape(1), _waves(x.numel(), device) @ x])
+        torch.cat([x.norm().reshape(1), _cosines(PROJECTIONS, x.numel(), device) @ x])
         for x in (latent.detach().reshape(-1).to(device, torch.float32) for latent in latents)
     ]
     return torch.cat([where[:-1], first, rest, torch.stack(found).sum(0).double(), where[-1:]])
 
 
-@lru_cache(maxsize=4)  # some megabytes each
-def _waves(count: int, device: torch.device) -> Tensor:
-    """(PROJECTIONS, count): cosines, as `Sketch` has them."""
-    index = torch.arange(count, device=device, dtype=torch.float32)
-    return torch.stack([torch.cos(index * math.sqrt(2 + k) + k) for k in range(PROJECTIONS)])
+_cosines = lru_cache(maxsize=4)(cosines)  # some megabytes each
 
 
 def apart(headers: Tensor) -> Tensor:
