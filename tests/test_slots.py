@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from test_schedule import Kernels
 
 import piflux
 from piflux.kernels.changes import (
@@ -74,6 +75,24 @@ def test_a_clock_that_is_no_sigma_is_the_time_itself():
         clocks = [torch.tensor([x]) for x in (first, then)]
         times = Times(clocks[:1])
         assert [times.at([clock], 0).item() for clock in clocks] == [0, then - first]
+
+
+def test_each_clock_is_of_its_own_kind():
+    clocks = torch.tensor([500]), torch.tensor([0.75, 0.75]), torch.tensor([3.5]), torch.tensor(1e4)
+    times = Times(clocks)
+    then = torch.tensor([400]), torch.tensor([0.25, 0.25]), torch.tensor([3.5]), torch.tensor(1e4)
+    moved = times.at(then, 1) - times.at(clocks, 0)
+    assert moved.item() == pytest.approx(-100 + time(0.25) - time(0.75))
+
+
+def test_of_several_clocks_only_means_are_taken_one_by_one():
+    """Since each launch takes the host some microseconds, in each step."""
+    clocks = [torch.rand(2) for _ in range(5)]
+    with Kernels() as one:
+        Times(clocks[:1]).at(clocks[:1], 0)
+    with Kernels() as five:
+        Times(clocks).at(clocks, 0)
+    assert five.launched == one.launched + 2 * 4
 
 
 def test_a_clock_without_bound_stands_still():

@@ -33,12 +33,14 @@ class Times:
     """
 
     def __init__(self, clocks: Sequence[Tensor]) -> None:
-        self._first = [_mean(clock) for clock in clocks]
-        self._scales = [torch.where(x > 1, SHOWN, 1.0) for x in self._first]
-        self._are_sigma = [
-            (x >= 0) & (x <= SHOWN) & clock.is_floating_point()
-            for x, clock in zip(self._first, clocks, strict=True)
-        ]
+        if not clocks:
+            return
+        self._first = _means(clocks)
+        self._scales = torch.where(self._first > 1, SHOWN, 1.0)
+        self._are_sigma = (self._first >= 0) & (self._first <= SHOWN)
+        for is_sigma, clock in zip(self._are_sigma, clocks, strict=True):
+            if not clock.is_floating_point():
+                is_sigma.fill_(False)
 
     def at(self, clocks: Sequence[Tensor], step: int) -> Tensor:
         """The time of a step, a scalar in float32.
@@ -49,18 +51,16 @@ class Times:
         """
         if not clocks:
             return torch.tensor(-float(step))
-        known = zip(map(_mean, clocks), self._first, self._scales, self._are_sigma, strict=True)
-        return torch.stack(
-            [
-                torch.where(is_sigma, _log_snr(x / scale), x - first)
-                for x, first, scale, is_sigma in known
-            ]
-        ).sum()
+        means = _means(clocks)
+        sigmas, moved = _log_snr(means / self._scales), means - self._first
+        return torch.where(self._are_sigma, sigmas, moved).sum()
 
 
-def _mean(clock: Tensor) -> Tensor:
+def _means(clocks: Sequence[Tensor]) -> Tensor:
+    """(clocks,) in float32."""
     # What no time can be, such as a guidance without bound, stands still.
-    return clock.float().mean().nan_to_num(0.0, posinf=0.0, neginf=0.0)
+    means = torch.stack([clock.float().mean() for clock in clocks])
+    return means.nan_to_num(0.0, posinf=0.0, neginf=0.0)
 
 
 def _log_snr(sigma: Tensor) -> Tensor:
