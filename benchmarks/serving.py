@@ -495,7 +495,7 @@ def load(
     ranks: Ranks = 2,
     size: Size = 256,
     steps: Steps = 28,
-    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 60,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each measurement.")] = 120,
     loads: Annotated[str, typer.Option(help="Of what one image a rank can bear.")] = "0.25,0.6,0.9",
     inner: Inner = "inductor",
     direct: DirectOption = False,
@@ -508,7 +508,7 @@ def load(
 
     async def loaded(at: Server, way: str, rate: float, share: float) -> None:
         # The same times of coming for each way.
-        took = await _poisson(at, rate, seconds, random.Random(round(1000 * share)))
+        took = await _at_random(at, rate, seconds, random.Random(round(1000 * share)))
         row = {"load": share, "way": way} | _told(took[0], at.served, took[1])
         rows.append(row)
         answers[f"{way}, {share}"] = _columns(took[0])
@@ -567,16 +567,18 @@ async def _busy(at: Server, seed: int, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-async def _poisson(
+async def _at_random(
     at: Server, rate: float, seconds: float, dice: random.Random
 ) -> tuple[list[Answered], float]:
-    """Requests come at random times, so many a second in the mean; until all are answered."""
+    """As many requests as are due in so many seconds, at random times; until all are answered.
+
+    The number is not random: it would be another load than was meant.
+    """
+    count = max(1, round(rate * seconds))
     began, asked = time.perf_counter(), []
-    due = dice.expovariate(rate)
-    while due < seconds:
+    for due in sorted(dice.uniform(0, seconds) for _ in range(count)):
         await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
         asked.append(asyncio.ensure_future(at.ask(dice.randrange(SEEDS))))
-        due += dice.expovariate(rate)
     answers = list(await asyncio.gather(*asked))
     return answers, time.perf_counter() - began
 
