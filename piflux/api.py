@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from piflux.capture import dynamo
+from piflux.capture.captures import Captures
 from piflux.capture.views import View, standing_for, view_of
 from piflux.compile.choices import MemoryLimit, Sharing
 from piflux.compile.compiler import Compiler, make_compiler, reports_of
@@ -65,7 +66,7 @@ class ParallelModule(View, nn.Module):
     """The class that a parallelized module's own class is mixed with; see `View`."""
 
     _piflux_compiler: Compiler
-    _piflux_captures: dynamo.Captures
+    _piflux_captures: Captures
     _piflux_settings: contextlib.AbstractContextManager[Any]
     _piflux_core: Callable[..., Any]
     _piflux_outer: tuple[Any, Any] | None = None
@@ -356,7 +357,7 @@ def _parallel_module(target: nn.Module, compiler: Compiler) -> Any:
         _piflux_compiler=compiler,
         _piflux_same_weights=SameWeights(),
         _piflux_settings=dynamo.settings(),
-        _piflux_captures=dynamo.Captures(target, compiler),
+        _piflux_captures=Captures(target, compiler),
     )
 
 

@@ -1,11 +1,11 @@
 """One capture by Dynamo for all models that are alike, for tests of what comes after it.
 
 Dynamo takes most of the time of a tiny model's first call, and makes the same graph of every model
-of a kind, whatever its settings and its weights. Inside of `captured_once` a model has its graphs
-from those before it that had the same first call and were captured anew at the same calls. Dynamo
-decides whether a graph is theirs, by the guards that it always checks; the compiler, which gets a
-copy of the graph, is each model's own, and so is all that it makes of it. How models are captured
-is for tests outside of it.
+of a kind, whatever its settings and its weights. A model that is first called inside of
+`captured_once` has its graphs from those before it that had the same first call and were captured
+anew at the same calls. Dynamo decides whether a graph is theirs, by the guards that it always
+checks; the compiler, which gets a copy of the graph, is each model's own, and so is all that it
+makes of it. How models are captured is for tests outside of it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torch.utils._pytree import tree_flatten
 
 from piflux.capture import dynamo
 from piflux.capture.captured import Captured
-from piflux.compile.compiler import Compiler
+from piflux.capture.captures import WholeCall
 
 _numbers = count()
 
-_called: Compiler
+_called: WholeCall
 """That of the model that is being called."""
 
 
@@ -78,12 +78,12 @@ _sizes_known: Any = None
 
 @contextmanager
 def captured_once() -> Iterator[None]:
-    """For models that are parallelized inside of it; of a job for ranks, a decorator."""
+    """For models whose first call is inside of it; of a job for ranks, a decorator."""
     with mock.patch.object(dynamo, "compiled", _compiled):
         yield
 
 
-def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:
+def _compiled(call: FunctionType, whole: WholeCall) -> Callable[..., Any]:
     """As `dynamo.compiled`, but by the graphs of models that are alike."""
     stages: list[Stage] = []  # that this one went through
     ways: list[Callable[..., Any]] = []  # the same, as functions
@@ -108,7 +108,7 @@ def _compiled(call: FunctionType, compiler: Compiler) -> Callable[..., Any]:
         global _called
         called = _signature(call.__closure__[0].cell_contents, args, kwargs)
         for stage, way in candidates(called):
-            _called = compiler
+            _called = whole
             with torch._dynamo.config.patch(error_on_recompile=True):
                 try:
                     result = way(*args, **kwargs)
@@ -131,15 +131,15 @@ def _signature(target: torch.nn.Module, args: Any, kwargs: Any) -> Hashable:
 
 def _backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
     context, captured = TracingContext.get(), Captured.of(gm, example_inputs)
-    compiled: WeakKeyDictionary[Compiler, Callable[..., Any]] = WeakKeyDictionary()
+    compiled: WeakKeyDictionary[WholeCall, Callable[..., Any]] = WeakKeyDictionary()
     compiled[_called] = _called.install(captured)
 
     def run(*args: Any) -> Any:
-        compiler = _called
-        if compiler not in compiled:
+        whole = _called
+        if whole not in compiled:
             counters["stats"]["unique_graphs"] += 1  # Dynamo's, which would have captured it
             with tracing(context):
-                compiled[compiler] = compiler.install(captured)
-        return compiled[compiler](*args)
+                compiled[whole] = whole.install(captured)
+        return compiled[whole](*args)
 
     return run

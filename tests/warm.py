@@ -16,7 +16,7 @@ if not torch.cuda.device_count():  # a capture also starts CUDA, which then no f
     for timestep in (torch.ones(1), torch.ones(()).expand(1)):  # which lie in memory otherwise
         with captured_once():
             model = piflux.parallelize(tiny_flux(), group=piflux.virtual_ranks(2), inner="eager")
-        model(**flux_inputs() | {"timestep": timestep}, return_dict=False)
+            model(**flux_inputs() | {"timestep": timestep}, return_dict=False)
     del model
 gc.collect()
 gc.freeze()

@@ -9,11 +9,62 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
-from piflux.errors import describe_op, source_line
+from piflux.errors import CompileError, describe_op, source_line
 from piflux.graph.modules import module_of
 from piflux.graph.values import tensors
+
+
+class UnfitSizes(CompileError):
+    """Dynamo chose a graph for sizes for which a program of it wasn't made."""
+
+
+class Sizes:
+    """What programs of one graph ask of its sizes, where these are symbols.
+
+    Dynamo calls the graph where all holds that was asked until its first program was made. What
+    programs ask that are made later, for fewer ranks, say, is looked at here.
+
+    Args:
+        example_inputs: of the graph.
+    """
+
+    def __init__(self, example_inputs: Sequence[Any]) -> None:
+        numbers = {i: x.node for i, x in enumerate(example_inputs) if isinstance(x, torch.SymInt)}
+        self._symbols = {i: node.expr for i, node in numbers.items()}
+        self._env = next((node.shape_env for node in numbers.values()), None)
+        self._first: int | None = None
+        self._known: dict[tuple[int, ...], bool] = {}  # by values, and by how much was asked
+
+    def seen(self) -> None:
+        """The first program was made, and Dynamo looks at what was asked until now."""
+        if self._first is None:
+            self._first = self._asked()
+
+    def _asked(self) -> int:
+        return 0 if self._env is None else len(self._env.guards)
+
+    def check(self, args: Sequence[Any]) -> None:
+        """Raises UnfitSizes if these inputs of the graph don't have what was asked since then."""
+        asked = self._asked()
+        if asked == self._first:
+            return
+        values = {symbol: args[i] for i, symbol in self._symbols.items()}
+        key = asked, *values.values()
+        if key not in self._known:
+            assert self._env is not None, "something was asked"
+            given = {symbol: sympy.Integer(value) for symbol, value in values.items()}
+            guards = self._env.guards[self._first :]
+            self._known[key] = all(x.expr.xreplace(given) == sympy.true for x in guards)
+        if not self._known[key]:
+            told = ", ".join(f"{symbol} = {value}" for symbol, value in values.items())
+            raise UnfitSizes(
+                f"a program of this graph is not for the sizes {told}: have Dynamo capture the "
+                "model anew (torch.compiler.reset())"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +96,11 @@ class Captured:
         """Where the model's code begins with it, as 'file:line, in f: code'; '' if not recorded."""
         nodes = (node for node in self.module.graph.nodes if node.op.startswith("call"))
         return next(filter(None, map(source_line, nodes)), "")
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """To be asked for before a program is made."""
+        return Sizes(self.example_inputs)
 
     def copy(self) -> fx.GraphModule:
         """The graph, to be changed."""

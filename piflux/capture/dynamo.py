@@ -10,9 +10,8 @@ import gc
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from types import FunctionType, MethodType
+from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType
 from typing import Any, Protocol
 
 import torch
@@ -149,104 +148,6 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
                 known.add(id(child))
                 found.append(child)
     return found
-
-
-Hooks = tuple[Hashable, ...]
-
-
-def hooks_within(model: nn.Module) -> Hooks:
-    """PyTorch's own hooks of a model's forward, each with its module's place and how it is called.
-
-    Dynamo takes them into the graph, and by default doesn't look again whether they are the same.
-    To have it look at each call takes a millisecond for every few hundred modules.
-    """
-    return tuple(
-        (place, _held_weakly(hook), number in with_kwargs, number in always)
-        for place, module in enumerate(modules_of(model))
-        if module._forward_pre_hooks or module._forward_hooks
-        for hooks, with_kwargs, always in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, ()),
-            (
-                module._forward_hooks,
-                module._forward_hooks_with_kwargs,
-                module._forward_hooks_always_called,
-            ),
-        )
-        for number, hook in hooks.items()
-    )
-
-
-def _held_weakly(hook: Callable[..., Any]) -> Hashable:
-    """Equal for equal hooks, as long as they are there."""
-    try:
-        return weakref.WeakMethod(hook) if isinstance(hook, MethodType) else weakref.ref(hook)
-    except TypeError:
-        return hook  # of a kind that can't be held weakly
-
-
-@dataclass(eq=False)
-class Capture:
-    """What calls a model by the graphs that it has with some hooks.
-
-    Attributes:
-        hooks: which; None before the first call.
-        call: calls the model, by a code of its own.
-        whole: the same by one graph.
-        fragments: by several, with why it is no one graph; None as long as nobody asked for them.
-        breaks: whether these are to be called.
-    """
-
-    hooks: Hooks | None
-    call: FunctionType
-    whole: Callable[..., Any]
-    fragments: tuple[Callable[..., Any], Exception] | None = None
-    breaks: bool = False
-
-
-class Captures:
-    """Those of one model. Its last sets of hooks are known, so that they may come and go by turns.
-
-    Args:
-        target: the model.
-        compiler: makes programs of the graphs.
-
-    Attributes:
-        latest: what is to be called.
-    """
-
-    MOST = 2
-
-    def __init__(self, target: nn.Module, compiler: Backend) -> None:
-        self._target, self._compiler = target, compiler
-        self._before: list[Capture] = []
-        self.latest = self._new(None)
-
-    def _new(self, hooks: Hooks | None) -> Capture:
-        call = call_of(self._target)
-        return Capture(hooks, call, compiled(call, self._compiler))
-
-    def choose(self, owner: object) -> bool:
-        """Take that of the hooks that the model has now.
-
-        Returns whether another was forgotten. All are once `owner` is gone.
-        """
-        hooks = hooks_within(self._target)
-        if self.latest.hooks == hooks:
-            return False
-        if self.latest.hooks is None:
-            self.latest.hooks = hooks
-            forget_with(owner, self.latest.call)
-            return False
-        found = next((x for x in self._before if x.hooks == hooks), None)
-        if found is None:
-            found = self._new(hooks)
-            forget_with(owner, found.call)
-        self._before = [self.latest, *(x for x in self._before if x is not found)]
-        self.latest = found
-        forgotten, self._before = self._before[self.MOST - 1 :], self._before[: self.MOST - 1]
-        for capture in forgotten:
-            forget(capture.call)
-        return bool(forgotten)
 
 
 def forget(call: Callable[..., Any]) -> None:

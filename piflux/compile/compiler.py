@@ -137,9 +137,10 @@ class Compiler:
     @let_through()
     def install(self, captured: Captured, *, apart: bool = False) -> Callable[..., Any]:
         """Make a program of a graph. Returns what Dynamo calls in its place; see `make`."""
-        ranks = self.runtime.ranks
+        ranks, sizes = self.runtime.ranks, captured.sizes
         make = partial(self.make, captured, apart)
         program = make() if ranks is None else ranks.surviving(make, "compiling")
+        sizes.seen()
         return _PerCall(self, captured, apart, program)
 
     def make(self, captured: Captured, apart: bool) -> Program:
@@ -339,6 +340,7 @@ class _PerCall:
         if self.program is None:
             with tracing(self._context):
                 self.program = self._compiler.make(self._captured, self._apart)
+            self._captured.sizes.check(args)
         return self._run(*args)
 
     def _let_go(self) -> None:
