@@ -413,14 +413,14 @@ def test_a_replica_draws_what_the_pipeline_draws_and_outlives_a_rank(url: str) -
         asking = pool.submit(ask, 3, 60)
         until(lambda: "piflux_drawing 1.0" in get(f"{url}/metrics").text)
         time.sleep(0.2)
-        (nursery,), before = children("piflux-nursery"), set(children("piflux-rank"))
+        (fork_server,), before = children("piflux-forksrv"), set(children("piflux-rank"))
         children("ray::_Rank")[0].kill()
         pixels, told = drawn(asking.result())
     assert told["recovered"] == 1
     assert abs(pixels - alone(3, 60)).max() <= 2
-    # The process that drew has ended with its actor, and the next one is of the same nursery.
+    # The process that drew has ended with its actor, and the next one is of the same fork server.
     until(lambda: len(set(children("piflux-rank")) - before) == 1)
-    assert len(children("piflux-rank")) == 2 and children("piflux-nursery") == [nursery]
-    assert {each.ppid() for each in children("piflux-rank")} == {nursery.pid}
+    assert len(children("piflux-rank")) == 2 and children("piflux-forksrv") == [fork_server]
+    assert {each.ppid() for each in children("piflux-rank")} == {fork_server.pid}
     # The other name is not the server's, which says so through Serve, too.
     assert get(f"{url}/v1/models", headers={"host": "evil.example"}).status_code == 403

@@ -25,22 +25,22 @@ from ray.util.scheduling_strategies import (
 )
 
 from piflux import __version__
+from piflux.serving.fork_server import Forked, ForkServer
 from piflux.serving.messages import Command, Gone, Load, Step, Told
-from piflux.serving.nursery import Forked, Nursery
 from piflux.serving.processes import LOOPBACK, LocalWorker, Store, among_themselves
 
 ALL_GPUS = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 """Ranks of one host share memory, for which each has to see the others' GPUs."""
 
 FOUND_S = 60.0
-"""How long a rank's actor looks for its node's nursery, if one after the other has just ended."""
+"""How long a rank's actor looks for its node's fork server, if one after another has just ended."""
 
 FOUND_PAUSE_S = 0.2
 """Before it looks again."""
 
 
 class RayWorkers:
-    """Starts an actor a rank, whose process is forked from the nursery of its node.
+    """Starts an actor a rank, whose process is forked from the fork server of its node.
 
     Args:
         load: what ranks will be told to load.
@@ -169,29 +169,29 @@ def _latest(told: queue.SimpleQueue[Told]) -> list[Told]:
 
 
 @ray.remote(num_cpus=0, num_gpus=0, max_restarts=0)
-class _Nursery:
-    """A node's nursery, which outlives replicas, and ends a while after the last of their ranks."""
+class _ForkServer:
+    """A node's fork server, which outlives replicas, and ends a while after their last rank."""
 
     def __init__(self, load: Load) -> None:
-        self._nursery = Nursery(load)
+        self._server = ForkServer(load)
         self._me = ray.get_runtime_context().current_actor
-        threading.Thread(target=self._end, daemon=True, name="piflux-nursery").start()
+        threading.Thread(target=self._end, daemon=True, name="piflux-forksrv").start()
 
     def place(self) -> str:
-        return self._nursery.place
+        return self._server.place
 
     def _end(self) -> None:
-        self._nursery.wait()
+        self._server.wait()
         ray.kill(self._me)
 
 
 def _born(load: Load, environment: dict[str, str]) -> Forked:
-    """A rank's process, of the nursery that all ranks on this node have that are alike."""
+    """A rank's process, of the fork server that all ranks on this node have that are alike."""
     node = ray.get_runtime_context().get_node_id()
     alike = pickle.dumps((load, sorted(environment.items()), sys.path, os.getcwd(), __version__))
-    kind: Any = _Nursery  # which the decorator made Ray's
+    kind: Any = _ForkServer  # which the decorator made Ray's
     options = kind.options(
-        name=f"piflux nursery {node} {hashlib.sha256(alike).hexdigest()[:16]}",
+        name=f"piflux fork server {node} {hashlib.sha256(alike).hexdigest()[:16]}",
         namespace="piflux",
         get_if_exists=True,
         lifetime="detached",

@@ -1,8 +1,9 @@
 """A process that has imported what ranks need, and forks itself for each of them.
 
 To import takes longer than most of what else a rank does before it can draw, and all ranks of a
-host import the same. A fork has it at once, and shares the memory. The nursery holds no model and
-has touched no GPU: what CUDA does to a process doesn't outlive a fork.
+host import the same. A fork has it at once, and shares the memory. The fork server holds no model
+and has touched no GPU: what CUDA does to a process doesn't outlive a fork. Only the process that
+started `multiprocessing`'s own can ask it, and it ends with that; this one outlives replicas.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from piflux.serving.worker import attend, import_for
 log = logging.getLogger(__name__)
 
 IDLE_S = 120.0
-"""How long a nursery is kept without a rank. A replica that was lost is followed sooner."""
+"""How long a fork server is kept without a rank. A replica that was lost is followed sooner."""
 
 ASKED_S = 5.0
 """How long one that has connected may take to ask for a rank."""
@@ -40,11 +41,11 @@ MAPS = Path("/proc/self/maps")
 """What this process has loaded. To reach for a GPU is to load CUDA's driver."""
 
 WAITING = 128
-"""That may ask for a rank while the nursery still imports."""
+"""That may ask for a rank while the fork server still imports."""
 
 
-class Nursery:
-    """A handle on the nursery's process, which ends with the process that started it.
+class ForkServer:
+    """A handle on the fork server's process, which ends with the process that started it.
 
     Args:
         load: what ranks will be told to load.
@@ -85,7 +86,7 @@ class Forked:
     Its connection is `piflux.serving.worker.attend`'s.
 
     Args:
-        place: of the nursery.
+        place: of the fork server.
         load: what the rank will be told to load.
 
     Raises:
@@ -137,20 +138,20 @@ def main() -> None:
     What to import for is told by its standard input, with which it ends. A second argument has it
     import nothing.
     """
-    name_process("piflux-nursery")
+    name_process("piflux-forksrv")
     for number in (signal.SIGINT, signal.SIGTERM):  # which reach whole groups
         signal.signal(number, lambda *_: None)
-    logging.basicConfig(format="%(levelname)s nursery: %(message)s")
+    logging.basicConfig(format="%(levelname)s fork server: %(message)s")
     listening = socket.socket(fileno=int(sys.argv[1]))
     if len(sys.argv) == 2 and (reason := _import(pickle.load(sys.stdin.buffer))):
         log.warning("each rank imports for itself what it needs: %s", reason)
         # From the beginning: of what has been imported nothing is left.
-        again = ["-m", "piflux.serving.nursery", sys.argv[1], "imports nothing"]
+        again = ["-m", "piflux.serving.fork_server", sys.argv[1], "imports nothing"]
         os.execv(sys.executable, [sys.executable, *again])
     # Nothing of it is garbage: ranks need not look through it, and so leave it shared.
     gc.collect()
     gc.freeze()
-    nurse(listening, sys.stdin.fileno(), attend, IDLE_S)
+    serve(listening, sys.stdin.fileno(), attend, IDLE_S)
 
 
 def _import(load: Load) -> str:
@@ -168,7 +169,7 @@ def _import(load: Load) -> str:
     return ""
 
 
-def nurse(
+def serve(
     listening: socket.socket, ends: int, live: Callable[[Connection], None], idle_s: float
 ) -> None:
     """Fork a rank for everyone who asks; end those whose asker has ended, and tell how they ended.

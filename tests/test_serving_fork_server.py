@@ -1,4 +1,4 @@
-"""The nursery: ranks' processes that are forked from one that has imported what they need."""
+"""The fork server: ranks' processes that are forked from one that has imported what they need."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ import psutil
 import pytest
 from servers import until
 
-from piflux.serving import nursery
+from piflux.serving import fork_server
+from piflux.serving.fork_server import Forked
 from piflux.serving.messages import Gone, Load, Step
-from piflux.serving.nursery import Forked
 from piflux.serving.processes import LocalWorker
 
 LOAD = Load("demo", "eager")
 
 SCRIPT = """
 import os, socket, sys, time
-from piflux.serving.nursery import nurse
+from piflux.serving.fork_server import serve
 
 def told(connection):
     try:
@@ -44,12 +44,12 @@ def live(connection):
             raise ValueError("as it was told")
         connection.send((word, os.getpid()))
 
-nurse(socket.socket(fileno=int(sys.argv[1])), 0, live, float(sys.argv[2]))
+serve(socket.socket(fileno=int(sys.argv[1])), 0, live, float(sys.argv[2]))
 """
-"""A nursery whose ranks say what they are told, and which process they are."""
+"""A fork server whose ranks say what they are told, and which process they are."""
 
 
-class Nursed:
+class Served:
     """It, where to ask, and ranks that are ended with the test."""
 
     def __init__(self, place: str, idle_s: float = 600.0) -> None:
@@ -81,15 +81,15 @@ class Nursed:
 
 
 @pytest.fixture(scope="module")
-def nursed(tmp_path_factory) -> Iterator[Nursed]:
-    found = Nursed(str(tmp_path_factory.mktemp("nursery") / "ranks"))
+def served(tmp_path_factory) -> Iterator[Served]:
+    found = Served(str(tmp_path_factory.mktemp("fork_server") / "ranks"))
     yield found
     found.end()
 
 
-def test_a_rank_is_forked_and_its_end_is_told(nursed: Nursed, capfd) -> None:
-    (one, first), (two, second) = nursed.rank(), nursed.rank()
-    assert len({first, second, nursed.process.pid}) == 3
+def test_a_rank_is_forked_and_its_end_is_told(served: Served, capfd) -> None:
+    (one, first), (two, second) = served.rank(), served.rank()
+    assert len({first, second, served.process.pid}) == 3
     one.connection.send("print")
     assert one.connection.recv() == ("print", first)
     assert capfd.readouterr().out == "printed by a rank\n"  # here, where it was asked for
@@ -100,8 +100,8 @@ def test_a_rank_is_forked_and_its_end_is_told(nursed: Nursed, capfd) -> None:
     assert not psutil.pid_exists(first)
 
 
-def test_a_rank_that_hangs_can_be_killed(nursed: Nursed) -> None:
-    rank, _ = nursed.rank()
+def test_a_rank_that_hangs_can_be_killed(served: Served) -> None:
+    rank, _ = served.rank()
     rank.connection.send("hang")
     rank.kill()
     rank.kill()
@@ -110,10 +110,10 @@ def test_a_rank_that_hangs_can_be_killed(nursed: Nursed) -> None:
     assert rank.end() == -signal.SIGKILL
 
 
-def test_a_rank_ends_with_who_asked_for_it(nursed: Nursed) -> None:
+def test_a_rank_ends_with_who_asked_for_it(served: Served) -> None:
     """It hangs, so it doesn't see that its connection broke."""
-    rank, pid = nursed.rank()
-    other, living = nursed.rank()
+    rank, pid = served.rank()
+    other, living = served.rank()
     rank.connection.send("hang")
     rank.connection.close()
     rank._control.close()
@@ -122,14 +122,14 @@ def test_a_rank_ends_with_who_asked_for_it(nursed: Nursed) -> None:
     assert other.connection.recv() == ("x", living)
 
 
-def test_who_connects_and_asks_for_nothing_is_let_go(nursed: Nursed) -> None:
+def test_who_connects_and_asks_for_nothing_is_let_go(served: Served) -> None:
     with socket.socket(socket.AF_UNIX) as nobody:
-        nobody.connect(nursed.place)
-    nursed.rank()
+        nobody.connect(served.place)
+    served.rank()
 
 
-def test_ranks_outlive_their_nursery(tmp_path: Path) -> None:
-    killed = Nursed(str(tmp_path / "killed"))
+def test_ranks_outlive_their_fork_server(tmp_path: Path) -> None:
+    killed = Served(str(tmp_path / "killed"))
     rank, pid = killed.rank()
     killed.process.kill()
     killed.process.wait()
@@ -142,11 +142,11 @@ def test_ranks_outlive_their_nursery(tmp_path: Path) -> None:
     killed.end()
 
 
-def test_a_nursery_ends_without_ranks_or_with_who_started_it(tmp_path: Path) -> None:
+def test_a_fork_server_ends_without_ranks_or_with_who_started_it(tmp_path: Path) -> None:
     (tmp_path / "idle").mkdir()
     (tmp_path / "left").mkdir()
-    idle = Nursed(str(tmp_path / "idle" / "ranks"), 0.01)
-    left = Nursed(str(tmp_path / "left" / "ranks"))
+    idle = Served(str(tmp_path / "idle" / "ranks"), 0.01)
+    left = Served(str(tmp_path / "left" / "ranks"))
     rank, pid = left.rank()
     left.process.stdin.close()
     assert (idle.process.wait(60), left.process.wait(60)) == (0, 0)
@@ -159,22 +159,22 @@ def test_a_nursery_ends_without_ranks_or_with_who_started_it(tmp_path: Path) -> 
 
 def test_what_cannot_be_forked_each_rank_imports(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(nursery, "MAPS", tmp_path / "maps")
+    monkeypatch.setattr(fork_server, "MAPS", tmp_path / "maps")
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")  # and as it was after the test
-    monkeypatch.setattr(nursery, "import_for", lambda load: None)
-    nursery.MAPS.write_text("7f00 r-xp /usr/lib/libc.so.6\n")
-    assert nursery._import(LOAD) == ""
+    monkeypatch.setattr(fork_server, "import_for", lambda load: None)
+    fork_server.MAPS.write_text("7f00 r-xp /usr/lib/libc.so.6\n")
+    assert fork_server._import(LOAD) == ""
     assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
-    nursery.MAPS.write_text("7f00 r-xp /usr/lib/libcuda.so.1\n")
-    assert "GPU" in nursery._import(LOAD)
+    fork_server.MAPS.write_text("7f00 r-xp /usr/lib/libcuda.so.1\n")
+    assert "GPU" in fork_server._import(LOAD)
 
     def broken(load: Load) -> None:
         raise ImportError("no such library")
 
-    monkeypatch.setattr(nursery, "import_for", broken)
-    assert "no such library" in nursery._import(LOAD)
+    monkeypatch.setattr(fork_server, "import_for", broken)
+    assert "no such library" in fork_server._import(LOAD)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert "can't be forked" in nursery._import(LOAD)
+    assert "can't be forked" in fork_server._import(LOAD)
 
 
 BROKEN = """
