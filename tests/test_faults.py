@@ -369,6 +369,51 @@ def test_one_rank_that_computes_something_else_is_told(ranks):
         assert "a gather of pieces (4 bytes)" in numbers and "(8 bytes)" in numbers
 
 
+class Scaled(Attention):
+    """Of which ranks may have other constants, in one way or another."""
+
+    scale, causal, breaks = 1.5, False, False
+
+    def forward(self, x):
+        y = x * self.scale
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return x + F.scaled_dot_product_attention(y, y, y, is_causal=self.causal)
+
+
+def other_constants(rank, group):
+    """What is told, and whether a rank for which the scale became a symbol joins the others."""
+    told, x = [], torch.rand(1, 1, 12, 8, generator=torch.Generator().manual_seed(0))
+    for name, other, breaks in (
+        ("scale", 1.25, False),
+        ("scale", 2, False),
+        ("causal", True, False),
+        ("causal", True, True),
+    ):
+        model = Scaled()
+        model.breaks = breaks
+        if rank:
+            setattr(model, name, other)
+        parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+        with pytest.raises(RanksDisagree) as raised, piflux.generation(parallel):
+            parallel(x)
+        told.append(str(raised.value))
+    model = Scaled()
+    if rank:
+        alone = piflux.parallelize(model, group=piflux.virtual_ranks(2), inner="eager")
+        for model.scale in (1.25, 1.75, 1.5):
+            alone(x)
+    parallel = piflux.parallelize(model, group=group, policy="gather", inner="eager")
+    return told, float((parallel(x) - model(x)).abs().max())
+
+
+def test_a_rank_whose_constants_are_others_is_told(ranks):
+    """By a processor that scales, say. The names of its operations are the same."""
+    for told, off in ranks(2, other_constants):
+        assert all("constants" in x for x in told), told
+        assert off < 1e-6
+
+
 def test_a_process_that_was_forked_of_a_rank_is_none():
     """What it does to the rank's connections, or to its word, would end the rank itself."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -12,10 +12,12 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from piflux.errors import CompileError, describe_op, source_line
 from piflux.graph.modules import module_of
 from piflux.graph.values import tensors
+from piflux.ranks.agreement import Constants
 
 
 class UnfitSizes(CompileError):
@@ -90,6 +92,16 @@ class Captured:
         nodes = [node for node in self.module.graph.nodes if node.op.startswith("call")]
         ops = [describe_op(node) for node in nodes if tensors(node)]
         return f"{len(ops)}, {zlib.crc32(' '.join(ops).encode()):08x}"
+
+    @cached_property
+    def constants(self) -> Constants:
+        """Those of its operations that can be no sizes, for ranks to compare."""
+        leaves = tree_leaves([(node.args, node.kwargs) for node in self.module.graph.nodes])
+        values = [x.meta.get("example_value") for x in leaves if isinstance(x, fx.Node)]
+        if any(isinstance(x, (torch.SymFloat, torch.SymBool)) for x in values):
+            return Constants()
+        told = " ".join(repr(x) for x in leaves if isinstance(x, (float, bool)))
+        return Constants(f"{zlib.crc32(told.encode()):08x}")
 
     @cached_property
     def place(self) -> str:

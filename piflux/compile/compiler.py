@@ -242,7 +242,7 @@ class Compiler:
     def add(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> int:
         """Install a fragment of a model; one with nothing to split runs whole on every rank."""
         captured = Captured.of(gm, example_inputs)
-        fragment = Fragment(captured.ops, captured.place)
+        fragment = Fragment(captured.ops, captured.constants, captured.place)
         try:
             made: Callable[..., Any] = self.install(captured, apart=True)
         except (NoAttention, NothingToShare) as error:
@@ -356,7 +356,8 @@ class _PerCall:
         if not runtime.follows:
             with apart():
                 return program.part(*args)  # a model like any other
-        facts = {"operations of the model": self._captured.ops}
+        captured = self._captured
+        facts = {"operations of the model": captured.ops, "their constants": captured.constants}
         with runtime.call(self, program.roles, args, facts) as call:
             whole = program.whole if call.step.sync else None
             run = program.part if whole is None else whole

@@ -69,6 +69,13 @@ class Roughly(Norm):
         return f"norm {self:.6g}"
 
 
+class Constants(str):
+    """A checksum of a graph's constants; '' where Dynamo made some a symbol, on one rank maybe."""
+
+    def differs(self, other: Constants) -> bool:
+        return bool(self and other and self != other)
+
+
 def norm_of(x: Tensor) -> Tensor:
     """Of all numbers, in float32, without a copy of those that kernels read as they are."""
     native = x.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -196,7 +203,7 @@ def _close(mine: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
 def fingerprint(settings: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """What all ranks must have in common; values are strings or `Approximate`."""
     common: dict[str, Any] = {"torch version": torch.__version__}
-    common |= {name: str(value) for name, value in settings.items()}
+    common |= {n: x if isinstance(x, Approximate) else str(x) for n, x in settings.items()}
     common |= sketches({f"input {name}": x for name, x in inputs.items()})
     return common
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from piflux.ranks.agreement import Roughly, norm_of
+from piflux.ranks.agreement import Constants, Roughly, norm_of
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,12 @@ class Fragment:
 
     Attributes:
         ops: what it computes, for ranks to compare.
+        constants: of these, likewise.
         place: where the model's code has it, for messages. Ranks may have that in other folders.
     """
 
     ops: str
+    constants: Constants
     place: str
 
 
@@ -46,13 +48,17 @@ class Ran:
     norms: tuple[Roughly, ...]
 
     def differs(self, other: Ran) -> bool:
-        if self.fragment.ops != other.fragment.ops or len(self.norms) != len(other.norms):
+        mine, theirs = self.fragment, other.fragment
+        if mine.ops != theirs.ops or mine.constants.differs(theirs.constants):
+            return True
+        if len(self.norms) != len(other.norms):
             return True
         return any(map(Roughly.differs, self.norms, other.norms))
 
     def __str__(self) -> str:
         norms = ", ".join(f"{norm:.6g}" for norm in self.norms)
-        told = [f"operations {self.fragment.ops}", f"inputs of norm {norms}" if norms else ""]
+        ops = f"operations {self.fragment.ops}, constants {self.fragment.constants or 'unknown'}"
+        told = [ops, f"inputs of norm {norms}" if norms else ""]
         return "; ".join(filter(None, [*told, self.fragment.place]))
 
 
