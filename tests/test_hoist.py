@@ -15,6 +15,7 @@ from graphs import capture, captured_flux, text, transformed
 from models import flux_inputs, sd3_inputs, tiny_flux, tiny_pipeline, tiny_sd3
 from test_numerics import EXACT
 from test_replay import Recorder, as_captured, parallel
+from test_schedule import Kernels
 from torch import fx, nn
 
 import piflux
@@ -292,6 +293,13 @@ def test_packed_tensors_keep_shapes_dtypes_and_alignment():
     packed.write([x + 1 for x in tensors])
     assert packed.views is first
     assert all(torch.equal(a, b + 1) for a, b in zip(packed.views, tensors, strict=True))
+
+
+def test_what_is_aligned_is_packed_by_one_kernel():
+    with Kernels() as kernels:
+        packed = Packed([torch.ones(2, hoisted.ALIGNMENT), torch.zeros(hoisted.ALIGNMENT)])
+    assert kernels.launched == 1 + 2  # the two that were made
+    assert packed.buffers[torch.float32].tolist() == [1] * 128 + [0] * 64
 
 
 # -------------------------------------------------------------------------------------- pipelines

@@ -158,4 +158,5 @@ def _equal(times: Tensor, clock: Tensor) -> Tensor:
 
 def _padded(x: Tensor) -> Tensor:
     """(rows, elements), with zeros up to a multiple of ALIGNMENT elements."""
-    return F.pad(x, (0, -x.shape[1] % ALIGNMENT))
+    missing = -x.shape[1] % ALIGNMENT
+    return F.pad(x, (0, missing)) if missing else x
