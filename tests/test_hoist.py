@@ -21,6 +21,8 @@ from torch import fx, nn
 import piflux
 from piflux.compile.program import PASSES
 from piflux.errors import StepsUnforeseen
+from piflux.graph.nodes import plain_name
+from piflux.graph.values import known
 from piflux.passes.speed.hoist import hoist
 from piflux.recording import recorded as replay
 from piflux.runtime import hoisted
@@ -94,6 +96,17 @@ return (getitem_3_whole,)
             """\
 t: (1)
 pooled: (1, 4)
+leading: (1, 4) = leading(t, pooled, embed.weight, embed.bias)
+silu_1: (1, 4) = getitem(leading, 0)
+linear_1: (1, 4) = linear(silu_1, modulate.weight, modulate.bias)
+return (linear_1,)
+""",
+        )
+        self.assertExpectedInline(
+            text(gm.hoisted.leading.module),
+            """\
+t: (1)
+pooled: (1, 4)
 getitem: (1, 1) = getitem(t, (:, None))
 arange: (4) = arange(4.0)
 mul: (1, 4) = mul(getitem, arange)
@@ -101,8 +114,7 @@ sin: (1, 4) = sin(mul)
 add: (1, 4) = add(sin, pooled)
 temb: (1, 4) = linear(add, embed.weight, embed.bias)
 silu: (1, 4) = silu(temb)
-linear_1: (1, 4) = linear(silu, modulate.weight, modulate.bias)
-return (linear_1,)
+return (silu,)
 """,
         )
 
@@ -117,6 +129,68 @@ def flux_of_any_length():
     }.items():
         torch._dynamo.mark_dynamic(example[name], dim)
     return capture(model, **example)
+
+
+class Guided(Modulated):
+    """Beside the time, which is embedded, there is a clock that is multiplied as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.guide = nn.Linear(1, 4)
+
+    def forward(self, x, t, pooled, guidance):
+        return super().forward(x + self.guide(guidance), t, pooled)
+
+
+class Biased(Modulated):
+    """What is added to the product is of the time, too."""
+
+    def forward(self, x, t, pooled):
+        temb = self.embed(torch.sin(t[:, None] * torch.arange(4.0)) + pooled)
+        q = (x + F.linear(F.silu(temb), self.modulate.weight, temb[0])[:, None])[:, None]
+        return F.scaled_dot_product_attention(q, q, q)[:, 0]
+
+
+def numbers_for(module):
+    """By the names of its inputs."""
+    torch.manual_seed(0)
+    inputs = module.graph.find_nodes(op="placeholder")
+    return {plain_name(n): torch.rand(known(n).shape) / 10 for n in inputs}
+
+
+TIMES = torch.rand(5, 1, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "build, clock",
+    [
+        (captured_flux, "timestep"),
+        (captured_flux, "guidance"),
+        (lambda: capture(Guided(), *inputs(), torch.ones(1)), "t"),
+        (lambda: capture(Biased(), *inputs()), "t"),
+    ],
+    ids=["flux", "its guidance", "beside another clock", "with a bias of the time"],
+)
+def test_all_steps_are_what_each_is_by_itself(build, clock):
+    _, gm = moved_of(build(), 2)
+    module, numbers = gm.hoisted, numbers_for(gm.hoisted)
+    found = module(*(numbers | {clock: TIMES}).values())
+    for i, time in enumerate(TIMES):
+        alone = module(*(numbers | {clock: time}).values())
+        torch.testing.assert_close([x[i] for x in found], list(alone))
+    assert any(not torch.allclose(x[0], x[1]) for x in found)
+
+
+def test_a_product_more_takes_one_kernel_more_for_all_steps():
+    """What leads to it is the same in all blocks. A double block has two, a single one has one."""
+    launched = []
+    for depth in ({}, {"double": 2, "single": 3}):
+        _, gm = moved_of(captured_flux(**depth), 2)
+        numbers = numbers_for(gm.hoisted) | {"timestep": TIMES}
+        with Kernels() as kernels:
+            gm.hoisted(*numbers.values())
+        launched.append(kernels.launched)
+    assert launched[1] == launched[0] + 2 + 2
 
 
 @pytest.mark.parametrize("build", [partial(captured_flux, double=2, single=3), flux_of_any_length])

@@ -468,12 +468,23 @@ return (getitem_3_whole,)
             text(timed(hoist).hoisted),
             """\
 time: (1)
+leading: (1, 8) = leading(time)
+sin_1: (1, 8) = getitem(leading, 0)
+shift: (1, 8) = linear(sin_1, embed.weight, embed.bias)
+return (shift,)
+""",
+        )
+
+    def test_leading(self):
+        self.assertExpectedInline(
+            text(timed(hoist).hoisted.leading.module),
+            """\
+time: (1)
 getitem: (1, 1) = getitem(time, (:, None))
 arange: (8) = arange(8.0)
 mul: (1, 8) = mul(getitem, arange)
 sin: (1, 8) = sin(mul)
-shift: (1, 8) = linear(sin, embed.weight, embed.bias)
-return (shift,)
+return (sin,)
 """,
         )
 

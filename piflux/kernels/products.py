@@ -1,4 +1,4 @@
-"""What `fuse_linears` and `fuse_gelu` put into graphs."""
+"""What `fuse_linears`, `fuse_gelu` and `hoist` put into graphs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
@@ -88,3 +88,27 @@ def linear_of_cat(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> 
 @linear_of_cat.register_fake
 def _(xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     return xs[0].new_empty((*xs[0].shape[:-1], weight.shape[0]))
+
+
+class OfAllSteps(nn.Module):
+    """A module of one step, which computes all steps at once where it is given all their times.
+
+    Args:
+        module: gives tensors.
+        dims: how many dimensions each of its arguments has in one step; 0 of a number.
+    """
+
+    def __init__(self, module: nn.Module, dims: Sequence[int]) -> None:
+        super().__init__()
+        self.module = module
+        self._dims = dims
+
+    def forward(self, *args: Any) -> Sequence[Tensor]:
+        """What the module gives; (steps, ...) each where an argument has a dimension more."""
+        over = tuple(
+            0 if isinstance(x, Tensor) and x.dim() > dim else None
+            for x, dim in zip(args, self._dims, strict=True)
+        )
+        run = torch.vmap(self.module, over) if 0 in over else self.module
+        made: Sequence[Tensor] = run(*args)
+        return made

@@ -28,7 +28,8 @@ class Hoisted:
     """The module that `hoist` made of a graph's products of the time.
 
     Args:
-        module: computes them for one step.
+        module: computes them for one step, or of a clock that shows all steps' times, (steps, ...),
+            for these: each (steps, ...).
         clocks: positions of its arguments that are clocks.
     """
 
@@ -72,14 +73,10 @@ class Hoisted:
             return None  # no clock tells the time, or which one does is in doubt
         number, every = found[0]
 
-        def products(time: Tensor) -> Sequence[Tensor]:
-            each = list(args)
-            each[self._clocks[number]] = time
-            return self._module(*each)
-
         shape = clocks[number].shape
-        stacked = every.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
-        return Table(every, number, clocks, torch.vmap(products)(stacked))
+        of_all = list(args)
+        of_all[self._clocks[number]] = every.reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+        return Table(every, number, clocks, self._module(*of_all))
 
 
 class Packed:

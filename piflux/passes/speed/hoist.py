@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor, fx
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from piflux.graph.axes import axes
+from piflux.graph.blocks import written
 from piflux.graph.extract import extract
 from piflux.graph.nodes import PRODUCTS, computes, op_name
 from piflux.graph.plan import Context, Plan
 from piflux.graph.roles import roles_of
 from piflux.graph.values import known, tensors
+from piflux.kernels.products import OfAllSteps
 
 HOISTED = "hoisted"
 """The module's name."""
+
+LEADING = "leading"
+"""Within it: what leads to the last products."""
 
 
 def hoist(gm: fx.GraphModule, ctx: Context) -> int:
@@ -38,8 +46,9 @@ def hoist(gm: fx.GraphModule, ctx: Context) -> int:
         h = x * m.unsqueeze(1)
         return (h,)
 
-    What carries tokens stays, and so does what depends on a size that is a symbol. A graph without
-    such products stays as it is, and so does one that does more than compute, as for `enclose`.
+    What leads to the last layers is a module within it. What carries tokens stays, and so does what
+    depends on a size that is a symbol. A graph without such products stays as it is, and so does
+    one that does more than compute, as for `enclose`.
     """
     if not computes(gm.graph):
         return 0
@@ -55,8 +64,46 @@ def hoist(gm: fx.GraphModule, ctx: Context) -> int:
     read = [n for n in moved if any(user not in wanted for user in n.users)]
     if not all(isinstance(x := known(n), Tensor) and x.is_contiguous() for n in read):
         return 0
-    extract(gm, HOISTED, moved)
-    return sum(op_name(n) in PRODUCTS for n in moved)
+    count = sum(op_name(n) in PRODUCTS for n in moved)
+    extract(gm, HOISTED, _merged(moved))
+    hoisted = gm.get_submodule(HOISTED)
+    assert isinstance(hoisted, fx.GraphModule)
+    _lead(hoisted)
+    return count
+
+
+def _merged(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The nodes without those that compute what one before them has: each of a model's blocks
+    applies silu to the time by itself."""
+    first: dict[tuple[str, Any, str], fx.Node] = {}
+    for node in nodes:
+        same = first.setdefault(written(node, None, lambda n: n.name), node)
+        if same is not node:
+            node.replace_all_uses_with(same)
+            node.graph.erase_node(node)
+    return list(first.values())
+
+
+def _lead(hoisted: fx.GraphModule) -> None:
+    """Move all but the last layers into a module of their own.
+
+    The last, one or two for each block, take the rows of all steps as they do those of one. By
+    `torch.vmap`, as what leads to them, each would take three kernels.
+    """
+    calls = [n for n in hoisted.graph.nodes if n.op.startswith("call")]
+    call = extract(hoisted, LEADING, [n for n in calls if not _is_last(n)])
+    values = map(known, call.all_input_nodes)
+    dims = [x.dim() if isinstance(x, Tensor) else 0 for x in values]
+    setattr(hoisted, LEADING, OfAllSteps(hoisted.get_submodule(LEADING), dims))
+    hoisted.recompile()
+
+
+def _is_last(node: fx.Node) -> bool:
+    """Whether nothing else here reads what a linear layer makes of what was computed here."""
+    if op_name(node) != "linear" or any(user.op != "output" for user in node.users):
+        return False
+    x, *parameters = node.all_input_nodes
+    return x.op.startswith("call") and all(isinstance(known(p), nn.Parameter) for p in parameters)
 
 
 def _timely(gm: fx.GraphModule, plan: Plan) -> dict[fx.Node, bool]:
