@@ -7,17 +7,23 @@ Collectives are on it as functions to call.
 
 import itertools
 import math
+import operator
 
 import pytest
 import torch
 from captures import captured_once
 from models import Int8Weight, flux_inputs, quantized, sd3_inputs, tiny_flux, tiny_sd3
 from test_virtual_ranks import STEPS, image
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import piflux
+from piflux.compile.segments import segments_of, with_weights
+from piflux.kernels import products
 from piflux.memory.memory import Memory
+from piflux.passes.speed.enclose import HEAD
+from piflux.passes.speed.fuse_linears import WEIGHTS
 from piflux.ranks.links import Link
 from piflux.recording import recorded as replay
 from piflux.recording.recorder import SharedSite
@@ -315,6 +321,54 @@ def test_names_of_what_parameters_wrap_are_asked_for_once(monkeypatch):
     monkeypatch.delattr(Int8Weight, "__tensor_flatten__")
     memories = plain, inner.values, inner.scales, nested.scales
     assert fixed.key([plain, nested, 2.5]) == (*[x.data_ptr() for x in memories], 2.5)
+
+
+def test_where_a_step_is_played_nobody_looks_where_weights_lie(recorder, monkeypatch):
+    """It takes the host milliseconds. That they are where they were, the step's key says."""
+    looked, adjoin = [], products._adjoin
+    monkeypatch.setattr(products, "_adjoin", lambda xs: bool(looked.append(xs)) or adjoin(xs))
+    model, inputs = tiny_flux(), flux_inputs()
+    taped = parallel(model, 2, as_captured)
+    image(taped, inputs)
+    assert looked and recorder.recorded == 2 * 3
+    looked.clear()
+    image(taped, inputs)
+    assert not looked and recorder.recorded == 2 * 3
+    with torch.no_grad():
+        query = model.transformer_blocks[0].attn.to_q
+        query.weight.data = query.weight.clone()
+    image(taped, inputs)
+    assert looked and recorder.recorded > 2 * 3
+
+
+class Joined(nn.Module):
+    def forward(self, a, b):
+        return (torch.cat([a, b]),)
+
+
+class Doubled(nn.Module):
+    def forward(self, x, w):
+        return (x * 2 + w,)
+
+
+@pytest.mark.parametrize("reader", ["head", "others", "none"])
+def test_a_head_is_given_parameters_if_it_alone_reads_weights(reader):
+    graph = fx.Graph()
+    x, a, b = map(graph.placeholder, "xab")
+    call = graph.call_module(WEIGHTS, (a, b)) if reader != "none" else None
+    w = a if call is None else graph.call_function(operator.getitem, (call, 0))
+    head = graph.call_module(HEAD, (x, w))
+    made = graph.call_function(operator.getitem, (head, 0))
+    graph.output((made, w) if reader == "others" else (made,))
+    gm = fx.GraphModule({WEIGHTS: Joined(), HEAD: Doubled()}, graph)
+    before, own = str(graph), gm.get_submodule(HEAD).forward
+    run = with_weights(gm, own)
+    if reader != "head":
+        assert run is own and str(graph) == before
+        return
+    assert head.args == (x, a, b) and len(graph.find_nodes(op="call_module")) == 1
+    (got,) = segments_of(gm, {HEAD: run})(torch.ones(4), torch.ones(2), torch.zeros(2))
+    assert got.tolist() == [3, 3, 2, 2]
 
 
 def test_an_image_that_failed_leaves_nothing_to_the_next(recorder):

@@ -13,7 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from piflux.capture.captured import Captured
 from piflux.compile.pieces import Inner, compile_piece, compile_pieces
 from piflux.compile.report import GraphReport
-from piflux.compile.segments import segments_of
+from piflux.compile.segments import segments_of, with_weights
 from piflux.cost.memory import Own
 from piflux.cost.shares import SharedWeights, expected
 from piflux.errors import CompileError
@@ -252,6 +252,7 @@ class _Compiling:
             run[HOISTED] = Hoisted(run[HOISTED], clocks)
         head = compile_piece(gm.get_submodule(HEAD), self._inner)
         if records:
+            head = with_weights(gm, head)
             moving = {inputs[i] for i in (*roles.latents, *roles.clocks, *roles.conditions)}
             head = Recorded(head, _positions(calls[HEAD], moving), self._kind, self._site)
             self.records = True

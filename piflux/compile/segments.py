@@ -12,6 +12,8 @@ from torch import fx
 
 from piflux.graph.extract import as_module
 from piflux.graph.targets import UNSHARD
+from piflux.passes.speed.enclose import HEAD
+from piflux.passes.speed.fuse_linears import WEIGHTS
 
 COLLECTIVE = "collective"
 """Gathers what the ranks predicted."""
@@ -119,6 +121,38 @@ def segments_of(
     assert isinstance(returned, (tuple, list)), "Dynamo's graphs return several values"
     output = [_Made(numbers[x]) if isinstance(x, fx.Node) else x for x in returned]
     return Segments(segments, constants, len(numbers), output)
+
+
+def with_weights(gm: fx.GraphModule, head: Callable[..., Sequence[Any]]) -> Callable[..., Any]:
+    """A head that is given parameters, and makes `weights` of them where it runs.
+
+    To look in each step whether they lie side by side takes the host milliseconds. A head that is
+    recorded need not look where it is played.
+
+    Args:
+        gm: the head's graph, which from now on calls it so. It stays as it is if others read the
+            weights, too, or there are none.
+        head: what runs in place of it.
+    """
+    calls = {node.target: node for node in gm.graph.find_nodes(op="call_module")}
+    if WEIGHTS not in calls:
+        return head
+    weights, call = calls[WEIGHTS], calls[HEAD]
+    items = {n: n.args[1] for n in weights.users}
+    if any(set(n.users) != {call} for n in items):
+        return head
+    join = gm.get_submodule(WEIGHTS).forward
+    places = [items.get(n) for n in call.args]
+    kept = [n for n in call.args if n not in items]
+    call.args = (*kept, *weights.args)
+    for node in (*items, weights):
+        gm.graph.erase_node(node)
+
+    def run(*args: Any) -> Any:
+        given, joined = iter(args[: len(kept)]), join(*args[len(kept) :])
+        return head(*[next(given) if i is None else joined[i] for i in places])
+
+    return run
 
 
 def _name(node: fx.Node) -> str:

@@ -173,7 +173,7 @@ class Recorded:
         if memory.made[key.rank] != key.made:  # new slots, which stand as another image finds them
             key = self._key(context, kind)
             recordings.forget_older(key.rank, key.made)
-        recordings.seen[key] = fixed
+        recordings.seen[key] = self._fixed.key(args)  # the step may have moved weights together
         if at_once:
             memory.stand(context.rank, key.standing)
             self._record(context, key, recordings, args)
