@@ -53,7 +53,8 @@ from piflux.serving.processes import LOOPBACK, LocalWorkers, Store
 
 
 class Hall:
-    """Workers that answer as `act(worker, draw)` says; by default they draw at once.
+    """Workers that answer as `act(worker, draw)` says; by default they draw at once. `holds` tells
+    whether they leave what they are to draw to warm up.
 
     Attributes:
         workers: all that were started.
@@ -61,8 +62,8 @@ class Hall:
         prepared: how often a spare process was asked for.
     """
 
-    def __init__(self, act=None, loads=True):
-        self.act, self.loads = act, loads
+    def __init__(self, act=None, loads=True, holds=False):
+        self.act, self.loads, self.holds = act, loads, holds
         self.workers: list[Pretended] = []
         self.draws: list[Draw] = []
         self.prepared = 0
@@ -103,6 +104,8 @@ class Pretended:
             warms = command.pictures[0].prompt == ""
             if not warms and command.group.rank == 0:
                 self.hall.draws.append(command)
+            if warms and self.hall.holds:
+                return
             if warms or self.hall.act is None:
                 self.draw(command)
             else:
@@ -183,6 +186,24 @@ def test_one_job_is_drawn_by_all_ranks_and_many_by_one_each():
     sizes = [draw.group.size for draw in hall.draws]
     assert sizes[0] == 2
     assert set(sizes[2:20]) == {1}, "once they wait"
+
+
+@pytest.mark.parametrize(("inner", "warming"), [("eager", [0, 1, 2]), ("inductor", [0])])
+def test_ranks_warm_up_at_once_where_none_finds_what_another_compiled(inner, warming):
+    """Each has the model to capture, which takes a rank most of its start."""
+    hall = Hall(holds=True)
+
+    async def all_of_it():
+        engine = RankEngine("demo", 3, workers=hall, inner=inner)
+        await engine.start()
+        await until(lambda: any(isinstance(x, Draw) for w in hall.workers for x in w.told))
+        for _ in range(5):  # it has dispatched all it can
+            await asyncio.sleep(2 * engine_module.TICK_S)
+        await engine.end(0)
+
+    asyncio.run(asyncio.wait_for(all_of_it(), PATIENCE_S))
+    drew = [w.number for w in hall.workers if any(isinstance(x, Draw) for x in w.told)]
+    assert drew == warming
 
 
 def test_pictures_of_a_job_come_in_the_order_of_its_seeds_with_all_steps_counted():

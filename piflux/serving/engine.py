@@ -95,6 +95,7 @@ class RankEngine:
         self._teams = teams_of(ranks, groups)
         self._served = Served(source, name, sizes, promises_of(schedules or {}), loras)
         self._deadline_s, self._stuck_s, self._most_batch = deadline_s, stuck_s, batch
+        self._keeps_code = inner == "inductor"
         load = Load(source, inner)
         self._seats = Seats(
             ranks,
@@ -276,8 +277,8 @@ class RankEngine:
         """The next image that a team has to draw before it serves."""
         first, loaded = self._teams[0], self._served.loaded
         # What one rank compiles the others find in inductor's cache.
-        beside = team.size == first.size and team != first
-        if self._phase == "ending" or beside and not self._warmth.was_warm(first):
+        waits = self._keeps_code and team.size == first.size and team != first
+        if self._phase == "ending" or waits and not self._warmth.was_warm(first):
             return
         assert loaded is not None, "its ranks have told"
         warm = self._warmth.next(
