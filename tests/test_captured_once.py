@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import LIMIT_S
 from ranks import Pool
 from torch import nn
 
@@ -226,6 +227,6 @@ def one_is_lost(rank, group):
 def test_what_a_program_for_fewer_ranks_asks_of_sizes():
     """Dynamo has looked at what the one for more ranks asked."""
     with Pool(2) as pool:
-        (right, asked, has_own), ended = pool.run(2, one_is_lost, timeout=60)
+        (right, asked, has_own), ended = pool.run(2, one_is_lost, timeout=LIMIT_S)
     assert ended.died and right == [True] * 6
     assert asked[:3] == [True, True, True] and has_own  # two were of the program's two pieces

@@ -13,6 +13,7 @@ from piflux.ranks import agreement, header
 from piflux.ranks.agreement import PROJECTIONS, Sketch, sketches
 from piflux.ranks.packet import Packet
 from piflux.ranks.virtual import virtual_ranks
+from piflux.runtime import ops
 from piflux.runtime.runtime import Runtime
 from piflux.runtime.streams import STALE_CALLS, Roles, Seen, Stream
 
@@ -118,7 +119,7 @@ def test_a_step_that_fails_leaves_no_cache_behind():
 def test_ops_outside_of_a_call_say_so():
     x = torch.randn(1, 4, 2)
     with pytest.raises(RuntimeError, match="no step is under way"):
-        torch.ops.piflux.shard(x, 1, [4], 2)
+        ops.shard(x, 1, [4], 2)
 
 
 def test_a_call_inside_of_a_call_has_its_own_step():
