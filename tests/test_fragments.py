@@ -15,7 +15,7 @@ from torch import nn
 import piflux
 from piflux.compile import compiler
 from piflux.errors import CannotShard, NoAttention, RanksDisagree
-from piflux.ranks.agreement import Roughly
+from piflux.ranks.agreement import Constants, Roughly
 from piflux.runtime.fragments import Fragment, Graphs, Ran
 
 DIM = 8
@@ -409,17 +409,25 @@ def test_ranks_whose_fragments_differ_are_told(ranks):
             if "later" in name:
                 continue
             assert "block(" in lines[2]
-            ops = [re.match(r"    rank \d: operations (\d+, \w+); ", x)[1] for x in lines[2:4]]
+            ops = [
+                re.match(r"    rank \d: operations (\d+, \w+), constants \w+; ", x)[1]
+                for x in lines[2:4]
+            ]
             assert (ops[0] == ops[1]) == (name == "between")
         assert len(told["a hook"].splitlines()) == 5  # the other two blocks' graphs are the same
 
 
 def test_later_calls_are_compared_where_they_are_not_as_the_first():
-    first, other = Fragment("9, a", "x.py:1"), Fragment("9, b", "x.py:2")
+    same = Constants("5")
+    first, other = Fragment("9, a", same, "x.py:1"), Fragment("9, b", same, "x.py:2")
     graphs = Graphs(measures=False)
     for fragment in (first, other, other):
         graphs.add(fragment, ())
     assert graphs.others((first, other, other), "call 3") == {}
+    unknown = Fragment("9, a", Constants(), "x.py:1")  # a number of it became a symbol
+    assert graphs.others((unknown, other, other), "call 3") == {}
+    changed = Fragment("9, a", Constants("6"), "x.py:1")
+    assert len(graphs.others((changed, other, other), "call 3")) == 1
     named = graphs.others((first, first), "call 3")
     assert list(named) == [
         "graph 2 of call 3, other than in the first call",
@@ -430,7 +438,7 @@ def test_later_calls_are_compared_where_they_are_not_as_the_first():
 
 @pytest.mark.parametrize("mine, theirs, differ", [(1, 1.01, False), (1, 1.03, True)])
 def test_what_a_graph_was_called_with_may_differ_by_rounding(mine, theirs, differ):
-    here = Ran(Fragment("1, a", "/one/x.py:1"), (Roughly(mine),))
-    there = Ran(Fragment("1, a", "/another/x.py:1"), (Roughly(theirs),))
+    here = Ran(Fragment("1, a", Constants("5"), "/one/x.py:1"), (Roughly(mine),))
+    there = Ran(Fragment("1, a", Constants("5"), "/another/x.py:1"), (Roughly(theirs),))
     assert here.differs(there) == differ
     assert here.differs(Ran(here.fragment, ()))

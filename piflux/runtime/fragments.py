@@ -33,6 +33,10 @@ class Fragment:
     constants: Constants
     place: str
 
+    def differs(self, other: Fragment) -> bool:
+        """From what another rank has, or this one had before Dynamo made a constant a symbol."""
+        return self.ops != other.ops or self.constants.differs(other.constants)
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -48,10 +52,7 @@ class Ran:
     norms: tuple[Roughly, ...]
 
     def differs(self, other: Ran) -> bool:
-        mine, theirs = self.fragment, other.fragment
-        if mine.ops != theirs.ops or mine.constants.differs(theirs.constants):
-            return True
-        if len(self.norms) != len(other.norms):
+        if self.fragment.differs(other.fragment) or len(self.norms) != len(other.norms):
             return True
         return any(map(Roughly.differs, self.norms, other.norms))
 
@@ -99,7 +100,7 @@ class Graphs:
         facts: dict[str, Any] = {
             f"graph {i} of {call}, other than in the first call": Ran(fragment, ())
             for i, (fragment, then) in enumerate(zip(self.order, first, strict=False), 1)
-            if fragment != then
+            if fragment.place != then.place or fragment.differs(then)
         }
         if len(self.order) != len(first):
             facts[f"graphs of {call}, other than in the first call"] = str(len(self.order))
