@@ -21,14 +21,14 @@ from piflux.ranks.agreement import Constants
 
 
 class UnfitSizes(CompileError):
-    """Dynamo chose a graph for sizes for which a program of it wasn't made."""
+    """Dynamo chose a graph whose program was made for other sizes."""
 
 
 class Sizes:
     """What programs of one graph ask of its sizes, where these are symbols.
 
-    Dynamo calls the graph where all holds that was asked until its first program was made. What
-    programs ask that are made later, for fewer ranks, say, is looked at here.
+    What the first program asks becomes Dynamo's guards. What later ones ask, such as those for
+    fewer ranks, Dynamo does not see: it is checked here, in each call.
 
     Args:
         example_inputs: of the graph.

@@ -69,8 +69,7 @@ class Capture:
         hooks: that the model has now.
 
     Attributes:
-        hooks: likewise.
-        compiler: likewise.
+        hooks, compiler: as given.
         fragments: what calls it by several graphs, with why it is no one graph; None as long as
             nobody asked for them.
         breaks: whether these are to be called.

@@ -70,7 +70,7 @@ class Roughly(Norm):
 
 
 class Constants(str):
-    """A checksum of a graph's constants; '' where Dynamo made some a symbol, on one rank maybe."""
+    """A checksum of a graph's constants; '' if one is a symbol, as it may be on one rank alone."""
 
     def differs(self, other: Constants) -> bool:
         return bool(self and other and self != other)
@@ -126,7 +126,10 @@ class Sketch:
 
 
 def sketches(tensors: Mapping[str, Tensor]) -> dict[str, Sketch]:
-    """Of each by itself, whatever the others are. Waits once for each device that they are on."""
+    """A sketch of each tensor, which does not depend on the others.
+
+    The host waits once for each device that they are on.
+    """
     flat = {name: x.detach().reshape(-1) for name, x in tensors.items()}
     numbers: dict[str, Tensor] = {}
     for device in {x.device for x in flat.values()}:

@@ -73,8 +73,10 @@ def hoist(gm: fx.GraphModule, ctx: Context) -> int:
 
 
 def _merged(nodes: Sequence[fx.Node]) -> list[fx.Node]:
-    """The nodes without those that compute what one before them has: each of a model's blocks
-    applies silu to the time by itself."""
+    """The nodes without repetitions; whoever reads one reads the first of its kind.
+
+    Each of a model's blocks applies silu to the time by itself, for one.
+    """
     first: dict[tuple[str, Any, str], fx.Node] = {}
     for node in nodes:
         same = first.setdefault(written(node, None, lambda n: n.name), node)
@@ -99,7 +101,7 @@ def _lead(hoisted: fx.GraphModule) -> None:
 
 
 def _is_last(node: fx.Node) -> bool:
-    """Whether nothing else here reads what a linear layer makes of what was computed here."""
+    """Whether it is a linear layer of what was computed here, and nothing here reads its result."""
     if op_name(node) != "linear" or any(user.op != "output" for user in node.users):
         return False
     x, *parameters = node.all_input_nodes
